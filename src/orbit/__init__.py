@@ -1,0 +1,3 @@
+"""Orbit: a control plane for unattended work."""
+
+__version__ = "0.1.0"

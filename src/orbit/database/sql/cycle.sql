@@ -1,0 +1,326 @@
+-- The life of a cycle: accepted, claimed, carried through its stages, ended.
+--
+-- Whoever works on a cycle holds its lease under a number. Every write of a stage joins the
+-- lease by that number and node, after hold_cycles has locked it: a worker that lost its lease
+-- changes nothing. Locks are taken in the order dispatch_lease, then cycle_lease by key.
+
+-- name: share_configuration
+-- Keeps the configuration from being replaced until this transaction ends. To be sent before,
+-- and apart from, the statement that reads which revision is in force.
+SELECT pg_advisory_xact_lock_shared(hashtext('orbit.configuration'));
+
+-- name: accept_cycles
+-- Accepts triggers: a cycle exists from here on, and will end. One whose initiation is known
+-- already, or whose revision is not in force any more, is left out of the answer.
+WITH request AS MATERIALIZED (
+    SELECT * FROM unnest(
+        %(namespace)s::text[], %(cycle_id)s::uuid[], %(profile_id)s::text[],
+        %(run_profile_id)s::text[], %(trigger)s::text[], %(slot_at)s::timestamptz[],
+        %(idempotency_key)s::text[], %(revision)s::text[], %(endpoint_keys)s::text[],
+        %(value_tags)s::jsonb[], %(traceparent)s::text[], %(rerun_of)s::uuid[],
+        %(hash)s::text[], %(context)s::text[], %(request_digest)s::text[],
+        %(is_waiting)s::boolean[]
+    ) AS request (
+        namespace, cycle_id, profile_id, run_profile_id, trigger, slot_at, idempotency_key,
+        revision, endpoint_keys, value_tags, traceparent, rerun_of, hash, context,
+        request_digest, is_waiting)
+    WHERE request.revision IS NULL OR request.revision = (SELECT revision FROM config_active)
+), fresh AS (
+    INSERT INTO initiation_key (namespace, run_profile_id, hash, cycle_id, request_digest)
+    SELECT namespace, run_profile_id, hash, cycle_id, request_digest FROM request
+    ON CONFLICT DO NOTHING
+    RETURNING namespace, cycle_id
+), accepted AS MATERIALIZED (
+    SELECT request.* FROM request JOIN fresh USING (namespace, cycle_id)
+), runs AS (
+    INSERT INTO cycle_run (namespace, cycle_id, profile_id, run_profile_id, trigger, slot_at,
+        idempotency_key, revision, endpoint_keys, value_tags, traceparent, rerun_of, node_id)
+    SELECT namespace, cycle_id, profile_id, run_profile_id, trigger, slot_at, idempotency_key,
+        revision, string_to_array(endpoint_keys, ','), value_tags, traceparent, rerun_of,
+        %(node_id)s::uuid
+    FROM accepted
+), initiations AS (
+    INSERT INTO initiation (namespace, cycle_id, hash, context)
+    SELECT namespace, cycle_id, hash, context FROM accepted
+), leases AS (
+    INSERT INTO cycle_lease (namespace, cycle_id, run_profile_id, due_at, is_waiting)
+    SELECT namespace, cycle_id, run_profile_id,
+        CASE WHEN is_waiting THEN 'infinity' ELSE orbit_now() END, is_waiting
+    FROM accepted
+)
+SELECT cycle_id FROM accepted;
+
+-- name: accept_checkpoints
+-- The checkpoints that a cycle has from its acceptance: its start, and for a re-run the stages
+-- copied from the failed cycle. Only for cycles that this transaction accepted.
+INSERT INTO cycle_checkpoint (namespace, cycle_id, stage, digest, content_type, size, detail,
+    lease_number, node_id)
+SELECT done.namespace, done.cycle_id, done.stage, done.digest, done.content_type, done.size,
+    done.detail, 0, %(node_id)s::uuid
+FROM unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(stage)s::text[], %(digest)s::text[],
+    %(content_type)s::text[], %(size)s::int[], %(detail)s::jsonb[]
+) AS done (namespace, cycle_id, stage, digest, content_type, size, detail)
+JOIN cycle_lease lease USING (namespace, cycle_id)
+WHERE lease.lease_number = 0
+ON CONFLICT DO NOTHING;
+
+-- name: accept_payloads
+-- The payloads that those checkpoints name.
+INSERT INTO payload (namespace, cycle_id, digest, content)
+SELECT DISTINCT ON (given.namespace, given.cycle_id, given.digest)
+    given.namespace, given.cycle_id, given.digest, given.content
+FROM unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(digest)s::text[],
+    %(content)b::bytea[]) AS given (namespace, cycle_id, digest, content)
+JOIN cycle_lease lease USING (namespace, cycle_id)
+WHERE lease.lease_number = 0
+ON CONFLICT DO NOTHING;
+
+-- name: first_cycle
+-- Which cycle an initiation belongs to.
+SELECT cycle_id, request_digest FROM initiation_key
+WHERE namespace = %(namespace)s AND run_profile_id = %(run_profile_id)s AND hash = %(hash)s;
+
+-- name: active_revision
+-- Which configuration is in force.
+SELECT revision FROM config_active;
+
+-- name: claim_cycles
+-- Takes due cycles, the longest due of each namespace first, an equal share for each.
+-- cycle_lease_due serves the loose scan over namespaces and the claim in each.
+WITH RECURSIVE namespaces AS (
+    (SELECT namespace FROM cycle_lease ORDER BY namespace LIMIT 1)
+    UNION ALL
+    SELECT next.namespace FROM namespaces CROSS JOIN LATERAL (
+        SELECT namespace FROM cycle_lease WHERE cycle_lease.namespace > namespaces.namespace
+        ORDER BY namespace LIMIT 1
+    ) next
+), busy AS MATERIALIZED (
+    SELECT namespace FROM namespaces
+    WHERE EXISTS (SELECT FROM cycle_lease WHERE cycle_lease.namespace = namespaces.namespace
+        AND due_at <= orbit_now())
+), due AS MATERIALIZED (
+    SELECT lease.* FROM busy CROSS JOIN LATERAL (
+        SELECT namespace, cycle_id, due_at FROM cycle_lease
+        WHERE cycle_lease.namespace = busy.namespace AND due_at <= orbit_now()
+        ORDER BY due_at
+        LIMIT GREATEST(1, %(room)s::int / (SELECT count(*) FROM busy))
+        FOR UPDATE SKIP LOCKED
+    ) lease
+    ORDER BY lease.due_at LIMIT %(room)s
+), claimed AS (
+    UPDATE cycle_lease SET
+        due_at = orbit_now() + %(lease_seconds)s * interval '1 second',
+        lease_number = cycle_lease.lease_number + 1,
+        recoveries = cycle_lease.recoveries + (cycle_lease.node_id IS NOT NULL)::int,
+        node_id = %(node_id)s::uuid
+    FROM due WHERE cycle_lease.namespace = due.namespace AND cycle_lease.cycle_id = due.cycle_id
+    RETURNING cycle_lease.namespace, cycle_lease.cycle_id, cycle_lease.lease_number,
+        cycle_lease.recoveries
+)
+SELECT claimed.*, run.profile_id, run.run_profile_id, run.slot_at, run.idempotency_key,
+    run.revision, run.endpoint_keys, run.traceparent, initiation.context,
+    last.stage, last.digest, last.content_type, last.size, payload.content
+FROM claimed
+JOIN cycle_run run ON run.namespace = claimed.namespace AND run.cycle_id = claimed.cycle_id
+JOIN initiation ON initiation.namespace = claimed.namespace
+    AND initiation.cycle_id = claimed.cycle_id
+LEFT JOIN LATERAL (
+    SELECT stage, digest, content_type, size FROM cycle_checkpoint checkpoint
+    WHERE checkpoint.namespace = claimed.namespace AND checkpoint.cycle_id = claimed.cycle_id
+    ORDER BY orbit_stage_number(stage) DESC LIMIT 1
+) last ON true
+LEFT JOIN payload ON payload.namespace = claimed.namespace
+    AND payload.cycle_id = claimed.cycle_id AND payload.digest = last.digest
+    AND last.size <= %(inline_bytes)s;
+
+-- name: payload_content
+-- The bytes under a digest.
+SELECT content FROM payload
+WHERE namespace = %(namespace)s AND cycle_id = %(cycle_id)s AND digest = %(digest)s;
+
+-- name: renew_cycles
+-- The heartbeat: prolongs the leases still held, and says which those are.
+UPDATE cycle_lease SET due_at = orbit_now() + %(lease_seconds)s * interval '1 second'
+FROM unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(lease_number)s::int[])
+    AS held (namespace, cycle_id, lease_number)
+WHERE cycle_lease.namespace = held.namespace AND cycle_lease.cycle_id = held.cycle_id
+    AND cycle_lease.lease_number = held.lease_number AND cycle_lease.node_id = %(node_id)s
+RETURNING cycle_lease.cycle_id;
+
+-- name: release_cycles
+-- Gives leases back, so that any node may go on at once.
+UPDATE cycle_lease SET due_at = orbit_now(), node_id = NULL
+FROM unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(lease_number)s::int[])
+    AS held (namespace, cycle_id, lease_number)
+WHERE cycle_lease.namespace = held.namespace AND cycle_lease.cycle_id = held.cycle_id
+    AND cycle_lease.lease_number = held.lease_number AND cycle_lease.node_id = %(node_id)s;
+
+-- name: hold_cycles
+-- Locks the leases of a batch of stages in key order, and says which are still ours. Nothing
+-- that is written in this transaction can then be another owner's.
+SELECT lease.cycle_id FROM cycle_lease lease
+JOIN unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(lease_number)s::int[])
+    AS held (namespace, cycle_id, lease_number)
+    ON lease.namespace = held.namespace AND lease.cycle_id = held.cycle_id
+    AND lease.lease_number = held.lease_number
+WHERE lease.node_id = %(node_id)s
+ORDER BY lease.namespace, lease.cycle_id
+FOR NO KEY UPDATE OF lease;
+
+-- name: insert_payloads
+-- The outputs of stages; bytes that the cycle has already stay as they are.
+INSERT INTO payload (namespace, cycle_id, digest, content)
+SELECT output.namespace, output.cycle_id, output.digest, output.content
+FROM unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(lease_number)s::int[],
+    %(digest)s::text[], %(content)b::bytea[])
+    AS output (namespace, cycle_id, lease_number, digest, content)
+JOIN cycle_lease lease USING (namespace, cycle_id, lease_number)
+WHERE lease.node_id = %(node_id)s
+ON CONFLICT DO NOTHING;
+
+-- name: insert_checkpoints
+-- Marks stages as done.
+INSERT INTO cycle_checkpoint (namespace, cycle_id, stage, digest, content_type, size, detail,
+    lease_number, node_id)
+SELECT done.namespace, done.cycle_id, done.stage, done.digest, done.content_type, done.size,
+    done.detail, done.lease_number, lease.node_id
+FROM unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(lease_number)s::int[],
+    %(stage)s::text[], %(digest)s::text[], %(content_type)s::text[], %(size)s::int[],
+    %(detail)s::jsonb[])
+    AS done (namespace, cycle_id, lease_number, stage, digest, content_type, size, detail)
+JOIN cycle_lease lease USING (namespace, cycle_id, lease_number)
+WHERE lease.node_id = %(node_id)s
+ON CONFLICT DO NOTHING;
+
+-- name: insert_records
+-- What each call of a step took and came to.
+INSERT INTO execution_record (namespace, cycle_id, stage, step, lease_number, attempt, name,
+    outcome, error, duration_seconds, input_size, output_size, node_id)
+SELECT call.namespace, call.cycle_id, call.stage, call.step, call.lease_number, call.attempt,
+    call.name, call.outcome, call.error, call.duration_seconds, call.input_size,
+    call.output_size, lease.node_id
+FROM unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(lease_number)s::int[],
+    %(stage)s::text[], %(step)s::int[], %(attempt)s::int[], %(name)s::text[],
+    %(outcome)s::text[], %(error)s::text[], %(duration_seconds)s::double precision[],
+    %(input_size)s::int[], %(output_size)s::int[])
+    AS call (namespace, cycle_id, lease_number, stage, step, attempt, name, outcome, error,
+        duration_seconds, input_size, output_size)
+JOIN cycle_lease lease USING (namespace, cycle_id, lease_number)
+WHERE lease.node_id = %(node_id)s
+ON CONFLICT DO NOTHING;
+
+-- name: insert_items
+-- The normalised items of cycles.
+INSERT INTO normalized_item (namespace, cycle_id, item_index, digest, content_type, size)
+SELECT item.namespace, item.cycle_id, item.item_index, item.digest, item.content_type, item.size
+FROM unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(lease_number)s::int[],
+    %(item_index)s::int[], %(digest)s::text[], %(content_type)s::text[], %(size)s::int[])
+    AS item (namespace, cycle_id, lease_number, item_index, digest, content_type, size)
+JOIN cycle_lease lease USING (namespace, cycle_id, lease_number)
+WHERE lease.node_id = %(node_id)s
+ON CONFLICT DO NOTHING;
+
+-- name: insert_jobs
+-- Queues one job per item and endpoint, ready to be claimed. A job that exists is left alone,
+-- and its lease too, so that a repeated batch cannot send it again.
+WITH job AS (
+    INSERT INTO dispatch_job (namespace, job_id, cycle_id, item_index, endpoint_key,
+        snapshot_id, digest, content_type, size, max_attempts)
+    SELECT job.namespace, job.job_id, job.cycle_id, job.item_index, job.endpoint_key,
+        job.snapshot_id, job.digest, job.content_type, job.size, job.max_attempts
+    FROM unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(lease_number)s::int[],
+        %(job_id)s::uuid[], %(item_index)s::int[], %(endpoint_key)s::text[],
+        %(snapshot_id)s::text[], %(digest)s::text[], %(content_type)s::text[], %(size)s::int[],
+        %(max_attempts)s::int[])
+        AS job (namespace, cycle_id, lease_number, job_id, item_index, endpoint_key,
+            snapshot_id, digest, content_type, size, max_attempts)
+    JOIN cycle_lease lease USING (namespace, cycle_id, lease_number)
+    WHERE lease.node_id = %(node_id)s
+    ON CONFLICT DO NOTHING
+    RETURNING namespace, job_id, endpoint_key, cycle_id
+)
+INSERT INTO dispatch_lease (namespace, job_id, endpoint_key, cycle_id, due_at)
+SELECT namespace, job_id, endpoint_key, cycle_id, orbit_now() FROM job;
+
+-- name: note_progress
+-- A cycle that moved on after a takeover has its count of takeovers begin anew.
+UPDATE cycle_lease SET recoveries = 0
+FROM unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(lease_number)s::int[])
+    AS held (namespace, cycle_id, lease_number)
+WHERE cycle_lease.namespace = held.namespace AND cycle_lease.cycle_id = held.cycle_id
+    AND cycle_lease.lease_number = held.lease_number AND cycle_lease.node_id = %(node_id)s;
+
+-- name: await_dispatch
+-- The cycle's jobs are out: nobody need hold it until the last of them is done.
+UPDATE cycle_lease SET items = sent.items, jobs = sent.jobs, outstanding = sent.jobs,
+    due_at = 'infinity', node_id = NULL
+FROM unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(lease_number)s::int[],
+    %(items)s::int[], %(jobs)s::int[]) AS sent (namespace, cycle_id, lease_number, items, jobs)
+WHERE cycle_lease.namespace = sent.namespace AND cycle_lease.cycle_id = sent.cycle_id
+    AND cycle_lease.lease_number = sent.lease_number AND cycle_lease.node_id = %(node_id)s;
+
+-- name: end_cycles
+-- Ends cycles that failed, or that have no job: writes the value ledger, gives up the lease.
+WITH ended AS (
+    DELETE FROM cycle_lease USING unnest(%(namespace)s::text[], %(cycle_id)s::uuid[],
+        %(lease_number)s::int[], %(state)s::text[], %(items)s::int[])
+        AS ending (namespace, cycle_id, lease_number, state, items)
+    WHERE cycle_lease.namespace = ending.namespace AND cycle_lease.cycle_id = ending.cycle_id
+        AND cycle_lease.lease_number = ending.lease_number
+        AND cycle_lease.node_id = %(node_id)s
+    RETURNING cycle_lease.namespace, cycle_lease.cycle_id, ending.state, ending.items
+)
+INSERT INTO value_ledger_entry (namespace, cycle_id, profile_id, run_profile_id, state, tags,
+    items, jobs, delivered, dead_lettered, attempts, bytes, wall_seconds)
+SELECT ended.namespace, ended.cycle_id, run.profile_id, run.run_profile_id, ended.state,
+    run.value_tags, ended.items, 0, 0, 0, 0, 0,
+    extract(epoch FROM orbit_now() - run.created_at)
+FROM ended
+JOIN cycle_run run ON run.namespace = ended.namespace AND run.cycle_id = ended.cycle_id
+WHERE run.profile_id IS NOT NULL
+ON CONFLICT DO NOTHING;
+
+-- name: end_dispatched
+-- Ends the cycles among those given whose last job is done. To follow dispatch.settle_jobs in
+-- the same transaction, which holds their leases.
+WITH ended AS (
+    DELETE FROM cycle_lease USING unnest(%(namespace)s::text[], %(cycle_id)s::uuid[])
+        AS touched (namespace, cycle_id)
+    WHERE cycle_lease.namespace = touched.namespace AND cycle_lease.cycle_id = touched.cycle_id
+        AND cycle_lease.outstanding = 0
+    RETURNING cycle_lease.*
+), checkpoints AS (
+    INSERT INTO cycle_checkpoint (namespace, cycle_id, stage, detail, lease_number, node_id)
+    SELECT ended.namespace, ended.cycle_id, stage, jsonb_build_object('items', ended.items,
+        'jobs', ended.jobs, 'delivered', ended.delivered, 'deadLettered', ended.dead_lettered,
+        'attempts', ended.attempts, 'bytes', ended.bytes), ended.lease_number, %(node_id)s::uuid
+    FROM ended CROSS JOIN (VALUES ('dispatch_complete'), ('cycle_finished')) AS last (stage)
+    ON CONFLICT DO NOTHING
+), ledger AS (
+    INSERT INTO value_ledger_entry (namespace, cycle_id, profile_id, run_profile_id, state,
+        tags, items, jobs, delivered, dead_lettered, attempts, bytes, wall_seconds)
+    SELECT ended.namespace, ended.cycle_id, run.profile_id, run.run_profile_id, 'finished',
+        run.value_tags, ended.items, ended.jobs, ended.delivered, ended.dead_lettered,
+        ended.attempts, ended.bytes, extract(epoch FROM orbit_now() - run.created_at)
+    FROM ended
+    JOIN cycle_run run ON run.namespace = ended.namespace AND run.cycle_id = ended.cycle_id
+    WHERE run.profile_id IS NOT NULL
+    ON CONFLICT DO NOTHING
+)
+SELECT namespace, cycle_id FROM ended;
+
+-- name: release_waiting
+-- Lets the oldest waiting cycle of each run profile begin, once no other of it is active.
+-- cycle_lease_waiting serves it: nothing is read while nobody waits.
+UPDATE cycle_lease SET is_waiting = false, due_at = orbit_now()
+FROM (
+    SELECT DISTINCT ON (namespace, run_profile_id) namespace, cycle_id
+    FROM cycle_lease waiting
+    WHERE is_waiting AND NOT EXISTS (
+        SELECT FROM cycle_lease active
+        WHERE active.namespace = waiting.namespace
+            AND active.run_profile_id = waiting.run_profile_id AND NOT active.is_waiting)
+    ORDER BY namespace, run_profile_id, cycle_id
+) AS next
+WHERE cycle_lease.namespace = next.namespace AND cycle_lease.cycle_id = next.cycle_id
+    AND cycle_lease.is_waiting;

@@ -1,0 +1,83 @@
+-- What people decide about dead letters: brought back as a new job, or let be.
+--
+-- A decision's number is its key: the first two people to decide cannot both be first.
+
+-- name: dead_letter
+-- One dead letter with its job, and what was decided last. dead_letter_dispatch_newest serves it.
+SELECT dead.namespace, dead.job_id, dead.cycle_id, dead.endpoint_key, job.snapshot_id,
+    COALESCE(decided.sequence, 0) AS sequence, decided.decision, decided.new_job_id,
+    payload.digest IS NOT NULL AS has_payload
+FROM dead_letter_dispatch dead
+LEFT JOIN dispatch_job job ON job.namespace = dead.namespace AND job.job_id = dead.job_id
+LEFT JOIN payload ON payload.namespace = dead.namespace AND payload.cycle_id = dead.cycle_id
+    AND payload.digest = job.digest
+LEFT JOIN LATERAL (
+    SELECT sequence, decision, new_job_id FROM dead_letter_decision decision
+    WHERE decision.namespace = dead.namespace AND decision.job_id = dead.job_id
+    ORDER BY sequence DESC LIMIT 1
+) decided ON true
+WHERE dead.job_id = %(job_id)s::uuid;
+
+-- name: open_dead_letters
+-- The undecided dead letters of a namespace that can be sent again, oldest first. The primary
+-- key serves it.
+SELECT dead.namespace, dead.job_id, dead.cycle_id, dead.endpoint_key, job.snapshot_id,
+    0 AS sequence
+FROM dead_letter_dispatch dead
+JOIN dispatch_job job ON job.namespace = dead.namespace AND job.job_id = dead.job_id
+WHERE dead.namespace = %(namespace)s
+    AND (%(endpoint_key)s::text IS NULL OR dead.endpoint_key = %(endpoint_key)s)
+    AND (%(cause)s::text IS NULL OR dead.cause = %(cause)s)
+    AND EXISTS (SELECT FROM payload WHERE payload.namespace = dead.namespace
+        AND payload.cycle_id = dead.cycle_id AND payload.digest = job.digest)
+    AND NOT EXISTS (SELECT FROM dead_letter_decision decision
+        WHERE decision.namespace = dead.namespace AND decision.job_id = dead.job_id)
+ORDER BY dead.job_id LIMIT %(limit)s;
+
+-- name: count_open_dead_letters
+-- How many those are in all.
+SELECT count(*)::int AS count
+FROM dead_letter_dispatch dead
+JOIN dispatch_job job ON job.namespace = dead.namespace AND job.job_id = dead.job_id
+WHERE dead.namespace = %(namespace)s
+    AND (%(endpoint_key)s::text IS NULL OR dead.endpoint_key = %(endpoint_key)s)
+    AND (%(cause)s::text IS NULL OR dead.cause = %(cause)s)
+    AND EXISTS (SELECT FROM payload WHERE payload.namespace = dead.namespace
+        AND payload.cycle_id = dead.cycle_id AND payload.digest = job.digest)
+    AND NOT EXISTS (SELECT FROM dead_letter_decision decision
+        WHERE decision.namespace = dead.namespace AND decision.job_id = dead.job_id);
+
+-- name: requeue
+-- Decides on dead letters and queues a new job for each, with the old one's bytes. One whose
+-- decision of that number exists is left out of the answer, and gets no job.
+WITH asked AS MATERIALIZED (
+    SELECT * FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(sequence)s::int[],
+        %(new_job_id)s::uuid[], %(snapshot_id)s::text[])
+        AS asked (namespace, job_id, sequence, new_job_id, snapshot_id)
+), decided AS (
+    INSERT INTO dead_letter_decision (namespace, job_id, sequence, decision, new_job_id, reason)
+    SELECT namespace, job_id, sequence, 'requeued', new_job_id, %(reason)s FROM asked
+    ORDER BY namespace, job_id
+    ON CONFLICT DO NOTHING
+    RETURNING namespace, job_id, new_job_id
+), job AS (
+    INSERT INTO dispatch_job (namespace, job_id, cycle_id, item_index, endpoint_key, snapshot_id,
+        digest, content_type, size, max_attempts, requeued_from)
+    SELECT old.namespace, decided.new_job_id, old.cycle_id, old.item_index, old.endpoint_key,
+        asked.snapshot_id, old.digest, old.content_type, old.size, %(max_attempts)s, old.job_id
+    FROM decided
+    JOIN asked USING (namespace, job_id)
+    JOIN dispatch_job old ON old.namespace = decided.namespace AND old.job_id = decided.job_id
+    RETURNING namespace, job_id, endpoint_key, cycle_id
+), lease AS (
+    INSERT INTO dispatch_lease (namespace, job_id, endpoint_key, cycle_id, due_at, is_requeued)
+    SELECT namespace, job_id, endpoint_key, cycle_id, orbit_now(), true FROM job
+)
+SELECT namespace, job_id, new_job_id FROM decided;
+
+-- name: discard
+-- Decides that a dead letter stays one. No row if somebody has decided before.
+INSERT INTO dead_letter_decision (namespace, job_id, sequence, decision, reason)
+VALUES (%(namespace)s, %(job_id)s, 1, 'discarded', %(reason)s)
+ON CONFLICT DO NOTHING
+RETURNING job_id;

@@ -1,0 +1,283 @@
+-- What people and tools ask for. Read only, and bounded: a list scans a window of an index and
+-- goes on where the last page ended; nothing counts over history.
+
+-- name: probe
+-- Whether the database answers, and which schema it has.
+SELECT (SELECT max(version_num) FROM alembic_version) AS schema_revision;
+
+-- name: cycle_window
+-- The cycles before one, newest first, over all namespaces. cycle_run_newest serves it.
+SELECT namespace, cycle_id, run_profile_id FROM cycle_run
+WHERE cycle_id < %(before)s::uuid ORDER BY cycle_id DESC LIMIT %(count)s;
+
+-- name: cycle_window_of_namespace
+-- The same in one namespace. The primary key serves it.
+SELECT namespace, cycle_id, run_profile_id FROM cycle_run
+WHERE namespace = %(namespace)s AND cycle_id < %(before)s::uuid
+ORDER BY cycle_id DESC LIMIT %(count)s;
+
+-- name: cycle_window_of_running
+-- The same of active cycles only: those that have a lease.
+SELECT namespace, cycle_id, run_profile_id FROM cycle_lease
+WHERE cycle_id < %(before)s::uuid AND (%(namespace)s::text IS NULL OR namespace = %(namespace)s)
+ORDER BY cycle_id DESC LIMIT %(count)s;
+
+-- name: cycle_summaries
+-- Given cycles with their state, newest first. The primary keys serve it.
+SELECT status.cycle_id AS cycle_run_id, status.namespace, status.profile_id,
+    NULLIF(status.run_profile_id, '') AS run_profile_id, status.trigger, status.slot_at,
+    status.state, status.stage, status.stage_at, status.created_at, status.ended_at,
+    status.dead_lettered, status.is_waiting, status.rerun_of,
+    CASE WHEN status.state = 'failed' THEN status.detail ->> 'reason' END AS reason
+FROM unnest(%(namespace)s::text[], %(cycle_id)s::uuid[]) AS asked (namespace, cycle_id)
+JOIN cycle_status status
+    ON status.namespace = asked.namespace AND status.cycle_id = asked.cycle_id
+ORDER BY status.cycle_id DESC;
+
+-- name: find_cycle
+-- One cycle by its id alone, with what it began from. cycle_run_newest serves it.
+SELECT run.cycle_id AS cycle_run_id, run.namespace, run.profile_id,
+    NULLIF(run.run_profile_id, '') AS run_profile_id, run.trigger, run.slot_at,
+    run.idempotency_key, run.revision, run.endpoint_keys, run.value_tags, run.traceparent,
+    run.rerun_of, run.node_id, run.created_at, initiation.hash, initiation.context
+FROM cycle_run run
+JOIN initiation ON initiation.namespace = run.namespace AND initiation.cycle_id = run.cycle_id
+WHERE run.cycle_id = %(cycle_id)s::uuid;
+
+-- name: cycle_reruns
+-- The cycles that were started in place of a failed one: they are younger than it.
+SELECT cycle_id FROM cycle_run
+WHERE rerun_of = %(cycle_id)s::uuid AND namespace = %(namespace)s
+    AND cycle_id > %(cycle_id)s::uuid
+ORDER BY cycle_id LIMIT 100;
+
+-- name: cycle_checkpoints
+-- The stages of a cycle that are done, in order.
+SELECT stage, digest, content_type, size, detail, lease_number, node_id, created_at
+FROM cycle_checkpoint WHERE namespace = %(namespace)s AND cycle_id = %(cycle_id)s::uuid
+ORDER BY orbit_stage_number(stage);
+
+-- name: cycle_items
+-- The normalised items of a cycle.
+SELECT item_index, digest, content_type, size, created_at FROM normalized_item
+WHERE namespace = %(namespace)s AND cycle_id = %(cycle_id)s::uuid
+ORDER BY item_index LIMIT %(count)s;
+
+-- name: cycle_records
+-- The calls of a cycle's steps.
+SELECT stage, step, attempt, name, outcome, error, duration_seconds, input_size, output_size,
+    lease_number, node_id, created_at
+FROM execution_record WHERE namespace = %(namespace)s AND cycle_id = %(cycle_id)s::uuid
+ORDER BY orbit_stage_number(stage), step, lease_number, attempt LIMIT %(count)s;
+
+-- name: cycle_jobs
+-- The jobs of a cycle. Their ids begin with the cycle's time, which bounds the partitions that
+-- are looked into; dispatch_job_by_cycle serves it.
+SELECT status.job_id, status.item_index, status.endpoint_key, status.url, status.method,
+    status.token_fingerprint, status.digest, status.content_type, status.size, status.state,
+    status.attempts, status.max_attempts, status.requeued_from,
+    NULLIF(status.due_at, 'infinity') AS due_at, status.created_at, dead.cause
+FROM job_status status
+LEFT JOIN dead_letter_dispatch dead
+    ON dead.namespace = status.namespace AND dead.job_id = status.job_id
+WHERE status.namespace = %(namespace)s AND status.cycle_id = %(cycle_id)s::uuid
+    AND status.job_id BETWEEN %(first_id)s::uuid AND %(last_id)s::uuid
+ORDER BY status.item_index, status.endpoint_key, status.job_id LIMIT %(count)s;
+
+-- name: job_receipts
+-- What became of the attempts of given jobs. The primary key serves it.
+SELECT job_id, attempt, outcome, status, error, digest, size, queue_seconds, connect_seconds,
+    first_byte_seconds, total_seconds, answer, answer_content_type, node_id, started_at,
+    created_at
+FROM delivery_receipt
+WHERE namespace = %(namespace)s AND job_id = ANY (%(job_id)s::uuid[])
+ORDER BY job_id, attempt LIMIT %(count)s;
+
+-- name: cycle_ledger
+-- What a run profile's execution was for, and what it took.
+SELECT state, tags, items, jobs, delivered, dead_lettered, attempts, bytes, wall_seconds,
+    created_at
+FROM value_ledger_entry WHERE namespace = %(namespace)s AND cycle_id = %(cycle_id)s::uuid;
+
+-- name: find_slot
+-- One slot of one schedule.
+SELECT namespace, NULLIF(run_profile_id, '') AS run_profile_id, slot_at, outcome, reason,
+    cycle_id AS cycle_run_id, decided_at
+FROM schedule_slot WHERE namespace = %(namespace)s AND run_profile_id = %(run_profile_id)s
+    AND slot_at = %(slot_at)s::timestamptz;
+
+-- name: slot_window
+-- The slots before one, newest first. schedule_slot_by_time serves it.
+SELECT namespace, run_profile_id, slot_at, outcome, reason, cycle_id AS cycle_run_id, decided_at
+FROM schedule_slot
+WHERE (slot_at, namespace, run_profile_id)
+    < (%(slot_at)s::timestamptz, %(namespace)s, %(run_profile_id)s)
+ORDER BY slot_at DESC, namespace DESC, run_profile_id DESC LIMIT %(count)s;
+
+-- name: last_slots
+-- The last slot of each given schedule. The primary key serves it.
+SELECT asked.namespace, asked.run_profile_id, last.slot_at, last.outcome, last.reason,
+    last.cycle_id AS cycle_run_id, last.decided_at
+FROM unnest(%(namespace)s::text[], %(run_profile_id)s::text[])
+    AS asked (namespace, run_profile_id)
+CROSS JOIN LATERAL (
+    SELECT slot_at, outcome, reason, cycle_id, decided_at FROM schedule_slot slot
+    WHERE slot.namespace = asked.namespace AND slot.run_profile_id = asked.run_profile_id
+    ORDER BY slot_at DESC LIMIT 1
+) last;
+
+-- name: schedules
+-- Every schedule, and when its next slot is to be decided.
+SELECT namespace, run_profile_id, NULLIF(due_at, 'infinity') AS due_at FROM schedule
+ORDER BY schedule.due_at, namespace, run_profile_id;
+
+-- name: dead_letter_window
+-- The dead letters before one, newest first. dead_letter_dispatch_newest serves it.
+SELECT dead.namespace, dead.job_id, dead.cycle_id, dead.endpoint_key, dead.cause,
+    decided.decision IS NULL AS is_open
+FROM dead_letter_dispatch dead
+LEFT JOIN LATERAL (
+    SELECT decision FROM dead_letter_decision
+    WHERE dead_letter_decision.namespace = dead.namespace
+        AND dead_letter_decision.job_id = dead.job_id
+    LIMIT 1
+) decided ON true
+WHERE dead.job_id < %(before)s::uuid ORDER BY dead.job_id DESC LIMIT %(count)s;
+
+-- name: dead_letters
+-- Given dead letters with their job, last receipt and last decision, newest first. The primary
+-- keys serve it.
+SELECT dead.job_id, dead.namespace, dead.cycle_id AS cycle_run_id, dead.endpoint_key, dead.cause,
+    dead.attempts, dead.created_at, job.item_index, job.digest, job.content_type, job.size,
+    job.requeued_from, snapshot.url, snapshot.method, decided.decision, decided.new_job_id,
+    decided.reason AS decision_reason, decided.decided_at
+FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[]) AS asked (namespace, job_id)
+JOIN dead_letter_dispatch dead
+    ON dead.namespace = asked.namespace AND dead.job_id = asked.job_id
+LEFT JOIN dispatch_job job ON job.namespace = asked.namespace AND job.job_id = asked.job_id
+LEFT JOIN endpoint_snapshot snapshot
+    ON snapshot.namespace = job.namespace AND snapshot.snapshot_id = job.snapshot_id
+LEFT JOIN LATERAL (
+    SELECT decision, new_job_id, reason, decided_at FROM dead_letter_decision decision
+    WHERE decision.namespace = asked.namespace AND decision.job_id = asked.job_id
+    ORDER BY sequence DESC LIMIT 1
+) decided ON true
+ORDER BY dead.job_id DESC;
+
+-- name: dead_letter_namespace
+-- Which namespace a dead letter is in. dead_letter_dispatch_newest serves it.
+SELECT namespace FROM dead_letter_dispatch WHERE job_id = %(job_id)s::uuid;
+
+-- name: dead_letter_decisions
+-- What people decided about a dead letter, in order.
+SELECT sequence, decision, new_job_id, reason, decided_at FROM dead_letter_decision
+WHERE namespace = %(namespace)s AND job_id = %(job_id)s::uuid ORDER BY sequence;
+
+-- name: last_receipts
+-- The last receipt of each given job. The primary key serves it.
+SELECT last.* FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[]) AS asked (namespace, job_id)
+CROSS JOIN LATERAL (
+    SELECT job_id, attempt, outcome, status, error, digest, size, queue_seconds, connect_seconds,
+        first_byte_seconds, total_seconds, answer, answer_content_type, node_id, started_at,
+        created_at
+    FROM delivery_receipt receipt
+    WHERE receipt.namespace = asked.namespace AND receipt.job_id = asked.job_id
+    ORDER BY attempt DESC LIMIT 1
+) last;
+
+-- name: nodes
+-- The nodes, and whether each was seen within a lease length.
+SELECT node_id, name, address, roles, version, files_revision, is_draining, started_at, seen_at,
+    seen_at > orbit_now() - %(lease_seconds)s * interval '1 second' AS is_alive
+FROM node ORDER BY started_at LIMIT 200;
+
+-- name: active_cycles
+-- How many cycles are active, counted up to 10,000.
+SELECT count(*)::int AS active, count(*) FILTER (WHERE is_waiting)::int AS waiting
+FROM (SELECT is_waiting FROM cycle_lease LIMIT 10000) live;
+
+-- name: active_stages
+-- The stages at which up to 1,000 active cycles are. The primary keys serve it.
+SELECT last.stage, count(*)::int AS cycles
+FROM (SELECT namespace, cycle_id FROM cycle_lease LIMIT 1000) live
+LEFT JOIN LATERAL (
+    SELECT stage FROM cycle_checkpoint checkpoint
+    WHERE checkpoint.namespace = live.namespace AND checkpoint.cycle_id = live.cycle_id
+    ORDER BY orbit_stage_number(stage) DESC LIMIT 1
+) last ON true
+GROUP BY last.stage;
+
+-- name: lanes
+-- The lanes with jobs to send: how many, counted up to 1,000, and since or until when the first
+-- is due. A loose scan of dispatch_lease_ready.
+WITH RECURSIVE lanes AS (
+    (SELECT namespace, endpoint_key FROM dispatch_lease WHERE node_id IS NULL
+    ORDER BY namespace, endpoint_key LIMIT 1)
+    UNION ALL
+    SELECT next.* FROM lanes CROSS JOIN LATERAL (
+        SELECT namespace, endpoint_key FROM dispatch_lease
+        WHERE node_id IS NULL AND (dispatch_lease.namespace, dispatch_lease.endpoint_key)
+            > (lanes.namespace, lanes.endpoint_key)
+        ORDER BY namespace, endpoint_key LIMIT 1
+    ) next
+)
+SELECT lanes.namespace, lanes.endpoint_key, depth.queued, NULLIF(first.due_at, 'infinity') AS due_at
+FROM (SELECT * FROM lanes LIMIT 200) lanes
+CROSS JOIN LATERAL (
+    SELECT count(*)::int AS queued FROM (
+        SELECT FROM dispatch_lease WHERE node_id IS NULL
+            AND dispatch_lease.namespace = lanes.namespace
+            AND dispatch_lease.endpoint_key = lanes.endpoint_key
+        LIMIT 1000) some
+) depth
+CROSS JOIN LATERAL (
+    SELECT due_at FROM dispatch_lease WHERE node_id IS NULL
+        AND dispatch_lease.namespace = lanes.namespace
+        AND dispatch_lease.endpoint_key = lanes.endpoint_key
+    ORDER BY due_at LIMIT 1
+) first;
+
+-- name: in_flight
+-- How many attempts are on the wire, counted up to 10,000. dispatch_lease_taken serves it.
+SELECT count(*)::int AS attempts
+FROM (SELECT FROM dispatch_lease WHERE node_id IS NOT NULL LIMIT 10000) taken;
+
+-- name: open_dead_letters
+-- How many of the newest 5,000 dead letters nobody has decided on.
+SELECT count(*)::int AS open FROM (
+    SELECT namespace, job_id FROM dead_letter_dispatch ORDER BY job_id DESC LIMIT 5000
+) dead
+WHERE NOT EXISTS (SELECT FROM dead_letter_decision decision
+    WHERE decision.namespace = dead.namespace AND decision.job_id = dead.job_id);
+
+-- name: slots_not_fired
+-- Which of the newest 1,000 slots did not fire. schedule_slot_by_time serves it.
+SELECT * FROM (
+    SELECT namespace, NULLIF(run_profile_id, '') AS run_profile_id, slot_at, outcome, reason,
+        cycle_id AS cycle_run_id, decided_at
+    FROM schedule_slot ORDER BY slot_at DESC LIMIT 1000
+) recent
+WHERE outcome <> 'fired' LIMIT 20;
+
+-- name: store
+-- What the database is: its version, its schema, and until when its partitions reach.
+SELECT current_setting('server_version') AS server_version,
+    (SELECT max(version_num) FROM alembic_version) AS schema_revision,
+    (SELECT (to_date(max(right(child.relname, 8)), 'YYYYMMDD') + 7)::timestamp AT TIME ZONE 'UTC'
+    FROM pg_inherits JOIN pg_class child ON child.oid = inhrelid
+    WHERE inhparent = to_regclass('cycle_run')) AS partitions_until,
+    (SELECT revision FROM config_active) AS revision,
+    orbit_now() AS now;
+
+-- name: last_activation
+-- When the configuration in force came into force, and why.
+SELECT revision, reason, activated_at FROM config_activation
+ORDER BY activation_id DESC LIMIT 1;
+
+-- name: recent_cycles_of_run_profiles
+-- The last cycle of each run profile among the newest 5,000 cycles. cycle_run_newest serves it.
+SELECT DISTINCT ON (run_profile_id) namespace, run_profile_id, cycle_id FROM (
+    SELECT namespace, run_profile_id, cycle_id FROM cycle_run
+    ORDER BY cycle_id DESC LIMIT 5000
+) recent
+WHERE run_profile_id <> '' ORDER BY run_profile_id, cycle_id DESC;

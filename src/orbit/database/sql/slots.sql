@@ -1,0 +1,63 @@
+-- Schedules and their slots. The schedule's row is a lease: whoever locks it decides its slots,
+-- writes one row for each and moves on to the next, all in one transaction.
+
+-- name: sync_schedules
+-- Makes the schedules those of the configuration: what is new or changed starts with its next
+-- slot, what is the same keeps its place (so that slots missed meanwhile are noticed).
+WITH wanted AS MATERIALIZED (
+    SELECT * FROM unnest(%(namespace)s::text[], %(run_profile_id)s::text[],
+        %(definition)s::text[], %(decided_until)s::timestamptz[], %(due_at)s::timestamptz[])
+        AS wanted (namespace, run_profile_id, definition, decided_until, due_at)
+), gone AS (
+    DELETE FROM schedule WHERE NOT EXISTS (SELECT FROM wanted
+        WHERE wanted.namespace = schedule.namespace
+            AND wanted.run_profile_id = schedule.run_profile_id)
+)
+INSERT INTO schedule (namespace, run_profile_id, definition, decided_until, due_at)
+SELECT namespace, run_profile_id, definition, decided_until, due_at FROM wanted
+ORDER BY namespace, run_profile_id
+ON CONFLICT (namespace, run_profile_id) DO UPDATE SET definition = excluded.definition,
+    decided_until = excluded.decided_until, due_at = excluded.due_at
+WHERE schedule.definition <> excluded.definition;
+
+-- name: next_due
+-- In how many seconds the first schedule is due, and which configuration is in force.
+-- schedule_due serves it.
+SELECT (SELECT revision FROM config_active) AS revision,
+    extract(epoch FROM (SELECT min(due_at) FROM schedule WHERE due_at < 'infinity')
+        - orbit_now())::float8 AS due_in_seconds;
+
+-- name: claim_schedules
+-- Locks schedules with a slot to decide, the longest due first. schedule_due serves it.
+SELECT namespace, run_profile_id, definition, decided_until, orbit_now() AS now FROM schedule
+WHERE due_at <= orbit_now() ORDER BY due_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED;
+
+-- name: busy_run_profiles
+-- Which of these run profiles have an active cycle, and which one.
+-- cycle_lease_by_run_profile serves it.
+SELECT asked.namespace, asked.run_profile_id, active.cycle_id
+FROM unnest(%(namespace)s::text[], %(run_profile_id)s::text[])
+    AS asked (namespace, run_profile_id)
+CROSS JOIN LATERAL (
+    SELECT cycle_id FROM cycle_lease
+    WHERE cycle_lease.namespace = asked.namespace
+        AND cycle_lease.run_profile_id = asked.run_profile_id
+    ORDER BY cycle_id LIMIT 1
+) active;
+
+-- name: insert_slots
+-- What became of each slot, with the reason.
+INSERT INTO schedule_slot (namespace, run_profile_id, slot_at, outcome, reason, cycle_id, node_id)
+SELECT namespace, run_profile_id, slot_at, outcome, reason, cycle_id, %(node_id)s::uuid
+FROM unnest(%(namespace)s::text[], %(run_profile_id)s::text[], %(slot_at)s::timestamptz[],
+    %(outcome)s::text[], %(reason)s::text[], %(cycle_id)s::uuid[])
+    AS slot (namespace, run_profile_id, slot_at, outcome, reason, cycle_id)
+ON CONFLICT DO NOTHING;
+
+-- name: move_schedules
+-- The slots up to decided_until are decided.
+UPDATE schedule SET decided_until = moved.decided_until, due_at = moved.due_at
+FROM unnest(%(namespace)s::text[], %(run_profile_id)s::text[],
+    %(decided_until)s::timestamptz[], %(due_at)s::timestamptz[])
+    AS moved (namespace, run_profile_id, decided_until, due_at)
+WHERE schedule.namespace = moved.namespace AND schedule.run_profile_id = moved.run_profile_id;

@@ -1,0 +1,150 @@
+"""Everything that Orbit refuses or fails at, each with a stable code.
+
+An exception here is a broken promise or a refused request; expected outcomes are values.
+The code is what users' tools match on (problem documents, `--json`, logs), so it never
+changes; the message names the place and says what is accepted. No message carries a secret
+or a payload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+class OrbitError(Exception):
+    """Base of all of Orbit's own errors."""
+
+    code: ClassVar[str] = "orbit_error"
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.details: Mapping[str, Any] = details
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with the configuration: where it is and what was expected."""
+
+    message: str
+    file: str = ""
+    line: int | None = None
+    pointer: str = ""
+
+    def __str__(self) -> str:
+        place = self.file + (f":{self.line}" if self.line else "")
+        where = " ".join(part for part in (place, self.pointer) if part)
+        return f"{where}: {self.message}" if where else self.message
+
+
+class SettingInvalid(OrbitError):
+    """One or more environment settings cannot be used; the start stops."""
+
+    code = "setting_invalid"
+
+
+class ConfigurationInvalid(OrbitError):
+    """The configuration files cannot be used; carries every problem at once."""
+
+    code = "configuration_invalid"
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("\n".join(map(str, problems)))
+        self.problems = tuple(problems)
+
+
+class DatabaseUnavailable(OrbitError):
+    """The database does not answer, or refuses us."""
+
+    code = "database_unavailable"
+
+
+class SchemaMismatch(OrbitError):
+    """The database's schema is older or newer than this program; nothing starts."""
+
+    code = "schema_mismatch"
+
+
+class EmbeddedServerFailed(OrbitError):
+    """The embedded PostgreSQL server cannot be prepared or started."""
+
+    code = "embedded_server_failed"
+
+
+class AddressInUse(OrbitError):
+    """The HTTP address is taken by another process."""
+
+    code = "address_in_use"
+
+
+class LeaseLost(OrbitError):
+    """Another node holds the lease now; what this worker did has no effect."""
+
+    code = "lease_lost"
+
+
+class PayloadTooLarge(OrbitError):
+    """A payload is over the limit; refused before anything is stored."""
+
+    code = "payload_too_large"
+
+
+class StepFailed(OrbitError):
+    """A transformation or normaliser failed after all its attempts."""
+
+    code = "step_failed"
+
+
+class SecretUnreadable(OrbitError):
+    """A stored secret cannot be decrypted with the keys at hand."""
+
+    code = "secret_unreadable"
+
+
+class Refused(OrbitError):
+    """The request is understood and not allowed now (paused, halted, busy, disabled)."""
+
+    code = "refused"
+
+
+class GlobalPause(Refused):
+    """`ORBIT_GLOBAL_PAUSE` is set; no cycle starts."""
+
+    code = "global_pause"
+
+
+class CyclesActive(Refused):
+    """The configuration cannot change while cycles are active."""
+
+    code = "cycles_active"
+
+
+class AlreadyRequeued(Refused):
+    """The dead letter has been requeued before."""
+
+    code = "already_requeued"
+
+
+class NotRerunnable(Refused):
+    """Only a failed cycle can be run again."""
+
+    code = "not_rerunnable"
+
+
+class IdempotencyKeyReused(OrbitError):
+    """The idempotency key was used before with another request body."""
+
+    code = "idempotency_key_reused"
+
+
+class RequestInvalid(OrbitError):
+    """A request's value is not acceptable; says which and what is."""
+
+    code = "request_invalid"
+
+
+class NotFound(OrbitError):
+    """What was asked for does not exist (or is not visible)."""
+
+    code = "not_found"

@@ -1,0 +1,269 @@
+"""The start of a cycle: its deterministic first object, and its acceptance.
+
+A cycle's initiation is the canonical JSON of what asked for it; its SHA-256 is unique per run
+profile for ever. What asks twice (a schedule slot on two nodes, a request repeated under its
+Idempotency-Key, a commit whose answer was lost) has the same initiation, so it gets the id of
+the cycle that is there already. The selector keeps no state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from orbit.canonical import canonical_digest, canonical_json, sha256_hex
+from orbit.database.group_commit import GroupCommit
+from orbit.database.pool import Connection, Database
+from orbit.database.queries import array, load
+from orbit.errors import IdempotencyKeyReused
+from orbit.execution.context import Stage
+from orbit.payload import Payload
+
+SQL = load("cycle")
+
+
+@dataclass(frozen=True, slots=True)
+class Initiation:
+    """The canonical JSON of a cycle's context, and its SHA-256 in hexadecimal."""
+
+    context: str
+    hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedCheckpoint:
+    """A checkpoint that a re-run takes over from the failed cycle."""
+
+    stage: Stage
+    payload: Payload | None
+    detail: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CycleRequest:
+    """A trigger, ready to be accepted.
+
+    `payload` is the cycle's first payload; None means its initiation object, unless
+    `has_initiator`: then injected code makes it, and the cycle starts with its result.
+    `idempotency_key` belongs to the caller and makes the request one for ever.
+    """
+
+    cycle_id: str
+    namespace: str
+    trigger: str
+    run_profile_id: str = ""
+    profile_id: str | None = None
+    slot_at: datetime | None = None
+    idempotency_key: str | None = None
+    payload: Payload | None = None
+    has_initiator: bool = False
+    endpoint_keys: Sequence[str] | None = None
+    revision: str | None = None
+    value_tags: Mapping[str, Any] = field(default_factory=dict)
+    rerun_of: str | None = None
+    copied: Sequence[CopiedCheckpoint] = ()
+    is_waiting: bool = False
+
+    def digest(self) -> str:
+        """What the request asks for, so that a key used for something else is noticed."""
+        payload = self.payload
+        return canonical_digest(
+            {
+                "endpointKeys": list(self.endpoint_keys) if self.endpoint_keys else None,
+                "payload": payload.digest if payload else None,
+                "contentType": payload.content_type if payload else None,
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The answer to a request: the cycle it belongs to, and whether that is a new one."""
+
+    cycle_id: str
+    is_new: bool
+
+
+class RevisionReplaced(Exception):
+    """The configuration changed under a request; it is to be made anew from the current one."""
+
+
+def select_initiation(request: CycleRequest) -> Initiation:
+    """The initiation of a request: the same for the same slot, key or cycle id."""
+    trigger: dict[str, Any] = {"kind": request.trigger}
+    if request.slot_at is not None:
+        trigger = {"kind": "schedule", "slotAt": request.slot_at.isoformat()}
+    elif request.idempotency_key is not None:
+        trigger = {"kind": "request", "idempotencyKey": request.idempotency_key}
+    else:
+        trigger["cycleRunId"] = request.cycle_id
+    if request.rerun_of:
+        trigger["rerunOf"] = request.rerun_of
+    context = canonical_json(
+        {
+            "namespace": request.namespace,
+            "profileId": request.profile_id,
+            "runProfileId": request.run_profile_id or None,
+            "trigger": trigger,
+        }
+    )
+    return Initiation(context.decode(), sha256_hex(context))
+
+
+def new_traceparent() -> str:
+    """A W3C trace context of a new, sampled trace."""
+    return f"00-{os.urandom(16).hex()}-{os.urandom(8).hex()}-01"
+
+
+async def accept(
+    connection: Connection, node_id: str, requests: Sequence[CycleRequest]
+) -> list[Accepted | IdempotencyKeyReused | RevisionReplaced]:
+    """Accepts requests in the open transaction; an answer for each, in order.
+
+    An answer is an error where only that one request is refused.
+    """
+    initiations = [select_initiation(request) for request in requests]
+    async with connection.pipeline():
+        await connection.execute(SQL.share_configuration)
+        cursor = await connection.execute(
+            SQL.accept_cycles, _cycle_rows(node_id, requests, initiations)
+        )
+        payloads, checkpoints = _first_checkpoints(requests, initiations)
+        if payloads:
+            await connection.execute(SQL.accept_payloads, _payload_rows(payloads))
+        if checkpoints:
+            await connection.execute(SQL.accept_checkpoints, _checkpoint_rows(node_id, checkpoints))
+        fresh = {row["cycle_id"] for row in await cursor.fetchall()}
+    return [
+        Accepted(request.cycle_id, True)
+        if request.cycle_id in fresh
+        else await _existing(connection, request, initiation)
+        for request, initiation in zip(requests, initiations, strict=True)
+    ]
+
+
+async def _existing(
+    connection: Connection, request: CycleRequest, initiation: Initiation
+) -> Accepted | IdempotencyKeyReused | RevisionReplaced:
+    cursor = await connection.execute(
+        SQL.first_cycle,
+        {
+            "namespace": request.namespace,
+            "run_profile_id": request.run_profile_id,
+            "hash": initiation.hash,
+        },
+    )
+    row = await cursor.fetchone()
+    if row is None:
+        return RevisionReplaced()
+    if row["cycle_id"] == request.cycle_id:
+        return Accepted(request.cycle_id, True)
+    if row["request_digest"] != request.digest():
+        return IdempotencyKeyReused(
+            "this Idempotency-Key was used before for another request", cycleRunId=row["cycle_id"]
+        )
+    return Accepted(row["cycle_id"], False)
+
+
+class Intake:
+    """Accepts triggers that come one by one, many in one commit.
+
+    `wake` is called when cycles have been accepted, so that a worker here begins at once.
+    """
+
+    def __init__(self, database: Database, node_id: str, wake: Callable[[], None]) -> None:
+        self._database, self._node_id, self._wake = database, node_id, wake
+        self._group = GroupCommit(database, self._flush, weigh=_weight)
+
+    async def accept(self, request: CycleRequest) -> Accepted:
+        """Returns when the cycle exists, whatever happens next.
+
+        Raises IdempotencyKeyReused, and RevisionReplaced if the request is to be made anew.
+        """
+        answer = await self._group.commit(request)
+        if isinstance(answer, Accepted):
+            return answer
+        raise answer
+
+    async def _flush(
+        self, requests: Sequence[CycleRequest]
+    ) -> Sequence[Accepted | IdempotencyKeyReused | RevisionReplaced]:
+        async with self._database.transaction() as connection:
+            answers = await accept(connection, self._node_id, requests)
+        self._wake()
+        return answers
+
+
+def _weight(request: CycleRequest) -> int:
+    copied = sum(c.payload.size for c in request.copied if c.payload)
+    return copied + (request.payload.size if request.payload else 0)
+
+
+def _cycle_rows(
+    node_id: str, requests: Sequence[CycleRequest], initiations: Sequence[Initiation]
+) -> dict[str, Any]:
+    return {
+        "node_id": node_id,
+        "namespace": array(r.namespace for r in requests),
+        "cycle_id": array(r.cycle_id for r in requests),
+        "profile_id": array(r.profile_id for r in requests),
+        "run_profile_id": array(r.run_profile_id for r in requests),
+        "trigger": array(r.trigger for r in requests),
+        "slot_at": array(r.slot_at for r in requests),
+        "idempotency_key": array(r.idempotency_key for r in requests),
+        "revision": array(r.revision for r in requests),
+        "endpoint_keys": array(
+            None if r.endpoint_keys is None else ",".join(r.endpoint_keys) for r in requests
+        ),
+        "value_tags": array(json.dumps(dict(r.value_tags)) for r in requests),
+        "traceparent": array(new_traceparent() for _ in requests),
+        "rerun_of": array(r.rerun_of for r in requests),
+        "hash": array(i.hash for i in initiations),
+        "context": array(i.context for i in initiations),
+        "request_digest": array(r.digest() for r in requests),
+        "is_waiting": array(r.is_waiting for r in requests),
+    }
+
+
+_Checkpoint = tuple[CycleRequest, Stage, Payload | None, Mapping[str, Any]]
+
+
+def _first_checkpoints(
+    requests: Sequence[CycleRequest], initiations: Sequence[Initiation]
+) -> tuple[list[tuple[CycleRequest, Payload]], list[_Checkpoint]]:
+    checkpoints: list[_Checkpoint] = []
+    for request, initiation in zip(requests, initiations, strict=True):
+        if request.copied:
+            checkpoints += [(request, c.stage, c.payload, c.detail) for c in request.copied]
+        elif not request.has_initiator:
+            first = request.payload or Payload(initiation.context.encode(), "application/json")
+            checkpoints.append((request, Stage.CYCLE_STARTED, first, {}))
+    payloads = [(request, payload) for request, _, payload, _ in checkpoints if payload]
+    return payloads, checkpoints
+
+
+def _payload_rows(payloads: list[tuple[CycleRequest, Payload]]) -> dict[str, Any]:
+    return {
+        "namespace": array(request.namespace for request, _ in payloads),
+        "cycle_id": array(request.cycle_id for request, _ in payloads),
+        "digest": array(payload.digest for _, payload in payloads),
+        "content": [payload.content for _, payload in payloads],
+    }
+
+
+def _checkpoint_rows(node_id: str, checkpoints: list[_Checkpoint]) -> dict[str, Any]:
+    payloads = [payload for _, _, payload, _ in checkpoints]
+    return {
+        "node_id": node_id,
+        "namespace": array(request.namespace for request, *_ in checkpoints),
+        "cycle_id": array(request.cycle_id for request, *_ in checkpoints),
+        "stage": array(stage.value for _, stage, *_ in checkpoints),
+        "digest": array(payload and payload.digest for payload in payloads),
+        "content_type": array(payload and payload.content_type for payload in payloads),
+        "size": array(payload and payload.size for payload in payloads),
+        "detail": array(json.dumps(dict(detail)) for *_, detail in checkpoints),
+    }

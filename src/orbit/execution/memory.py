@@ -1,0 +1,57 @@
+"""How many payload bytes a node takes on at once.
+
+A cycle or a send reserves its payload's size before the bytes are read from the database; work
+that does not fit waits. One reservation is always granted, however large, so nothing starves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+
+class PayloadMemory:
+    """A budget of bytes, granted in the order of asking."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit, self._used = limit_bytes, 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @asynccontextmanager
+    async def reserve(self, size: int) -> AsyncIterator[None]:
+        """Holds `size` bytes of the budget; waits until they are free."""
+        if self._waiting or not self._fits(size):
+            await self._turn(size)
+        else:
+            self._used += size
+        try:
+            yield
+        finally:
+            self._used -= size
+            self._grant()
+
+    def _fits(self, size: int) -> bool:
+        return self._used == 0 or self._used + size <= self._limit
+
+    async def _turn(self, size: int) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((size, future))
+        try:
+            await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                self._used -= size
+            self._grant()
+            raise
+
+    def _grant(self) -> None:
+        while self._waiting:
+            size, future = self._waiting[0]
+            if not future.done():
+                if not self._fits(size):
+                    return
+                self._used += size
+                future.set_result(None)
+            self._waiting.popleft()

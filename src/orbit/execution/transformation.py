@@ -1,0 +1,262 @@
+"""Calls injected code: a Python callable or an HTTP address, with a time limit and retries.
+
+A step is called at least once and may be called again, after a failure or a crash, always with
+the same idempotency key. Whatever it does wrong (raises, hangs, returns another type or too
+much) is its failure, never the node's. Breaking the contract is not retried; failing is.
+A synchronous function runs in a thread of its own; one that hangs is abandoned, not waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import random
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import aiohttp
+
+from orbit.errors import OrbitError, PayloadTooLarge, StepFailed
+from orbit.execution.context import ExecutionContext, Stage, Step
+from orbit.execution.plugin import PluginUnusable, resolve
+from orbit.execution.recorder import StepRecord
+from orbit.execution.retry import full_jitter
+from orbit.payload import DEFAULT_CONTENT_TYPE, Payload
+
+_ERROR_CHARACTERS = 2000
+
+
+class ContractBroken(Exception):
+    """A step returned what it must not; calling it again would not help."""
+
+
+class StepCall(Protocol):
+    """One attempt of a step: gets the context of this attempt, gives the step's result."""
+
+    def __call__(self, context: ExecutionContext) -> Awaitable[Any]: ...
+
+
+class Transformer:
+    """Runs steps with their retries and keeps what each call came to.
+
+    Args:
+        max_payload_bytes: a larger result is refused.
+        draw: the source of chance for retry delays, in [0, 1).
+    """
+
+    def __init__(
+        self,
+        http: aiohttp.ClientSession,
+        max_payload_bytes: int,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._http, self._max_payload_bytes, self._draw = http, max_payload_bytes, draw
+
+    async def transform(
+        self, step: Step, payload: Payload, context: ExecutionContext, records: list[StepRecord]
+    ) -> Payload:
+        """The payload that the step makes of `payload`.
+
+        Appends a record per call to `records`. Raises StepFailed after the last attempt.
+        """
+
+        async def call(context: ExecutionContext) -> Payload:
+            if step.use == "http":
+                return await self._post(step, payload, context)
+            result = await invoke(step.use, payload, context)
+            return self.checked([result], "a Payload")[0]
+
+        result: Payload = await self.attempts(step, context, payload.size, call, records)
+        return result
+
+    async def initiate(
+        self, step: Step, context: ExecutionContext, records: list[StepRecord]
+    ) -> Payload:
+        """The first payload of a cycle, as an injected initiator makes it."""
+
+        async def call(context: ExecutionContext) -> Payload:
+            result = await invoke(step.use, context)
+            return self.checked([result], "a Payload")[0]
+
+        result: Payload = await self.attempts(step, context, 0, call, records)
+        return result
+
+    async def attempts(
+        self,
+        step: Step,
+        context: ExecutionContext,
+        input_size: int,
+        call: StepCall,
+        records: list[StepRecord],
+    ) -> Any:
+        """Calls until it succeeds, or the attempts are spent: then StepFailed, with the reason."""
+        for attempt in range(1, step.max_attempts + 1):
+            started = time.monotonic()
+            error, is_final, result = await _outcome(step, call, replace(context, attempt=attempt))
+            record = StepRecord(
+                stage=Stage(context.stage),
+                step=context.step,
+                attempt=attempt,
+                name=step.use if step.url is None else f"http {step.url}",
+                error=error,
+                duration_seconds=time.monotonic() - started,
+                input_size=input_size,
+                output_size=_size(result),
+            )
+            records.append(record)
+            if error is None:
+                return result
+            if is_final or attempt == step.max_attempts:
+                raise StepFailed(
+                    error, stage=context.stage, step=context.step, use=record.name, attempts=attempt
+                )
+            await asyncio.sleep(full_jitter(step.backoff, attempt, self._draw))
+        raise AssertionError("a step has at least one attempt")
+
+    def checked(self, values: Sequence[Any], expected: str) -> list[Payload]:
+        """The values, if all are payloads and none is too large."""
+        for value in values:
+            if not isinstance(value, Payload):
+                raise ContractBroken(f"returned {type(value).__name__}, expected {expected}")
+            if value.size > self._max_payload_bytes:
+                raise PayloadTooLarge(
+                    f"returned {value.size:,} bytes, at most {self._max_payload_bytes:,} "
+                    "are accepted (ORBIT_MAX_PAYLOAD_BYTES)"
+                )
+        return list(values)
+
+    async def _post(self, step: Step, payload: Payload, context: ExecutionContext) -> Payload:
+        headers = {"Content-Type": payload.content_type, **step_headers(context)}
+        async with self._http.post(
+            step.url or "", data=payload.content, headers=headers, allow_redirects=False
+        ) as answer:
+            if answer.status == 204:
+                return payload
+            if answer.status != 200:
+                raise RuntimeError(f"answered {answer.status} {answer.reason or ''}".rstrip())
+            content = await self.read(answer)
+            return Payload(content, answer.headers.get("Content-Type", DEFAULT_CONTENT_TYPE))
+
+    async def read(self, answer: aiohttp.ClientResponse) -> bytes:
+        """An answer's body, refused as soon as it is over the limit."""
+        parts, size = [], 0
+        async for part in answer.content.iter_chunked(1 << 16):
+            size += len(part)
+            if size > self._max_payload_bytes:
+                raise PayloadTooLarge(
+                    f"answered more than {self._max_payload_bytes:,} bytes "
+                    "(ORBIT_MAX_PAYLOAD_BYTES)"
+                )
+            parts.append(part)
+        return b"".join(parts)
+
+    async def post_json(self, step: Step, body: Any, context: ExecutionContext) -> Any:
+        """An HTTP step that speaks JSON: the parsed answer of status 200."""
+        async with self._http.post(
+            step.url or "", json=body, headers=step_headers(context), allow_redirects=False
+        ) as answer:
+            if answer.status != 200:
+                raise RuntimeError(f"answered {answer.status} {answer.reason or ''}".rstrip())
+            return Payload(await self.read(answer)).json()
+
+
+def step_headers(context: ExecutionContext) -> Mapping[str, str]:
+    """What an HTTP step is told beside the payload."""
+    headers = {
+        "Idempotency-Key": context.idempotency_key,
+        "Orbit-Namespace": context.namespace,
+        "Orbit-Profile-Id": context.profile_id,
+        "Orbit-Run-Profile-Id": context.run_profile_id,
+        "Orbit-Cycle-Run-Id": context.cycle_id,
+        "Orbit-Stage": context.stage,
+        "Orbit-Attempt": str(context.attempt),
+        "traceparent": context.traceparent,
+    }
+    return {name: value for name, value in headers.items() if value}
+
+
+async def invoke(use: str, *arguments: Any) -> Any:
+    """Calls a plug-in: awaited if it is async, else in a thread of its own."""
+    function = resolve(use)
+    if _is_async(function):
+        return await function(*arguments)
+    return await _in_thread(functools.partial(function, *arguments))
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    call = getattr(function, "__call__", function)  # noqa: B004 - an object with async __call__
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+
+
+async def _in_thread(function: Callable[[], Any]) -> Any:
+    """A thread of its own and not of a pool: one that hangs must not starve the others."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        try:
+            outcome: tuple[Any, BaseException | None] = function(), None
+        except BaseException as error:  # noqa: BLE001 - whatever it raises is the step's failure
+            outcome = None, _as_exception(error)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the step was abandoned
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=run, name="orbit-step", daemon=True).start()
+    return await future
+
+
+def _as_exception(error: BaseException) -> BaseException:
+    return (
+        error
+        if isinstance(error, Exception) and not isinstance(error, StopIteration)
+        else (RuntimeError(f"raised {type(error).__name__}: {error}"))
+    )
+
+
+async def _outcome(
+    step: Step, call: StepCall, context: ExecutionContext
+) -> tuple[str | None, bool, Any]:
+    """The error (None if there is none), whether it is final, and the result."""
+    limit = asyncio.timeout(step.timeout_seconds)
+    try:
+        async with limit:
+            return None, False, await call(context)
+    except TimeoutError as error:
+        if limit.expired():
+            return f"took longer than {step.timeout_seconds:g} s", False, None
+        return _described(error), False, None
+    except (ContractBroken, PayloadTooLarge, PluginUnusable) as error:
+        return str(error), True, None
+    except Exception as error:  # noqa: BLE001 - a step may raise anything
+        return _described(error), False, None
+
+
+def _described(error: Exception) -> str:
+    text = (
+        str(error)
+        if isinstance(error, (OrbitError, RuntimeError))
+        else (f"{type(error).__name__}: {error}")
+    )
+    return (text or type(error).__name__)[:_ERROR_CHARACTERS]
+
+
+def _size(result: Any) -> int | None:
+    if isinstance(result, Payload):
+        return result.size
+    if isinstance(result, (list, tuple)):
+        sizes: list[int] = [payload.size for payload in result]
+        return sum(sizes)
+    return None

@@ -1,0 +1,43 @@
+"""What a node counts of itself, for Prometheus: base units, and never an id as a label.
+
+Counters go up in the process that did the thing and begin anew with it; what all nodes share is
+in the database and is read there. Whoever does a thing counts it where it is certain.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, GCCollector, Histogram, ProcessCollector
+
+REGISTRY = CollectorRegistry()
+
+cycles_accepted = Counter(
+    "orbit_cycles_accepted", "Cycles that this node accepted.", ["trigger"], registry=REGISTRY
+)
+cycles_ended = Counter(
+    "orbit_cycles_ended", "Cycles that this node ended.", ["state"], registry=REGISTRY
+)
+slots_decided = Counter(
+    "orbit_slots_decided", "Schedule slots that this node decided.", ["outcome"], registry=REGISTRY
+)
+attempts = Counter(
+    "orbit_attempts", "Dispatch attempts that this node settled.", ["outcome"], registry=REGISTRY
+)
+attempt_seconds = Histogram(
+    "orbit_attempt_seconds",
+    "How long attempts took, from their beginning to the end of the answer.",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+    registry=REGISTRY,
+)
+dead_letters = Counter(
+    "orbit_dead_letters", "Jobs that this node found out of retries.", registry=REGISTRY
+)
+commit_entries = Histogram(
+    "orbit_commit_entries",
+    "Entries that shared a commit.",
+    ["kind"],
+    buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500),
+    registry=REGISTRY,
+)
+
+ProcessCollector(registry=REGISTRY)
+GCCollector(registry=REGISTRY)

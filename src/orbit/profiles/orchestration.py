@@ -1,0 +1,233 @@
+"""What people and their tools may ask for: triggers, re-runs, a new configuration.
+
+Every request either starts something, with its id, or is refused with the reason; nothing in
+between. A repeated Idempotency-Key gets the first answer's cycle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from orbit.clock import Clock, new_id
+from orbit.database.pool import Database
+from orbit.database.queries import load
+from orbit.errors import GlobalPause, NotFound, NotRerunnable, PayloadTooLarge, RequestInvalid
+from orbit.execution.context import TIERS, Stage
+from orbit.execution.initiation import (
+    Accepted,
+    CopiedCheckpoint,
+    CycleRequest,
+    Intake,
+    RevisionReplaced,
+)
+from orbit.payload import Payload
+from orbit.profiles.bridge import RAW_NAMESPACE, cycle_request, why_not_runnable
+from orbit.profiles.documents import read_documents
+from orbit.profiles.model import Documents, RunProfile
+from orbit.profiles.revision import Configuration, Revision, revision_of
+from orbit.settings import Settings
+from orbit.vocabulary import check_key
+
+SQL = load("rerun")
+_COPIED = (Stage.CYCLE_STARTED, *TIERS)
+
+
+@dataclass(frozen=True, slots=True)
+class TriggerAnswer:
+    """What became of one run profile's trigger: a cycle, or the reason why there is none."""
+
+    run_profile_id: str
+    namespace: str | None
+    cycle_id: str | None = None
+    is_new: bool = False
+    reason: str | None = None
+
+
+class Orchestration:
+    """The manual side of a node."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        clock: Clock,
+        configuration: Configuration,
+        intake: Intake,
+    ) -> None:
+        self._settings, self._database, self._clock = settings, database, clock
+        self._configuration, self._intake = configuration, intake
+        self._endpoint_keys = frozenset(e.key for e in settings.dispatch_endpoints)
+
+    async def trigger_raw(
+        self,
+        *,
+        namespace: str = RAW_NAMESPACE,
+        payload: Payload | None = None,
+        endpoint_keys: Sequence[str] | None = None,
+        idempotency_key: str | None = None,
+        trigger: str = "api",
+    ) -> Accepted:
+        """Starts a cycle without a run profile.
+
+        Raises GlobalPause, RequestInvalid, PayloadTooLarge or IdempotencyKeyReused.
+        """
+        self._refuse_while_paused()
+        _check_id(namespace, "namespace")
+        self._check_endpoints(endpoint_keys)
+        limit = self._settings.max_payload_bytes
+        if payload is not None and payload.size > limit:
+            raise PayloadTooLarge(
+                f"the payload has {payload.size:,} bytes; at most {limit:,} are accepted "
+                "(ORBIT_MAX_PAYLOAD_BYTES)"
+            )
+        return await self._intake.accept(
+            CycleRequest(
+                cycle_id=new_id(self._clock.now()),
+                namespace=namespace,
+                trigger=trigger,
+                payload=payload,
+                endpoint_keys=None if endpoint_keys is None else tuple(endpoint_keys),
+                idempotency_key=idempotency_key,
+            )
+        )
+
+    async def trigger_run_profiles(
+        self,
+        run_profile_ids: Collection[str] | None = None,
+        *,
+        idempotency_key: str | None = None,
+        trigger: str = "api",
+    ) -> list[TriggerAnswer]:
+        """Starts each enabled run profile once, or those named; an answer for each.
+
+        Raises GlobalPause, and NotFound if a name is unknown (then nothing is started).
+        """
+        self._refuse_while_paused()
+        await self._configuration.refresh()
+        run_profiles = self._named(run_profile_ids)
+        return [await self._trigger(one, idempotency_key, trigger) for one in run_profiles]
+
+    async def rerun(self, cycle_id: str, *, is_from_start: bool = False) -> Accepted:
+        """A new cycle in place of a failed one: from the failed stage, or from the start.
+
+        Raises GlobalPause, NotFound or NotRerunnable.
+        """
+        self._refuse_while_paused()
+        row = await self._database.fetch_one(SQL.failed_cycle, {"cycle_id": cycle_id})
+        if row is None:
+            raise NotFound(f"there is no cycle {cycle_id}")
+        if row["state"] != "failed":
+            raise NotRerunnable(f"cycle {cycle_id} is {row['state']}; only a failed one runs again")
+        request = CycleRequest(
+            cycle_id=new_id(self._clock.now()),
+            namespace=row["namespace"],
+            trigger="rerun",
+            endpoint_keys=row["endpoint_keys"],
+            rerun_of=cycle_id,
+            copied=await self._copied(row["namespace"], cycle_id, is_from_start=is_from_start),
+        )
+        if not row["run_profile_id"]:
+            return await self._intake.accept(request)
+        while True:
+            revision, run_profile = self._of(row["run_profile_id"])
+            base = cycle_request(revision, run_profile, self._clock, "rerun")
+            try:
+                return await self._intake.accept(
+                    replace(base, rerun_of=cycle_id, copied=request.copied)
+                )
+            except RevisionReplaced:
+                await self._configuration.refresh()
+
+    def read_files(self, config_dir: Path | None = None) -> Documents:
+        """The configuration files, checked whole. Raises ConfigurationInvalid."""
+        return read_documents(
+            config_dir or self._settings.config_dir, endpoint_keys=self._endpoint_keys
+        )
+
+    async def reload(self) -> tuple[Revision, bool]:
+        """Puts the files into force; the revision, and whether it is another than before.
+
+        Raises ConfigurationInvalid or CyclesActive; then nothing is changed.
+        """
+        documents = self.read_files()
+        is_changed = await self._configuration.replace(documents)
+        return revision_of(documents), is_changed
+
+    async def _trigger(
+        self, run_profile: RunProfile, idempotency_key: str | None, trigger: str
+    ) -> TriggerAnswer:
+        answer = TriggerAnswer(run_profile.run_profile_id, run_profile.namespace)
+        while True:
+            revision = self._configuration.active
+            current = revision.documents.run_profile(run_profile.run_profile_id)
+            if current is None:
+                return replace(answer, reason="it was removed from the configuration")
+            reason = why_not_runnable(revision.documents, current)
+            if reason is not None:
+                return replace(answer, reason=reason)
+            request = cycle_request(
+                revision, current, self._clock, trigger, idempotency_key=idempotency_key
+            )
+            try:
+                accepted = await self._intake.accept(request)
+            except RevisionReplaced:
+                await self._configuration.refresh()
+                continue
+            return replace(answer, cycle_id=accepted.cycle_id, is_new=accepted.is_new)
+
+    def _named(self, ids: Collection[str] | None) -> list[RunProfile]:
+        documents = self._configuration.active.documents
+        if ids is None:
+            return [one for one in documents.run_profiles if one.is_enabled]
+        found = {one.run_profile_id: one for one in documents.run_profiles}
+        unknown = [one for one in ids if one not in found]
+        if unknown:
+            raise NotFound(f"there is no run profile {', '.join(sorted(unknown))}")
+        return [found[one] for one in dict.fromkeys(ids)]
+
+    def _of(self, run_profile_id: str) -> tuple[Revision, RunProfile]:
+        revision = self._configuration.active
+        run_profile = revision.documents.run_profile(run_profile_id)
+        if run_profile is None:
+            raise NotRerunnable(f"run profile {run_profile_id} is not configured any more")
+        return revision, run_profile
+
+    async def _copied(
+        self, namespace: str, cycle_id: str, *, is_from_start: bool
+    ) -> list[CopiedCheckpoint]:
+        stages = _COPIED[:1] if is_from_start else _COPIED
+        rows = await self._database.fetch_all(
+            SQL.copied_checkpoints,
+            {
+                "namespace": namespace,
+                "cycle_id": cycle_id,
+                "stages": [stage.value for stage in stages],
+            },
+        )
+        return [
+            CopiedCheckpoint(
+                Stage(row["stage"]),
+                Payload(row["content"], row["content_type"]),
+                {**row["detail"], "copiedFrom": cycle_id},
+            )
+            for row in rows
+        ]
+
+    def _refuse_while_paused(self) -> None:
+        if self._settings.global_pause:
+            raise GlobalPause("ORBIT_GLOBAL_PAUSE is set: no cycle starts")
+
+    def _check_endpoints(self, keys: Sequence[str] | None) -> None:
+        unknown = sorted(set(keys or ()) - self._endpoint_keys)
+        if unknown:
+            known = ", ".join(sorted(self._endpoint_keys)) or "none"
+            raise RequestInvalid(f"unknown endpoint {', '.join(unknown)}; known: {known}")
+
+
+def _check_id(value: str, name: str) -> None:
+    try:
+        check_key(value)
+    except ValueError as error:
+        raise RequestInvalid(f"{name}: {error}") from error

@@ -1,0 +1,128 @@
+"""The configuration in force: one revision for all nodes, whole, stored under its digest.
+
+Files only propose. A revision comes into force in one transaction that no acceptance of a cycle
+can overlap, and a cycle stays pinned to the one with which it began. At boot a changed file
+takes effect for new cycles; a reload is refused while cycles are active.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from orbit.canonical import canonical_json, sha256_hex
+from orbit.clock import Clock, new_id
+from orbit.database.pool import Connection, Database
+from orbit.database.queries import load
+from orbit.errors import CyclesActive
+from orbit.profiles.model import Documents, document_body, documents_from_body
+
+SQL = load("configuration")
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """A whole configuration and the SHA-256 of its canonical body."""
+
+    revision: str
+    documents: Documents
+
+
+def revision_of(documents: Documents) -> Revision:
+    """The revision that these documents are."""
+    return Revision(sha256_hex(_body(documents)), documents)
+
+
+class Configuration:
+    """The revision in force, as this node last saw it, and all that its cycles are pinned to."""
+
+    def __init__(self, database: Database, node_id: str, clock: Clock) -> None:
+        self._database, self._node_id, self._clock = database, node_id, clock
+        self._known: dict[str, Revision] = {}
+        self.active: Revision = revision_of(Documents())
+        self.proposed: Revision | None = None
+
+    @property
+    def is_in_step(self) -> bool:
+        """Whether this node's files say what is in force."""
+        return self.proposed is None or self.proposed.revision == self.active.revision
+
+    async def propose(self, documents: Documents) -> bool:
+        """Puts files read at boot into force for new cycles; whether that changed anything."""
+        return await self._put(documents, "files at boot", is_waiting_for_cycles=False)
+
+    async def replace(self, documents: Documents) -> bool:
+        """Puts files into force if no cycle is active; whether that changed anything.
+
+        Raises CyclesActive, naming them, otherwise; then nothing is changed.
+        """
+        return await self._put(documents, "reload", is_waiting_for_cycles=True)
+
+    async def refresh(self) -> bool:
+        """Looks which revision is in force; whether it is another than before."""
+        row = await self._database.fetch_one(SQL.active_revision)
+        if row is None or row["revision"] == self.active.revision:
+            return False
+        self.active = await self.read(row["revision"])
+        return True
+
+    async def read(self, revision: str) -> Revision:
+        """A stored revision. Raises LookupError if it is not there."""
+        found = self._known.get(revision)
+        if found is None:
+            row = await self._database.fetch_one(SQL.revision_body, {"revision": revision})
+            if row is None:
+                raise LookupError(f"configuration revision {revision} is not stored")
+            found = Revision(revision, documents_from_body(json.loads(row["body"])))
+            self._known[revision] = found
+        return found
+
+    async def _put(self, documents: Documents, reason: str, *, is_waiting_for_cycles: bool) -> bool:
+        new = revision_of(documents)
+        async with self._database.transaction() as connection:
+            await connection.execute(SQL.bound_wait)
+            await connection.execute(SQL.lock_configuration)
+            cursor = await connection.execute(SQL.active_revision)
+            row = await cursor.fetchone()
+            is_changed = row is None or row["revision"] != new.revision
+            if is_changed:
+                if is_waiting_for_cycles:
+                    await _refuse_while_active(connection)
+                await self._activate(connection, new, reason)
+        self._known[new.revision] = new
+        self.active = self.proposed = new
+        return is_changed
+
+    async def _activate(self, connection: Connection, new: Revision, reason: str) -> None:
+        row = {
+            "revision": new.revision,
+            "body": _body(new.documents).decode(),
+            "node_id": self._node_id,
+            "activation_id": new_id(self._clock.now()),
+            "reason": reason,
+        }
+        await connection.execute(SQL.insert_revision, row)
+        await connection.execute(SQL.insert_activation, row)
+        await connection.execute(SQL.activate, row)
+
+
+async def _refuse_while_active(connection: Connection) -> None:
+    cursor = await connection.execute(SQL.active_cycles)
+    rows = await cursor.fetchall()
+    if rows:
+        raise CyclesActive(
+            f"{rows[0]['total']} cycles are active; reload when they have ended",
+            activeCycles=[
+                {
+                    "namespace": row["namespace"],
+                    "cycleRunId": row["cycle_id"],
+                    "runProfileId": row["run_profile_id"] or None,
+                }
+                for row in rows
+            ],
+            total=rows[0]["total"],
+        )
+
+
+def _body(documents: Documents) -> bytes:
+    return canonical_json(document_body(documents))

@@ -1,0 +1,145 @@
+"""Profiles and run profiles as configured, and what they come to: do they run, and if not, why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from datetime import datetime
+from typing import Any
+
+from orbit.database.pool import Database
+from orbit.database.queries import array, load
+from orbit.profiles.bridge import why_not_runnable
+from orbit.profiles.model import Documents, Profile, RunProfile
+from orbit.reading.cycles import CycleSummary, summaries
+from orbit.reading.overview import schedules
+from orbit.reading.slots import Slot
+from orbit.reading.view import View, camel_case, read_all
+
+SQL = load("reading")
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileView(View):
+    """A profile as configured; its free objects as they are in the file."""
+
+    profile_id: str
+    label: str
+    state: str
+    style_vector: dict[str, Any]
+    asset_bindings: dict[str, Any]
+    execution_rules: dict[str, Any]
+    distribution_map: dict[str, Any]
+    value_tags: dict[str, Any]
+    run_profile_ids: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class RunProfileView(View):
+    """A run profile as configured, and whether it runs.
+
+    `effective_state` is `disabled` also where its profile is; `reason` then says why.
+    `last_cycle` is looked for among the newest 5,000 cycles.
+    """
+
+    run_profile_id: str
+    profile_id: str
+    namespace: str
+    state: str
+    effective_state: str
+    reason: str | None
+    execution_policy: dict[str, Any]
+    asset_bundle: dict[str, Any]
+    distribution_targets: list[str]
+    value_tags: dict[str, Any]
+    next_due_at: datetime | None
+    last_slot: Slot | None
+    last_cycle: CycleSummary | None
+
+
+def profiles(documents: Documents) -> list[ProfileView]:
+    """The profiles of a configuration."""
+    return [_profile(documents, profile) for profile in documents.profiles]
+
+
+async def run_profiles(database: Database, documents: Documents) -> list[RunProfileView]:
+    """The run profiles of a configuration, with their next slot, last slot and last cycle."""
+    due = {(one.namespace, one.run_profile_id): one.due_at for one in await schedules(database)}
+    slots = await _last_slots(database, documents)
+    recent = await summaries(
+        database, await database.fetch_all(SQL.recent_cycles_of_run_profiles)
+    )
+    cycles = {(one.namespace, one.run_profile_id): one for one in recent}
+    views = []
+    for one in documents.run_profiles:
+        key = one.namespace, one.run_profile_id
+        views.append(_run_profile(documents, one, due.get(key), slots.get(key), cycles.get(key)))
+    return views
+
+
+async def _last_slots(database: Database, documents: Documents) -> dict[tuple[str, str], Slot]:
+    rows = await read_all(
+        database,
+        SQL.last_slots,
+        {
+            "namespace": array(one.namespace for one in documents.run_profiles),
+            "run_profile_id": array(one.run_profile_id for one in documents.run_profiles),
+        },
+    )
+    return {(row["namespace"], row["run_profile_id"]): Slot(**row) for row in rows}
+
+
+def _profile(documents: Documents, profile: Profile) -> ProfileView:
+    return ProfileView(
+        profile_id=profile.profile_id,
+        label=profile.label,
+        state=profile.state,
+        style_vector=dict(profile.style_vector),
+        asset_bindings=dict(profile.asset_bindings),
+        execution_rules=dict(profile.execution_rules),
+        distribution_map=dict(profile.distribution_map),
+        value_tags=dict(profile.value_tags),
+        run_profile_ids=[
+            one.run_profile_id
+            for one in documents.run_profiles
+            if one.profile_id == profile.profile_id
+        ],
+    )
+
+
+def _run_profile(
+    documents: Documents,
+    run_profile: RunProfile,
+    due_at: datetime | None,
+    slot: Slot | None,
+    cycle: CycleSummary | None,
+) -> RunProfileView:
+    reason = why_not_runnable(documents, run_profile)
+    policy = _wire(run_profile.execution_policy)
+    assert isinstance(policy, dict)
+    return RunProfileView(
+        run_profile_id=run_profile.run_profile_id,
+        profile_id=run_profile.profile_id,
+        namespace=run_profile.namespace,
+        state=run_profile.state,
+        effective_state="enabled" if reason is None else "disabled",
+        reason=reason,
+        execution_policy=policy,
+        asset_bundle=dict(run_profile.asset_bundle),
+        distribution_targets=list(run_profile.distribution_targets),
+        value_tags=dict(run_profile.value_tags),
+        next_due_at=due_at if reason is None else None,
+        last_slot=slot,
+        last_cycle=cycle,
+    )
+
+
+def _wire(value: Any) -> Any:
+    """A configuration object with its own keys in camelCase; free objects as they are."""
+    if is_dataclass(value):
+        return {camel_case(one.name): _wire(getattr(value, one.name)) for one in fields(value)}
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, tuple):
+        return [_wire(item) for item in value]
+    return value

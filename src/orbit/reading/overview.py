@@ -1,0 +1,144 @@
+"""The overview: what runs, what waits, what did not run and why, and whether all is well.
+
+Cheap however long the history is: live tables are counted up to a bound, history is looked at
+from its newest end only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from orbit.database.pool import Database
+from orbit.database.queries import load
+from orbit.database.upgrade import HEAD
+from orbit.reading.slots import Slot
+from orbit.reading.view import View, read_all
+
+SQL = load("reading")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView(View):
+    """A node as it told of itself; `is_in_step`: its files say what is in force."""
+
+    node_id: str
+    name: str
+    address: str | None
+    roles: list[str]
+    version: str
+    is_draining: bool
+    is_alive: bool
+    is_in_step: bool
+    started_at: datetime
+    seen_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveCycles(View):
+    """Active cycles, counted up to 10,000; by stage up to 1,000 of them."""
+
+    active: int
+    waiting: int
+    by_stage: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Lane(View):
+    """A namespace's queue for an endpoint, counted up to 1,000; when its first job is due."""
+
+    namespace: str
+    endpoint_key: str
+    queued: int
+    due_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Due(View):
+    """When a schedule's next slot is to be decided; None: never."""
+
+    namespace: str
+    run_profile_id: str | None
+    due_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Store(View):
+    """The database; partitions for new facts reach until `partitions_until`."""
+
+    server_version: str
+    schema_revision: str | None
+    is_schema_current: bool
+    partitions_until: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Status(View):
+    """The overview."""
+
+    now: datetime
+    is_paused: bool
+    revision: str | None
+    nodes: list[NodeView]
+    cycles: ActiveCycles
+    lanes: list[Lane]
+    attempts_in_flight: int
+    open_dead_letters: int
+    slots_not_fired: list[Slot]
+    schedules: list[Due]
+    database: Store
+
+
+async def probe(database: Database) -> str | None:
+    """The schema's revision, if the database answers."""
+    row = await database.fetch_one(SQL.probe)
+    return row["schema_revision"] if row else None
+
+
+async def status(database: Database, *, lease_seconds: float, is_paused: bool) -> Status:
+    """What is to be known at a glance."""
+    (store,) = await read_all(database, SQL.store)
+    (in_flight,) = await read_all(database, SQL.in_flight)
+    (dead,) = await read_all(database, SQL.open_dead_letters)
+    return Status(
+        now=store["now"],
+        is_paused=is_paused,
+        revision=store["revision"],
+        nodes=await _nodes(database, lease_seconds, store["revision"]),
+        cycles=await _active_cycles(database),
+        lanes=[Lane(**row) for row in await read_all(database, SQL.lanes)],
+        attempts_in_flight=in_flight["attempts"],
+        open_dead_letters=dead["open"],
+        slots_not_fired=[Slot(**row) for row in await read_all(database, SQL.slots_not_fired)],
+        schedules=(await schedules(database))[:100],
+        database=Store(
+            store["server_version"],
+            store["schema_revision"],
+            store["schema_revision"] == HEAD,
+            store["partitions_until"],
+        ),
+    )
+
+
+async def schedules(database: Database) -> list[Due]:
+    """Every schedule, the next due first."""
+    return [
+        Due(row["namespace"], row["run_profile_id"] or None, row["due_at"])
+        for row in await read_all(database, SQL.schedules)
+    ]
+
+
+async def _nodes(
+    database: Database, lease_seconds: float, revision: str | None
+) -> list[NodeView]:
+    rows = await read_all(database, SQL.nodes, {"lease_seconds": lease_seconds})
+    return [
+        NodeView(is_in_step=row.pop("files_revision") in (None, revision), **row) for row in rows
+    ]
+
+
+async def _active_cycles(database: Database) -> ActiveCycles:
+    (total,) = await read_all(database, SQL.active_cycles)
+    stages = await read_all(database, SQL.active_stages)
+    by_stage = {row["stage"] or "accepted": row["cycles"] for row in stages}
+    return ActiveCycles(total["active"], total["waiting"], by_stage)

@@ -1,0 +1,180 @@
+"""Remembers which deliveries took effect, so that each does so once.
+
+`once(key, digest, effect)` is the whole protocol: holding a lock of this key's own (the key is
+the delivery's id) it looks the key up, runs the effect if it is new, and remembers it. An
+effect that raises is not remembered: the sender will come again. If a process dies between
+effect and remembering, the effect is repeated on the next attempt, so let it be one that can
+be (a rename, an upsert).
+
+`MemorySeen` forgets with its process; `FileSeen` appends to an index file and returns only
+when the line is on the disk. Concurrent callers share one fsync: whoever holds the sync lock
+makes durable all that was written until then, and those who waited find their part done. A
+line torn by a crash is cut off at the next start. Both keep the newest `limit` ids and forget
+older ones: set it above what a sender may still repeat. They refuse to guess when an id comes
+back with another body: that is `CONFLICT`, a fault of the sender's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from orbit.errors import OrbitError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; there, one process per index is up to the user.
+    fcntl = None  # type: ignore[assignment]
+
+DEFAULT_LIMIT = 1_000_000
+
+
+class SeenFileInUse(OrbitError):
+    """Another process uses this index of seen ids."""
+
+    code = "seen_file_in_use"
+
+
+class Verdict(enum.Enum):
+    """What a delivery is, compared with those before it."""
+
+    NEW = "new"
+    DUPLICATE = "duplicate"
+    CONFLICT = "conflict"
+
+
+class Seen(Protocol):
+    """Takes each id's effect once; safe to call from many threads."""
+
+    def once(self, key: str, digest: str, effect: Callable[[], None]) -> Verdict:
+        """Runs `effect` if `key` is new. `digest` is the body's, in any one notation."""
+
+
+class MemorySeen:
+    """Seen ids in memory, the newest `limit` of them."""
+
+    def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
+        if limit < 1:
+            raise ValueError("limit is at least 1")
+        self._limit = limit
+        self._digests: OrderedDict[str, str] = OrderedDict()
+        self._guard = threading.Lock()
+        self._busy: dict[str, tuple[threading.Lock, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def once(self, key: str, digest: str, effect: Callable[[], None]) -> Verdict:
+        """Runs `effect` if `key` is new; two callers with one id wait for each other.
+
+        Raises ValueError for a key or digest that is empty or has white space.
+        """
+        if key.split() != [key] or digest.split() != [digest]:
+            raise ValueError("key and digest are single words")
+        with self._holding(key):
+            known = self._digests.get(key)
+            if known is not None:
+                return Verdict.DUPLICATE if known == digest else Verdict.CONFLICT
+            effect()
+            self._keep(key, digest)
+            return Verdict.NEW
+
+    def _keep(self, key: str, digest: str) -> None:
+        self._remember(key, digest)
+
+    def _remember(self, key: str, digest: str) -> None:
+        with self._guard:
+            self._digests[key] = digest
+            while len(self._digests) > self._limit:
+                self._digests.popitem(last=False)
+
+    @contextlib.contextmanager
+    def _holding(self, key: str) -> Iterator[None]:
+        """Holds this id's lock, which exists only while somebody wants it."""
+        with self._guard:
+            lock, users = self._busy.get(key, (threading.Lock(), 0))
+            self._busy[key] = lock, users + 1
+        try:
+            with lock:
+                yield
+        finally:
+            with self._guard:
+                lock, users = self._busy.pop(key)
+                if users > 1:
+                    self._busy[key] = lock, users - 1
+
+
+class FileSeen(MemorySeen):
+    """Seen ids in an append-only file of `digest id` lines; survives crashes and restarts.
+
+    One process at a time: a second raises SeenFileInUse. Raises OSError where the file cannot
+    be written; then nothing was remembered and the sender should be told to come again.
+    """
+
+    def __init__(self, path: Path, limit: int = DEFAULT_LIMIT) -> None:
+        super().__init__(limit)
+        self._path = path
+        self._sync = threading.Lock()
+        self._descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
+        try:
+            self._lock_file()
+            self._written = self._synced = self._load()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def close(self) -> None:
+        """Gives the file to another process; the object is of no use afterwards."""
+        os.close(self._descriptor)
+
+    def _keep(self, key: str, digest: str) -> None:
+        line = f"{digest} {key}\n".encode()
+        with self._guard:
+            self._append(line)
+            self._written += len(line)
+            mine = self._written
+        self._make_durable(mine)
+        self._remember(key, digest)
+
+    def _append(self, line: bytes) -> None:
+        try:
+            done = os.write(self._descriptor, line)
+            if done != len(line):
+                raise OSError(f"{self._path}: the disk took {done} of {len(line)} bytes")
+        except OSError:
+            os.ftruncate(self._descriptor, self._written)
+            raise
+
+    def _make_durable(self, position: int) -> None:
+        with self._sync:
+            if self._synced < position:
+                reach = self._written
+                os.fsync(self._descriptor)
+                self._synced = reach
+
+    def _lock_file(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SeenFileInUse(f"{self._path} is in use by another process") from error
+
+    def _load(self) -> int:
+        """Reads the whole lines, cuts off a torn one, and returns the file's length."""
+        length = 0
+        with self._path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                length += len(line)
+                digest, _, key = line.decode().rstrip("\n").partition(" ")
+                self._remember(key, digest)
+        os.ftruncate(self._descriptor, length)
+        return length

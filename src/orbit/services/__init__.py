@@ -1,0 +1,1 @@
+"""The loops of a node: scheduler, runner, dispatcher, heartbeat, janitor."""

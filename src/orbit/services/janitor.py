@@ -1,0 +1,54 @@
+"""The janitor: makes time partitions ahead, and drops what retention has let go.
+
+Facts go only partition by partition, oldest first, and never what a live cycle or job needs.
+Audit, ledgers and dead letters stay for ever.
+"""
+
+from __future__ import annotations
+
+from orbit.database.pool import Database
+from orbit.database.queries import load
+from orbit.services.base import Service
+
+SQL = load("node")
+_REST_SECONDS = 3600.0
+
+# What a cycle and its jobs leave behind; ledgers and dead letters are not among it.
+RETAINED_FACTS = (
+    "payload",
+    "cycle_checkpoint",
+    "normalized_item",
+    "execution_record",
+    "delivery_receipt",
+    "dispatch_job",
+    "initiation",
+    "cycle_run",
+)
+
+
+class Janitor(Service):
+    """Runs at start and then every hour; several at once do no harm."""
+
+    name = "janitor"
+
+    def __init__(self, database: Database, *, fact_retention_days: int) -> None:
+        super().__init__(database)
+        self._fact_retention_days = fact_retention_days
+
+    async def run_once(self) -> float:
+        """Partitions ahead, then retention."""
+        row = await self._database.fetch_one(SQL.create_partitions)
+        if row is not None and row["made"]:
+            self._log.info("partitions_created", count=row["made"])
+        await self._database.execute(SQL.forget_nodes)
+        if self._fact_retention_days:
+            await self._retain()
+        return _REST_SECONDS
+
+    async def _retain(self) -> None:
+        for fact in RETAINED_FACTS:
+            row = await self._database.fetch_one(
+                SQL.drop_partitions, {"fact": fact, "days": self._fact_retention_days}
+            )
+            if row is not None and row["dropped"]:
+                self._log.info("partitions_dropped", fact=fact, partitions=row["dropped"])

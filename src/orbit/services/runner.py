@@ -1,0 +1,107 @@
+"""The runner: claims due cycles and carries many of them on at once.
+
+It holds what it has claimed until the cycle needs no worker, its lease is lost, or the node
+drains: then it gives the leases back, so that any node goes on at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+
+from orbit.database.pool import TRANSIENT, Database
+from orbit.errors import LeaseLost
+from orbit.execution.context import ClaimedCycle, Stage
+from orbit.execution.cycle import Orchestrator, claim
+from orbit.execution.recorder import release, renew
+from orbit.services.base import Service
+
+
+class Runner(Service):
+    """Claims cycles up to its concurrency.
+
+    `on_enqueued` is called when a cycle's jobs are queued, so that dispatch begins at once.
+    """
+
+    name = "runner"
+
+    def __init__(
+        self,
+        database: Database,
+        orchestrator: Orchestrator,
+        node_id: str,
+        *,
+        concurrency: int,
+        lease_seconds: float,
+        poll_seconds: float,
+        on_enqueued: Callable[[], None],
+    ) -> None:
+        super().__init__(database)
+        self._orchestrator, self._node_id = orchestrator, node_id
+        self._concurrency, self._lease_seconds = concurrency, lease_seconds
+        self._poll_seconds, self._on_enqueued = poll_seconds, on_enqueued
+        self._running: dict[str, tuple[ClaimedCycle, asyncio.Task[None]]] = {}
+
+    async def run_once(self) -> float:
+        """Claims what there is room for; rests until woken if nothing more was due."""
+        room = self._concurrency - len(self._running)
+        if room <= 0:
+            return self._poll_seconds
+        claimed = await claim(self._database, self._node_id, room, self._lease_seconds)
+        for cycle in claimed:
+            task = asyncio.create_task(self._carry(cycle), name=f"cycle-{cycle.cycle_id}")
+            self._running[cycle.cycle_id] = cycle, task
+        return 0 if claimed else self._poll_seconds
+
+    @property
+    def running(self) -> Collection[ClaimedCycle]:
+        """The cycles in hand."""
+        return [cycle for cycle, _ in self._running.values()]
+
+    async def beat(self) -> None:
+        """Prolongs the leases in hand; lets go of cycles whose lease is lost."""
+        cycles = self.running
+        if not cycles:
+            return
+        async with self._database.connection() as connection:
+            held = await renew(connection, self._node_id, list(cycles), self._lease_seconds)
+        for cycle in cycles:
+            if cycle.cycle_id not in held and (entry := self._running.get(cycle.cycle_id)):
+                entry[1].cancel()
+
+    async def drain(self, seconds: float) -> None:
+        """Lets cycles go on for so long, then gives back the leases of the rest."""
+        await self.stop()
+        tasks = [task for _, task in self._running.values()]
+        if tasks and seconds > 0:
+            await asyncio.wait(tasks, timeout=seconds)
+        rest = [(cycle, task) for cycle, task in self._running.values() if not task.done()]
+        for _, task in rest:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in rest), return_exceptions=True)
+        if rest:
+            self._log.info("cycles_released", count=len(rest))
+            async with self._database.connection() as connection:
+                await release(connection, self._node_id, [cycle for cycle, _ in rest])
+
+    async def _carry(self, cycle: ClaimedCycle) -> None:
+        log = self._log.bind(
+            namespace=cycle.namespace, cycle=cycle.cycle_id, trace=cycle.traceparent
+        )
+        try:
+            stage = await self._orchestrator.run(cycle)
+            if stage is Stage.DISPATCH_ENQUEUED:
+                self._on_enqueued()
+            log.info(
+                "cycle_failed" if stage is Stage.CYCLE_FAILED else "cycle_advanced", stage=stage
+            )
+        except LeaseLost:
+            log.warning("lease_lost")
+        except TRANSIENT:
+            log.warning("cycle_interrupted", exc_info=True)
+        except Exception:
+            # The lease runs out and the cycle is taken up again, at most max_recoveries times.
+            log.exception("cycle_interrupted")
+        finally:
+            self._running.pop(cycle.cycle_id, None)
+            self.wake()

@@ -1,0 +1,331 @@
+"""The scheduler: decides every slot of every schedule, exactly once among all nodes.
+
+Design note. A schedule's row says up to when its slots are decided. Whoever locks it decides the
+next ones by the database's clock: the slot's row, the cycle it starts and the schedule's new
+place commit together. So two nodes cannot fire a slot twice, a crash cannot lose one, and a
+node's own clock plays no part. A backlog is decided page by page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+
+from orbit.canonical import canonical_digest
+from orbit.clock import Clock, new_id
+from orbit.database.pool import Connection, Database
+from orbit.database.queries import array, load
+from orbit.execution.initiation import Accepted, CycleRequest, RevisionReplaced, accept
+from orbit.profiles.bridge import RAW_NAMESPACE, cycle_request, why_not_runnable
+from orbit.profiles.model import RunProfile
+from orbit.profiles.revision import Configuration, Revision
+from orbit.profiles.schedule import (
+    Misfire,
+    Overlap,
+    Schedule,
+    SlotDecision,
+    SlotOutcome,
+    Verdict,
+    decide,
+    in_zone,
+    jitter,
+    next_slot,
+    slots_between,
+)
+from orbit.services.base import Service
+from orbit.settings import Settings
+
+SQL = load("slots")
+_SCHEDULES_PER_PASS = 100
+_SLOTS_PER_PAGE = 200
+_NEVER = "infinity"
+
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A schedule with the run profile it is for; None is the raw phase 1 cycle."""
+
+    schedule: Schedule
+    run_profile: RunProfile | None
+
+
+@dataclass(slots=True)
+class _Page:
+    """The slots of one schedule that a pass decides, and what became of each."""
+
+    key: Key
+    planned: Planned
+    decisions: list[SlotDecision]
+    decided_until: datetime
+    late_before: datetime
+    rows: list[tuple[SlotDecision, SlotOutcome, str, CycleRequest | None]] = field(
+        default_factory=list
+    )
+
+
+def planned_schedules(revision: Revision, settings: Settings) -> dict[Key, Planned]:
+    """Every schedule of a configuration, by namespace and run profile ('' for raw cycles)."""
+    planned: dict[Key, Planned] = {}
+    for run_profile in revision.documents.run_profiles:
+        schedule = _schedule(run_profile, settings)
+        if schedule.expressions:
+            key = run_profile.namespace, run_profile.run_profile_id
+            planned[key] = Planned(schedule, run_profile)
+    if settings.cron_schedule:
+        raw = Schedule((settings.cron_schedule,), settings.timezone)
+        planned[RAW_NAMESPACE, ""] = Planned(raw, None)
+    return planned
+
+
+def _schedule(run_profile: RunProfile, settings: Settings) -> Schedule:
+    policy = run_profile.execution_policy
+    common = settings.run_profile_cron_schedule
+    expressions = [policy.schedule] if policy.schedule else []
+    if common:
+        expressions.append(in_zone(common, settings.timezone))
+    limit = policy.catch_up_limit
+    return Schedule(
+        tuple(expressions),
+        policy.timezone,
+        Misfire(policy.misfire),
+        settings.catch_up_limit if limit is None else limit,
+        Overlap(policy.overlap),
+        policy.jitter_seconds,
+    )
+
+
+class Scheduler(Service):
+    """Decides due slots and starts their cycles."""
+
+    name = "scheduler"
+
+    def __init__(
+        self,
+        database: Database,
+        configuration: Configuration,
+        clock: Clock,
+        settings: Settings,
+        node_id: str,
+        on_fired: Callable[[], None],
+    ) -> None:
+        super().__init__(database)
+        self._on_fired = on_fired
+        self._configuration, self._clock = configuration, clock
+        self._settings, self._node_id = settings, node_id
+        self._planned: dict[Key, Planned] = {}
+        self._synced: str | None = None
+
+    async def run_once(self) -> float:
+        """Decides what is due; rests until the next slot, or for one poll."""
+        row = await self._database.fetch_one(SQL.next_due)
+        assert row is not None
+        if row["revision"] != self._synced:
+            await self._configuration.refresh()
+            await self._sync()
+            return 0
+        due_in = row["due_in_seconds"]
+        if due_in is None or due_in > 0:
+            poll = self._settings.poll_seconds
+            return poll if due_in is None else min(poll, due_in)
+        return 0 if await self._decide_due() else self._settings.poll_seconds
+
+    async def _sync(self) -> None:
+        """Makes the schedules in the database those of the configuration in force."""
+        active = self._configuration.active
+        self._planned = planned_schedules(active, self._settings)
+        now = self._clock.now()
+        keys = list(self._planned)
+        due = [_due_at(key, self._planned[key].schedule, now) for key in keys]
+        await self._database.execute(
+            SQL.sync_schedules,
+            {
+                "namespace": array(namespace for namespace, _ in keys),
+                "run_profile_id": array(run_profile_id for _, run_profile_id in keys),
+                "definition": array(_definition(self._planned[key].schedule) for key in keys),
+                "decided_until": array([now] * len(keys)),
+                "due_at": array(due),
+            },
+        )
+        self._synced = active.revision
+        self._log.info("schedules_synced", count=len(keys), revision=active.revision[:12])
+
+    async def _decide_due(self) -> int:
+        """One transaction over a number of due schedules; how many there were."""
+        try:
+            async with self._database.transaction() as connection:
+                pages = await self._decide(connection)
+        except RevisionReplaced:
+            await self._configuration.refresh()
+            return 1
+        fired = sum(request is not None for page in pages for *_, request in page.rows)
+        if fired:
+            self._on_fired()
+        if pages:
+            self._log.info("slots_decided", schedules=len(pages), fired=fired)
+        return len(pages)
+
+    async def _decide(self, connection: Connection) -> list[_Page]:
+        cursor = await connection.execute(SQL.claim_schedules, {"limit": _SCHEDULES_PER_PASS})
+        rows = await cursor.fetchall()
+        pages = [
+            self._page((row["namespace"], row["run_profile_id"]), planned, row)
+            for row in rows
+            if (planned := self._ours(row)) is not None
+        ]
+        if pages:
+            busy = await self._busy(connection, pages)
+            for page in pages:
+                self._judge(page, busy.get(page.key))
+            await self._write(connection, pages)
+        return pages
+
+    def _ours(self, row: Mapping[str, str]) -> Planned | None:
+        """The schedule as configured; None if another definition of it is stored."""
+        planned = self._planned.get((row["namespace"], row["run_profile_id"]))
+        if planned is None or _definition(planned.schedule) != row["definition"]:
+            self._synced = None
+            return None
+        return planned
+
+    def _page(self, key: Key, planned: Planned, row: Mapping[str, datetime]) -> _Page:
+        """The slots that are due, the oldest first, up to a bound."""
+        now, schedule = row["now"].astimezone(UTC), planned.schedule
+        found = slots_between(schedule, row["decided_until"], now, _SLOTS_PER_PAGE + 1)
+        due = []
+        for slot_at in found[:_SLOTS_PER_PAGE]:
+            if slot_at + _jitter(key, slot_at, schedule) > now:
+                break
+            due.append(slot_at)
+        grace = timedelta(seconds=self._settings.misfire_grace_seconds)
+        decisions = decide(schedule, due, now, grace, more=len(found) > len(due))
+        until = due[-1] if due else row["decided_until"]
+        late_before = now - grace - timedelta(seconds=schedule.jitter_seconds)
+        return _Page(key, planned, decisions, until, late_before)
+
+    async def _busy(self, connection: Connection, pages: Sequence[_Page]) -> dict[Key, str]:
+        cursor = await connection.execute(
+            SQL.busy_run_profiles,
+            {
+                "namespace": array(page.key[0] for page in pages),
+                "run_profile_id": array(page.key[1] for page in pages),
+            },
+        )
+        rows = await cursor.fetchall()
+        return {(row["namespace"], row["run_profile_id"]): row["cycle_id"] for row in rows}
+
+    def _judge(self, page: _Page, active: str | None) -> None:
+        """What becomes of each slot: the misfire policy's verdict, then what may stop a start."""
+        for decision in page.decisions:
+            if decision.outcome is not Verdict.FIRE:
+                outcome = SlotOutcome(decision.outcome.value)
+                page.rows.append((decision, outcome, decision.reason, None))
+            elif (stopped := self._stopped(page, decision, active)) is not None:
+                page.rows.append((decision, *stopped, None))
+            else:
+                request = self._request(page, decision, active)
+                page.rows.append((decision, SlotOutcome.FIRED, decision.reason, request))
+                active = request.cycle_id
+
+    def _stopped(
+        self, page: _Page, decision: SlotDecision, active: str | None
+    ) -> tuple[SlotOutcome, str] | None:
+        if self._settings.global_pause:
+            return SlotOutcome.PAUSED, "ORBIT_GLOBAL_PAUSE is set"
+        if page.planned.run_profile is not None:
+            documents = self._configuration.active.documents
+            reason = why_not_runnable(documents, page.planned.run_profile)
+            if reason is not None:
+                return SlotOutcome.DISABLED, reason
+        schedule = page.planned.schedule
+        # What catches up would only ever overlap itself: it queues instead.
+        is_catching_up = (
+            schedule.misfire is Misfire.CATCH_UP and decision.slot_at < page.late_before
+        )
+        if active is not None and schedule.overlap is Overlap.SKIP and not is_catching_up:
+            return SlotOutcome.OVERLAPPED, f"cycle {active} is still active"
+        return None
+
+    def _request(self, page: _Page, decision: SlotDecision, active: str | None) -> CycleRequest:
+        is_waiting = active is not None and page.planned.schedule.overlap is not Overlap.ALLOW
+        if page.planned.run_profile is None:
+            request = CycleRequest(
+                cycle_id=new_id(self._clock.now()),
+                namespace=page.key[0],
+                trigger="schedule",
+                slot_at=decision.slot_at,
+            )
+        else:
+            request = cycle_request(
+                self._configuration.active,
+                page.planned.run_profile,
+                self._clock,
+                "schedule",
+                slot_at=decision.slot_at,
+            )
+        return replace(request, is_waiting=is_waiting)
+
+    async def _write(self, connection: Connection, pages: Sequence[_Page]) -> None:
+        """Cycles, slots and the schedules' new place.
+
+        Raises RevisionReplaced, before anything is kept, if the configuration has changed.
+        """
+        requests = [request for page in pages for *_, request in page.rows if request is not None]
+        cycle_ids: dict[str, str] = {}
+        answers = await accept(connection, self._node_id, requests) if requests else []
+        for request, answer in zip(requests, answers, strict=True):
+            if not isinstance(answer, Accepted):
+                raise answer
+            cycle_ids[request.cycle_id] = answer.cycle_id
+        await connection.execute(SQL.insert_slots, self._slot_rows(pages, cycle_ids))
+        await connection.execute(SQL.move_schedules, self._place_rows(pages))
+
+    def _slot_rows(self, pages: Sequence[_Page], cycle_ids: Mapping[str, str]) -> dict[str, str]:
+        rows = [(page.key, *row) for page in pages for row in page.rows]
+        return {
+            "node_id": self._node_id,
+            "namespace": array(key[0] for key, *_ in rows),
+            "run_profile_id": array(key[1] for key, *_ in rows),
+            "slot_at": array(decision.slot_at for _, decision, *_ in rows),
+            "outcome": array(outcome.value for _, _, outcome, *_ in rows),
+            "reason": array(reason for *_, reason, _ in rows),
+            "cycle_id": array(request and cycle_ids[request.cycle_id] for *_, request in rows),
+        }
+
+    def _place_rows(self, pages: Sequence[_Page]) -> dict[str, str]:
+        return {
+            "namespace": array(page.key[0] for page in pages),
+            "run_profile_id": array(page.key[1] for page in pages),
+            "decided_until": array(page.decided_until for page in pages),
+            "due_at": array(
+                _due_at(page.key, page.planned.schedule, page.decided_until) for page in pages
+            ),
+        }
+
+
+def _definition(schedule: Schedule) -> str:
+    """What a schedule is, so that a change of it is noticed."""
+    return canonical_digest(
+        {
+            "expressions": list(schedule.expressions),
+            "timezone": schedule.timezone,
+            "misfire": schedule.misfire.value,
+            "catchUpLimit": schedule.catch_up_limit,
+            "overlap": schedule.overlap.value,
+            "jitterSeconds": schedule.jitter_seconds,
+        }
+    )
+
+
+def _due_at(key: Key, schedule: Schedule, after: datetime) -> datetime | str:
+    """When the first slot later than `after` is to be decided: the slot and its jitter."""
+    slot_at = next_slot(schedule, after)
+    if slot_at is None:
+        return _NEVER
+    return slot_at + _jitter(key, slot_at, schedule)
+
+
+def _jitter(key: Key, slot_at: datetime, schedule: Schedule) -> timedelta:
+    return jitter("\x1f".join(key), slot_at, schedule.jitter_seconds)

@@ -1,0 +1,121 @@
+"""What tests share: one real PostgreSQL server, a fresh database per test from a template.
+
+The server is the embedded one, in a folder of this run; ORBIT_TEST_DATABASE_URL names another
+(of a role that may create databases). A test's database is a copy of a template with the
+schema in place, which takes tens of milliseconds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from orbit.clock import DatabaseClock, SystemClock, new_id
+from orbit.database.embedded import APPLICATION_ROLE, EmbeddedServer, erase
+from orbit.database.pool import Database
+from orbit.database.upgrade import upgrade
+
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class TestServer:
+    """A server to make databases on: as the owner, and as the application's role."""
+
+    __test__ = False
+    owner_dsn: str
+    app_role: str
+
+    def owner(self, database: str) -> str:
+        return make_conninfo(self.owner_dsn, dbname=database)
+
+    def app(self, database: str) -> str:
+        return make_conninfo(self.owner_dsn, dbname=database, user=self.app_role)
+
+    def run(self, statement: str) -> None:
+        with psycopg.connect(self.owner("postgres"), autocommit=True) as connection:
+            connection.execute(statement)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[TestServer]:
+    """The PostgreSQL server of this test run, with a template database."""
+    given = os.environ.get("ORBIT_TEST_DATABASE_URL")
+    folder = Path(tempfile.mkdtemp(prefix="orbit-tests-"))
+    folder.chmod(0o755)  # for root's server, which runs as another user
+    embedded = None if given else EmbeddedServer.start(folder / "data")
+    found = TestServer(given or (embedded.owner_dsn if embedded else ""), APPLICATION_ROLE)
+    template = f"orbit_template_{os.getpid()}"
+    found.run(
+        f"DO $$ BEGIN CREATE ROLE {APPLICATION_ROLE} LOGIN; "
+        "EXCEPTION WHEN duplicate_object THEN NULL; END $$"
+    )
+    found.run(f"DROP DATABASE IF EXISTS {template}")
+    found.run(f"CREATE DATABASE {template}")
+    upgrade(found.owner(template), APPLICATION_ROLE)
+    yield found
+    found.run(f"DROP DATABASE {template} WITH (FORCE)")
+    if embedded is not None:
+        embedded.leave()
+        erase(folder / "data")
+    folder.rmdir()
+
+
+@pytest.fixture
+def database_name(server: TestServer) -> Iterator[str]:
+    """The name of a fresh database with Orbit's schema."""
+    name = f"orbit_test_{os.getpid()}_{next(_numbers)}"
+    server.run(f"CREATE DATABASE {name} TEMPLATE orbit_template_{os.getpid()}")
+    yield name
+    server.run(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def dsn(server: TestServer, database_name: str) -> str:
+    """A fresh database, as the application's role, which owns nothing."""
+    return server.app(database_name)
+
+
+@pytest.fixture
+def owner_dsn(server: TestServer, database_name: str) -> str:
+    """The same database as its owner, a superuser."""
+    return server.owner(database_name)
+
+
+@pytest.fixture
+async def database(dsn: str) -> AsyncIterator[Database]:
+    """A pool on the fresh database."""
+    pool = Database(dsn, minimum=1, maximum=4)
+    await pool.open()
+    yield pool
+    await pool.close()
+
+
+@pytest.fixture
+def clock() -> DatabaseClock:
+    """A clock that agrees with the server's."""
+    return DatabaseClock(SystemClock().now())
+
+
+@pytest.fixture
+def node_id(clock: DatabaseClock) -> str:
+    """An id of a node."""
+    return new_id(clock.now())
+
+
+@pytest.fixture
+def config_dir(tmp_path: Path) -> Path:
+    """A folder with an empty, valid configuration."""
+    folder = tmp_path / "config"
+    folder.mkdir()
+    (folder / "profiles.json").write_text('{"profiles": []}')
+    (folder / "runProfiles.json").write_text('{"run_profiles": []}')
+    return folder

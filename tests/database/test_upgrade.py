@@ -1,0 +1,256 @@
+"""Upgrading the schema: at once from several sides, against locks, newer and older, by hand."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import psycopg
+import pytest
+from alembic.script import ScriptDirectory
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from orbit.database import embedded_place, upgrade
+from orbit.database.embedded import APPLICATION_ROLE, EmbeddedServer, erase
+from orbit.database.upgrade import SchemaStatus
+from orbit.errors import DatabaseUnavailable, SchemaMismatch
+
+SHORT = timedelta(milliseconds=100)
+
+UPGRADE = """
+import sys
+from orbit.database.upgrade import upgrade
+print(upgrade(sys.argv[1], sys.argv[2]).status)
+"""
+
+CHECK = """
+import sys
+from orbit.database.upgrade import check
+print(check(sys.argv[1]).status, *({"alembic", "sqlalchemy"} & set(sys.modules)))
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EmbeddedServer]:
+    """A server for this file's databases."""
+    outer = Path(tempfile.mkdtemp(prefix="orbit-test-"))
+    outer.chmod(0o755)
+    running = EmbeddedServer.start(outer / ".orbit")
+    yield running
+    running.leave()
+    erase(outer / ".orbit")
+    shutil.rmtree(outer)
+
+
+@pytest.fixture(scope="module")
+def names() -> Iterator[str]:
+    """Names of databases, each used once."""
+    return (f"upgrade_{number}" for number in itertools.count())
+
+
+@pytest.fixture
+def empty(server: EmbeddedServer, names: Iterator[str]) -> Iterator[str]:
+    """The owner's connection string of an empty database."""
+    name = next(names)
+    with psycopg.connect(server.owner_dsn, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        yield make_conninfo(server.owner_dsn, dbname=name)
+        drop = sql.SQL("DROP DATABASE {} WITH (FORCE)")
+        connection.execute(drop.format(sql.Identifier(name)))
+
+
+def as_application(dsn: str) -> str:
+    """The same database for the application's role."""
+    return make_conninfo(dsn, user=APPLICATION_ROLE)
+
+
+def set_revision(dsn: str, revision: str) -> None:
+    """Makes the database say that it has this revision."""
+    with psycopg.connect(dsn) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = %s", (revision,))
+
+
+def tables(dsn: str) -> list[str]:
+    """The names of all tables, sorted."""
+    with psycopg.connect(dsn) as connection:
+        query = "SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1"
+        return [row[0] for row in connection.execute(query)]
+
+
+def dump(dsn: str, server: EmbeddedServer) -> str:
+    """The whole schema as SQL, without pg_dump's random marks."""
+    binaries = embedded_place.find_place(server.home.parent).binaries
+    command = [str(binaries / "pg_dump"), "--schema-only", "--dbname", dsn]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return "\n".join(line for line in text.splitlines() if "restrict " not in line)
+
+
+def test_the_known_revisions_are_those_of_the_migrations() -> None:
+    """REVISIONS and HEAD, known without Alembic, are what Alembic finds in the folder."""
+    scripts = ScriptDirectory.from_config(upgrade._config())
+    found = [script.revision for script in scripts.walk_revisions()]
+    assert tuple(reversed(found)) == upgrade.REVISIONS
+    assert scripts.get_heads() == [upgrade.HEAD]
+
+
+def test_an_empty_database_is_upgraded_and_then_current(empty: str) -> None:
+    """Missing before, current after, for the application's role as well; again changes nothing."""
+    assert upgrade.check(empty).status is SchemaStatus.MISSING
+    with pytest.raises(SchemaMismatch, match=r"has no schema.*needs .*`orbit db upgrade`"):
+        upgrade.require_current(empty)
+    assert upgrade.upgrade(empty, APPLICATION_ROLE).status is SchemaStatus.MISSING
+    upgrade.require_current(as_application(empty))
+    assert upgrade.upgrade(empty, APPLICATION_ROLE).status is SchemaStatus.CURRENT
+
+
+def test_the_application_role_reads_and_adds_but_owns_nothing(empty: str) -> None:
+    """What `orbit_grant` gives: facts can be added, neither changed nor dropped."""
+    upgrade.upgrade(empty, APPLICATION_ROLE)
+    with psycopg.connect(as_application(empty), autocommit=True) as connection:
+        assert connection.execute("SELECT count(*) FROM cycle_run").fetchone() == (0,)
+        for statement in (
+            "DELETE FROM cycle_run",
+            "DROP TABLE cycle_run",
+            "UPDATE alembic_version SET version_num = '9'",
+            "CREATE TABLE mine ()",
+        ):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                connection.execute(statement.encode())
+
+
+def test_the_check_imports_neither_alembic_nor_sqlalchemy(empty: str) -> None:
+    """A node's start pays for them only when there is something to upgrade."""
+    command = [sys.executable, "-c", CHECK, empty]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == ["missing"]
+
+
+def test_six_processes_upgrade_at_once_and_one_does_it(empty: str) -> None:
+    """One finds the schema missing; the others wait for it and find it current."""
+    command = [sys.executable, "-c", UPGRADE, empty, APPLICATION_ROLE]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(6)
+    ]
+    answers = [process.communicate(timeout=60) for process in processes]
+    assert [error for _, error in answers] == [""] * 6
+    assert sorted(out.strip() for out, _ in answers) == ["current"] * 5 + ["missing"]
+    upgrade.require_current(empty)
+
+
+def test_a_table_locked_by_another_session_bounds_the_wait_and_names_it(empty: str) -> None:
+    """ACCESS EXCLUSIVE elsewhere: given up after three short waits, the holder is named."""
+    with psycopg.connect(empty, application_name="backup job") as other:
+        other.execute("CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY)")
+        other.commit()
+        other.execute("LOCK TABLE alembic_version IN ACCESS EXCLUSIVE MODE")
+        started = time.monotonic()
+        with pytest.raises(DatabaseUnavailable, match=r"backup job.*AccessExclusive.*alembic_ver"):
+            upgrade.upgrade(empty, lock_timeout=SHORT)
+        with pytest.raises(DatabaseUnavailable, match="backup job"):
+            upgrade.check(empty, lock_timeout=SHORT)
+        assert time.monotonic() - started < 10
+        other.rollback()
+    assert upgrade.upgrade(empty).status is SchemaStatus.MISSING
+
+
+def test_an_upgrade_in_another_session_is_waited_for_with_patience(empty: str) -> None:
+    """An upgrade that hangs elsewhere does not hang this one."""
+    with psycopg.connect(empty) as other:
+        other.execute("SELECT pg_advisory_xact_lock(%s)", (upgrade._UPGRADE_LOCK,))
+        with pytest.raises(DatabaseUnavailable, match=r"has been upgrading .* for 0\.1 s"):
+            upgrade.upgrade(empty, patience=SHORT)
+    assert tables(empty) == []
+
+
+def test_a_migration_that_fails_leaves_the_database_as_it_was(empty: str) -> None:
+    """Somebody's table stands in the way: the server's words, and nothing half done."""
+    with psycopg.connect(empty) as connection:
+        connection.execute("CREATE TABLE dead_letter_dispatch ()")
+    with pytest.raises(DatabaseUnavailable, match='"dead_letter_dispatch" already exists'):
+        upgrade.upgrade(empty)
+    assert tables(empty) == ["dead_letter_dispatch"]
+
+
+def test_a_newer_schema_is_refused_and_not_touched(empty: str) -> None:
+    """A database upgraded by a later program: say so, change nothing."""
+    upgrade.upgrade(empty)
+    set_revision(empty, "9999")
+    words = r"schema 9999 is newer than this program.*: upgrade Orbit"
+    with pytest.raises(SchemaMismatch, match=words):
+        upgrade.require_current(empty)
+    with pytest.raises(SchemaMismatch, match=words):
+        upgrade.upgrade(empty)
+    assert upgrade.check(empty).revision == "9999"
+
+
+def test_an_older_schema_is_refused_with_the_way_forward(
+    empty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A known revision before HEAD: both are named, and the command."""
+    upgrade.upgrade(empty)
+    set_revision(empty, "0000")
+    monkeypatch.setattr(upgrade, "REVISIONS", ("0000", *upgrade.REVISIONS))
+    words = f"schema is 0000, this program needs {upgrade.HEAD}: run `orbit db upgrade`"
+    with pytest.raises(SchemaMismatch, match=words):
+        upgrade.require_current(empty)
+
+
+def test_the_offline_script_makes_the_same_schema(
+    empty: str, server: EmbeddedServer, names: Iterator[str]
+) -> None:
+    """What a DBA runs by hand equals what `orbit db upgrade` does, to the last comment."""
+    by_hand = make_conninfo(empty, dbname=next(names))
+    with psycopg.connect(server.owner_dsn, autocommit=True) as connection:
+        name = sql.Identifier(by_hand.split("dbname=")[1].split()[0])
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(name))
+    with psycopg.connect(by_hand, autocommit=True) as connection:
+        connection.execute(upgrade.offline_sql().encode())
+    upgrade.upgrade(empty)
+    upgrade.require_current(by_hand)
+    assert "CREATE TABLE" in dump(by_hand, server)
+    assert dump(by_hand, server) == dump(empty, server)
+
+
+def test_a_migration_script_is_run_as_it_is_written(
+    empty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`%`, `:name`, dollar quotes and tabs mean what they mean in SQL, online and offline."""
+    folder = tmp_path / "100%"
+    shutil.copytree(upgrade._MIGRATIONS, folder)
+    script = folder / "versions" / "0001_foundation.sql"
+    script.write_text(
+        "CREATE FUNCTION odd() RETURNS text LANGUAGE plpgsql AS $odd$ BEGIN"
+        " RETURN format('%s\t:name %%', 'é'); END $odd$;\nSELECT odd();\n"
+    )
+    monkeypatch.setattr(upgrade, "_MIGRATIONS", folder)
+    assert script.read_text() in upgrade.offline_sql()
+    upgrade.upgrade(empty)
+    with psycopg.connect(empty) as connection:
+        assert connection.execute("SELECT odd()").fetchone() == ("é\t:name %",)
+
+
+def test_a_database_that_does_not_answer_or_does_not_fit_is_named(
+    empty: str, server: EmbeddedServer, names: Iterator[str]
+) -> None:
+    """No such database, an unknown role, another encoding: the server's words, one line."""
+    with pytest.raises(DatabaseUnavailable, match="does not exist"):
+        upgrade.check(make_conninfo(empty, dbname="nowhere"))
+    with pytest.raises(DatabaseUnavailable, match='role "stranger" does not exist'):
+        upgrade.upgrade(empty, "stranger")
+    assert tables(empty) == []
+    name = next(names)
+    with psycopg.connect(server.owner_dsn, autocommit=True) as connection:
+        options = "ENCODING SQL_ASCII LOCALE_PROVIDER libc LOCALE 'C' TEMPLATE template0"
+        create = sql.SQL("CREATE DATABASE {} " + options)
+        connection.execute(create.format(sql.Identifier(name)))
+    with pytest.raises(DatabaseUnavailable, match="UTF8"):
+        upgrade.check(make_conninfo(empty, dbname=name))
