@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def server() -> Iterator[TestServer]:
     if embedded is not None:
         embedded.leave()
         erase(folder / "data")
-    folder.rmdir()
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

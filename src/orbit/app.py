@@ -146,7 +146,13 @@ class Node:
             if service is not None:
                 service.start()
         self.is_ready = True
-        log.info("node_started", node=self.node_id, roles=sorted(self.roles), version=__version__)
+        log.info(
+            "node_started",
+            node=self.node_id,
+            address=self.address,
+            roles=sorted(self.roles),
+            version=__version__,
+        )
 
     async def drain(self) -> None:
         """Stops taking work on, lets what is under way end, gives the rest back."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from orbit.canonical import sha256_hex
@@ -16,8 +16,10 @@ DEFAULT_CONTENT_TYPE = "application/octet-stream"
 class Payload:
     """Opaque bytes with a content type (an RFC 9110 media type, visible ASCII)."""
 
-    content: bytes
+    content: bytes = field(repr=False)
     content_type: str = DEFAULT_CONTENT_TYPE
+    digest: str = field(init=False, repr=False, compare=False)
+    """SHA-256 of the content, 64 hexadecimal digits."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.content, bytes):
@@ -27,6 +29,7 @@ class Payload:
             raise RequestInvalid(
                 "a payload's content type is 1 to 255 visible ASCII characters or spaces"
             )
+        object.__setattr__(self, "digest", sha256_hex(self.content))
 
     @classmethod
     def of_text(cls, text: str, content_type: str = "text/plain; charset=utf-8") -> Payload:
@@ -38,11 +41,6 @@ class Payload:
         """A payload of compact JSON."""
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         return cls(text.encode(), "application/json")
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the content, hexadecimal."""
-        return sha256_hex(self.content)
 
     @property
     def size(self) -> int:

@@ -52,7 +52,7 @@ class Finding:
 
 
 def doctor(is_json: Json = False) -> None:
-    """Check Python, settings, files, disk, database, port and endpoints, one by one."""
+    """Check all a node needs, one by one."""
     found = []
     for finding in findings():
         found.append(finding)
@@ -254,8 +254,9 @@ def _spans(given: Settings) -> Iterator[Finding]:
         yield Finding(
             f"retries to {endpoint.key}",
             None,
-            f"{retries} after the first attempt; the waits add up to {duration(span.expected_seconds)} "
-            f"on average, and a dead letter comes after {duration(longest)} at the latest",
+            f"{retries} after the first attempt; their waits add up to "
+            f"{duration(span.expected_seconds)} on average, and a dead letter comes after "
+            f"{duration(longest)} at the latest",
         )
     longest_timeout = max((e.timeout_seconds for e in given.dispatch_endpoints), default=0.0)
     beat = given.lease_seconds / 6

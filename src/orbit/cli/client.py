@@ -50,9 +50,9 @@ class Api:
         given = {key: value for key, value in params.items() if value is not None}
         return self._ask("GET", path, params=given)
 
-    def post(self, path: str, body: Any = None, *, headers: Mapping[str, str] | None = None) -> Any:
-        """`POST path` with a JSON body."""
-        return self._ask("POST", path, json=body, headers=dict(headers or {}))
+    def post(self, path: str, body: Any = None, **headers: str) -> Any:
+        """`POST path` with a JSON body, and headers by keyword (`Idempotency_Key=...`)."""
+        return self._ask("POST", path, json=body, headers=_named(headers))
 
     def _ask(self, method: str, path: str, **given: Any) -> Any:
         import httpx
@@ -66,6 +66,10 @@ class Api:
         if response.is_success:
             return content
         raise ApiProblem(response.status_code, content if isinstance(content, dict) else {})
+
+
+def _named(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name.replace("_", "-"): value for name, value in headers.items()}
 
 
 @contextmanager
@@ -88,7 +92,7 @@ def connected(given: Settings) -> Iterator[Api]:
                 trust_env=named is not None,
             )
         )
-        if named is not None or answers(client):
+        if named is not None or ("api" in given.roles and answers(client)):
             yield Api(client.request, address)
             return
         _refuse_without_database(given, address)
@@ -114,7 +118,7 @@ def answers(client: httpx.Client) -> bool:
 
 
 def _is_orbit(health: Mapping[str, Any]) -> bool:
-    return "receiver" not in health and {"status", "version"} <= health.keys()
+    return {"status", "version", "nodeId"} <= health.keys()
 
 
 def _named_address() -> str | None:
@@ -147,9 +151,12 @@ def _in_process(given: Settings) -> Iterator[Send]:
 
     from orbit.api.server import create_application
     from orbit.app import Node
+    from orbit.logging import configure_logging
 
-    _log_to_stderr()
-    small = given.model_copy(update={"database_pool_min": 1, "database_pool_max": 4})
+    small = given.model_copy(
+        update={"database_pool_min": 1, "database_pool_max": 4, "log_level": "warning"}
+    )
+    configure_logging(small)
     node = Node(small, roles=frozenset())
     with asyncio.Runner() as runner:
         try:
@@ -157,7 +164,7 @@ def _in_process(given: Settings) -> Iterator[Send]:
             transport = httpx.ASGITransport(create_application(node), raise_app_exceptions=False)
             client = httpx.AsyncClient(
                 transport=transport,
-                base_url=f"http://{given.host}",
+                base_url="http://localhost",
                 headers=_HEADERS,
                 timeout=_ANSWER_SECONDS,
             )
@@ -181,20 +188,3 @@ def _content(response: httpx.Response) -> Any:
     except ValueError:
         text = " ".join(response.text.split())[:200]
         return {"detail": f"status {response.status_code}, and no JSON: {text or 'nothing'}"}
-
-
-def _log_to_stderr() -> None:
-    """Results are on stdout alone, so warnings of the parts that run here go to stderr."""
-    import logging
-    import sys
-
-    import structlog
-
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )

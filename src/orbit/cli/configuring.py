@@ -21,7 +21,7 @@ def validate(
     ] = None,
     is_json: Json = False,
 ) -> None:
-    """Check the settings and both configuration files; every problem at once."""
+    """Check settings and configuration files."""
     from orbit.profiles.documents import document_body, read_documents
 
     given = settings()
@@ -46,7 +46,7 @@ def validate(
 
 
 def profiles(is_json: Json = False) -> None:
-    """List the profiles and run profiles in force, with their effective state."""
+    """List profiles and run profiles in force."""
     from orbit.cli.client import connected
 
     with connected(settings()) as api:

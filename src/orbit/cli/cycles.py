@@ -15,6 +15,7 @@ from orbit.cli.terminal import note, print_json, say, show, table, when
 
 _NOT_FOUND = 404
 _LARGEST_PAGE = 200
+_MOST_PAGES = 60  # a filter that matches nothing ends, however long the history
 
 
 class State(StrEnum):
@@ -63,20 +64,21 @@ def cycles(
     names = ("CYCLE", "NAMESPACE", "RUN PROFILE", "TRIGGER", "STATE", "STAGE", "BEGAN")
     show(table(names, rows, ids=("CYCLE", "NAMESPACE", "RUN PROFILE", "BEGAN")))
     if answer.get("nextCursor"):
-        note("There are more; see --limit.")
+        note("There may be more; see --limit.")
 
 
 def paged(api: Api, path: str, limit: int, **params: Any) -> Any:
-    """The first `limit` entries of a list, over as many pages as that takes."""
+    """The first `limit` entries of a list, over as many pages as that takes, up to a bound."""
     items: list[Any] = []
     cursor = None
-    while True:
+    for _ in range(_MOST_PAGES):
         size = min(limit - len(items), _LARGEST_PAGE)
         page = api.get(path, limit=size, cursor=cursor, **params)
         items += page["items"]
         cursor = page.get("nextCursor")
         if cursor is None or len(items) >= limit:
-            return {"items": items, "nextCursor": cursor}
+            break
+    return {"items": items, "nextCursor": cursor}
 
 
 def trace(

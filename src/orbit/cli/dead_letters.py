@@ -13,8 +13,9 @@ from orbit.cli.lineage import receipt_line
 from orbit.cli.options import Json, group, settings
 from orbit.cli.terminal import cell, note, print_json, say, show, size, table, when
 
-app = group("Look after dead letters: jobs that are out of retries.")
+app = group("Look after jobs out of retries.")
 
+_ON_THE_SPOT = "asked for on the command line"
 JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id.")]
 
 
@@ -69,7 +70,7 @@ def list_letters(
 
 @app.command("show")
 def show_letter(job_id: JobId, is_json: Json = False) -> None:
-    """Show one dead letter: its job, its attempts, what was decided."""
+    """Show a dead letter with its attempts."""
     with connected(settings()) as api:
         letter = api.get(f"/dead-letters/{job_id}")
     if is_json:
@@ -82,7 +83,7 @@ def show_letter(job_id: JobId, is_json: Json = False) -> None:
 @app.command("requeue")
 def requeue(
     job_id: JobId,
-    reason: Annotated[str | None, typer.Option(help="Why; stored with the decision.")] = None,
+    reason: Annotated[str, typer.Option(help="Why; stored with the decision.")] = _ON_THE_SPOT,
     is_forced: Annotated[
         bool, typer.Option("--force", help="Even if it was requeued before.")
     ] = False,
@@ -91,10 +92,8 @@ def requeue(
     ] = Snapshot.CURRENT,
     is_json: Json = False,
 ) -> None:
-    """Send a dead letter again, as a new job that names the old."""
-    body: dict[str, Any] = {"force": is_forced, "snapshot": snapshot.value}
-    if reason is not None:
-        body["reason"] = reason
+    """Send a dead letter again, as a new job."""
+    body = {"reason": reason, "force": is_forced, "snapshot": snapshot.value}
     with connected(settings()) as api:
         answer = api.post(f"/dead-letters/{job_id}/requeue", body)
         if api.is_in_process:
@@ -102,7 +101,7 @@ def requeue(
     if is_json:
         print_json(answer)
     else:
-        say(f"requeued as {answer.get('newJobId') or answer.get('jobId')}")
+        say(f"requeued as {answer['jobId']}")
 
 
 @app.command("discard")
@@ -111,7 +110,7 @@ def discard(
     reason: Annotated[str, typer.Option(help="Why; stored with the decision.")],
     is_json: Json = False,
 ) -> None:
-    """Decide that a dead letter is not to be sent; it stays on record."""
+    """Give a dead letter up; it stays on record."""
     with connected(settings()) as api:
         answer = api.post(f"/dead-letters/{job_id}/discard", {"reason": reason})
     if is_json:
@@ -123,18 +122,18 @@ def discard(
 def letter_lines(answer: Any) -> list[str]:
     """A dead letter as lines of text."""
     letter = answer["deadLetter"]
-    lines = [
-        f"dead letter {letter['jobId']}",
-        f"  cause         {cell(letter.get('cause'))}",
-        f"  since         {when(letter.get('createdAt'))}",
-        f"  cycle         {letter.get('cycleRunId')} in {letter.get('namespace')}",
-        f"  endpoint      {letter.get('endpointKey')}: {cell(letter.get('method'))} "
-        f"{cell(letter.get('url'))}",
-        f"  content       item {cell(letter.get('itemIndex'))}, {cell(letter.get('contentType'))}, "
-        f"{size(letter.get('size'))}, sha256:{letter.get('digest')}",
-    ]
-    if letter.get("requeuedFrom"):
-        lines.append(f"  requeued from {letter['requeuedFrom']}")
+    content = (cell(letter.get("contentType")), size(letter.get("size")))
+    facts = {
+        "cause": letter.get("cause"),
+        "since": when(letter.get("createdAt")),
+        "cycle": f"{letter.get('cycleRunId')} in {letter.get('namespace')}",
+        "endpoint": f"{letter['endpointKey']}: {letter.get('method')} {letter.get('url')}",
+        "item": f"{cell(letter.get('itemIndex'))}, {', '.join(content)}",
+        "digest": f"sha256:{letter.get('digest')}",
+        "requeued from": letter.get("requeuedFrom"),
+    }
+    lines = [f"dead letter {letter['jobId']}"]
+    lines += [f"  {name:<16}{cell(value)}" for name, value in facts.items() if value]
     lines += [f"  {receipt_line(receipt)}" for receipt in answer["receipts"]]
     lines += [f"  {_decision(decision)}" for decision in answer["decisions"]]
     return lines

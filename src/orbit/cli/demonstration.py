@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orbit.cli.options import Json
+from orbit.cli.outcome import NodeUnreachable
 from orbit.cli.terminal import note, print_json, say, show, size, table
 from orbit.errors import OrbitError
 
@@ -62,12 +63,12 @@ class Child:
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise OrbitError(f"the {self.name} ended:\n{self._last_lines()}")
+                raise OrbitError(f"the {self.name} ended:\n{self.last_lines()}")
             with suppress(httpx.TransportError):
                 if client.get(path).is_success:
                     return
             time.sleep(_POLL_SECONDS)
-        raise OrbitError(f"the {self.name} did not come up:\n{self._last_lines()}")
+        raise OrbitError(f"the {self.name} did not come up:\n{self.last_lines()}")
 
     def stop(self) -> None:
         """SIGTERM, and SIGKILL if it does not go."""
@@ -79,7 +80,8 @@ class Child:
                 self._process.kill()
         self._process.wait()
 
-    def _last_lines(self) -> str:
+    def last_lines(self) -> str:
+        """The end of its log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
 
 
@@ -89,7 +91,7 @@ def demo(
     ] = None,
     is_json: Json = False,
 ) -> None:
-    """See it work: node, database and receiver on this machine, one cycle, what arrived."""
+    """See it work: one cycle, whole, right here."""
     from orbit.cli.scaffold import write_project
 
     with _folder(directory) as folder, ExitStack() as stack:
@@ -125,15 +127,20 @@ def _run(
         ("receiver", ["receiver", "--port", str(ports[1])], receiver_client, "/health"),
         ("node", ["up"], node_client, "/ready"),
     )
+    children = []
     for name, arguments, client, path in started:
         child = Child(name, arguments, folder, environment)
+        children.append(child)
         stack.callback(child.stop)
         child.wait_until_up(client, path)
         _tell(f"{name} up at {client.base_url}", is_json=is_json)
     api = Api(node_client.request, str(node_client.base_url))
-    answer = api.post("/run-profiles/trigger")
-    ids = [one["cycleRunId"] for one in answer["items"] if one.get("cycleRunId")]
-    lineages = watch(api, ids, is_quiet=is_json)
+    try:
+        answer = api.post("/run-profiles/trigger")
+        ids = [one["cycleRunId"] for one in answer["items"] if one.get("cycleRunId")]
+        lineages = watch(api, ids, is_quiet=is_json)
+    except NodeUnreachable as error:
+        raise OrbitError(f"{error}\n{children[-1].last_lines()}") from error
     return lineages, receiver_client.get("/received").json()["items"]
 
 
@@ -190,14 +197,12 @@ def _show(lineages: list[Any], arrivals: list[Any], kept: Path | None) -> None:
         say("The folder is removed again; keep it with --dir.")
     else:
         say()
-        say(f"Look next: cd {kept} && orbit trace {lineages[0]['cycleRunId']}")
+        say(f"Look next: cd {kept} && orbit trace {lineages[0]['cycle']['cycleRunId']}")
 
 
 def _compare(lineages: list[Any], arrivals: list[Any]) -> None:
     """Raises OrbitError unless the receiver stored what Orbit says it delivered, each once."""
-    sent = sorted(
-        (job["jobId"], job["digest"]) for one in lineages for job in one.get("jobs") or ()
-    )
+    sent = sorted((job["jobId"], job["digest"]) for one in lineages for job in one["jobs"])
     stored = sorted((one["jobId"], one["digest"]) for one in arrivals if one["outcome"] == "stored")
     if not sent or sent != stored:
         raise OrbitError(

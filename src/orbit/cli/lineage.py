@@ -36,7 +36,7 @@ def lineage_lines(cycle: Json) -> Iterator[str]:
 
 def story_of(answer: Json) -> dict[str, Any]:
     """A lineage with the cycle's own values beside its checkpoints, items and jobs."""
-    return {**answer.get("cycle", {}), **answer}
+    return {**answer["cycle"], **answer}
 
 
 def state_of(cycle: Json) -> str:
@@ -58,9 +58,11 @@ def owner_of(cycle: Json) -> str:
 
 
 def job_counts(cycle: Json) -> dict[str, int]:
-    """How many jobs are in each state, and `total`, and `attempts` of all."""
+    """How many jobs are in each state, `total` and `attempts` of all; `cut`: there are more."""
     jobs = _list(cycle, "jobs")
     counts = {"total": len(jobs), "attempts": 0}
+    if cycle.get("isComplete") is False:
+        counts["cut"] = 1
     for job in jobs:
         state = str(job.get("state"))
         counts[state] = counts.get(state, 0) + 1
@@ -132,9 +134,8 @@ def _item(entry: Json) -> str:
 
 def _jobs(jobs: Sequence[Json]) -> Iterator[str]:
     for job in jobs:
-        yield f"{job['jobId']}  item {job.get('itemIndex')} to {cell(job.get('endpointKey'))}" + (
-            f"  {job.get('state')}"
-        )
+        where = f"item {job.get('itemIndex')} to {cell(job.get('endpointKey'))}"
+        yield f"{job['jobId']}  {where}  {job.get('state')}"
         yield f"    {job.get('method')} {cell(job.get('url'))}  {_content(job)}"
         if job.get("requeuedFrom"):
             yield f"    requeued from {job['requeuedFrom']}"

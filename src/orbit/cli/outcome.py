@@ -17,7 +17,7 @@ import typer
 from orbit.errors import ConfigurationInvalid, GlobalPause, OrbitError, Refused, RequestInvalid
 
 HALTED_CODES = frozenset({"global_pause", "namespace_halted"})
-_CONFLICT, _BAD_REQUESTS = 409, frozenset({400, 422})
+_CONFLICT = 409
 
 
 class ExitCode(IntEnum):
@@ -30,7 +30,13 @@ class ExitCode(IntEnum):
     HALTED = 4
     VERIFICATION_FAILED = 6
     INTERRUPTED = 130
-    BROKEN_PIPE = 141
+
+
+_CODES = {
+    GlobalPause: ExitCode.HALTED,
+    Refused: ExitCode.REFUSED,
+    RequestInvalid: ExitCode.USAGE,
+}
 
 
 class NodeUnreachable(OrbitError):
@@ -56,22 +62,21 @@ def fail(code: ExitCode = ExitCode.FAILED) -> NoReturn:
 
 def exit_code_of(error: OrbitError) -> ExitCode:
     """The exit code that an error stands for."""
-    match error:
-        case ApiProblem(problem_code=code) if code in HALTED_CODES:
-            return ExitCode.HALTED
-        case ApiProblem(status=status) if status == _CONFLICT:
-            return ExitCode.REFUSED
-        case ApiProblem(status=status) if status in _BAD_REQUESTS:
-            is_configuration = error.problem_code == ConfigurationInvalid.code
-            return ExitCode.FAILED if is_configuration else ExitCode.USAGE
-        case GlobalPause():
-            return ExitCode.HALTED
-        case Refused():
-            return ExitCode.REFUSED
-        case RequestInvalid():
-            return ExitCode.USAGE
-        case _:
-            return ExitCode.FAILED
+    if isinstance(error, ApiProblem):
+        return _exit_code_of_answer(error)
+    for kind, code in _CODES.items():
+        if isinstance(error, kind):
+            return code
+    return ExitCode.FAILED
+
+
+def _exit_code_of_answer(problem: ApiProblem) -> ExitCode:
+    if problem.problem_code in HALTED_CODES:
+        return ExitCode.HALTED
+    if problem.status == _CONFLICT:
+        return ExitCode.REFUSED
+    is_asked_wrongly = problem.problem_code == RequestInvalid.code
+    return ExitCode.USAGE if is_asked_wrongly else ExitCode.FAILED
 
 
 def problem_document(error: OrbitError) -> dict[str, Any]:
@@ -118,11 +123,9 @@ def report(error: OrbitError, *, is_json: bool) -> ExitCode:
 
 
 def _listed(document: Mapping[str, Any]) -> list[Any]:
-    for key in ("problems", "activeCycles"):
-        found = document.get(key)
-        if isinstance(found, list):
-            return found
-    return []
+    is_configuration = document.get("code") == ConfigurationInvalid.code
+    found = document.get("problems" if is_configuration else "activeCycles")
+    return found if isinstance(found, list) else []
 
 
 def _detail_line(entry: Any) -> str:

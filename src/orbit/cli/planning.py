@@ -63,7 +63,7 @@ def plan(
     limit: Annotated[int, typer.Option(min=1, help="Slots to show at most.")] = 200,
     is_json: Json = False,
 ) -> None:
-    """Show what would run in the next hours, from the configuration files."""
+    """Show what would run in the next hours."""
     from orbit.clock import SystemClock
     from orbit.profiles.documents import read_documents
 

@@ -11,6 +11,8 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,13 +26,13 @@ from orbit.cli import (
     demonstration,
     planning,
     running,
-    schema,
     scaffold,
+    schema,
     status,
     triggering,
 )
 from orbit.cli.outcome import ExitCode, report
-from orbit.errors import OrbitError, RequestInvalid
+from orbit.errors import DatabaseUnavailable, OrbitError, RequestInvalid
 
 # What typer raises for a command line that it cannot use.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
@@ -72,6 +74,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
+    """What `orbit` takes without a verb."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -90,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         # Nobody reads on; the interpreter's own flush at its end must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.BROKEN_PIPE
+        return ExitCode.FAILED
 
 
 def _run(arguments: list[str]) -> int:
@@ -107,6 +110,11 @@ def _run(arguments: list[str]) -> int:
         if error.errno == errno.EPIPE:
             raise
         return report(_unusable(error), is_json=is_json)
+    except Exception as error:
+        # psycopg is not imported where no database is asked, so its errors go by their origin.
+        if type(error).__module__.partition(".")[0] not in {"psycopg", "psycopg_pool"}:
+            raise
+        return report(DatabaseUnavailable(str(error) or type(error).__name__), is_json=is_json)
     return code if isinstance(code, int) else ExitCode.OK
 
 
@@ -125,9 +133,10 @@ def _unusable(error: OSError) -> OrbitError:
 
 def _prepare() -> None:
     """Users' steps import as with `python -m`; what a terminal cannot show is no failure."""
-    folder = str(os.getcwd())
-    if folder not in sys.path and "" not in sys.path:
-        sys.path.insert(0, folder)
+    with suppress(FileNotFoundError):  # the folder we are in may have been removed
+        folder = str(Path.cwd())
+        if folder not in sys.path and "" not in sys.path:
+            sys.path.insert(0, folder)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

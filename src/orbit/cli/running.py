@@ -7,16 +7,16 @@ from typing import Annotated
 
 import typer
 
-from orbit.cli.options import Json, settings
+from orbit.cli.options import Json
 from orbit.errors import RequestInvalid
 
 
-def up(is_json: Json = False) -> None:  # noqa: ARG001 - every verb has it; errors use it
+def up(is_json: Json = False) -> None:
     """Run a node until SIGTERM or Ctrl-C."""
     from orbit.api.server import serve
+    from orbit.settings import load_settings
 
-    code = serve(settings())
-    raise typer.Exit(code or 0)
+    raise typer.Exit(serve(load_settings()))  # which logs what is odd about the settings
 
 
 def receiver(
@@ -45,9 +45,9 @@ def receiver(
     max_body_bytes: Annotated[
         int | None, typer.Option(metavar="BYTES", help="Refuse larger deliveries.")
     ] = None,
-    is_json: Json = False,  # noqa: ARG001 - as above
+    is_json: Json = False,
 ) -> None:
-    """Run the reference receiver: stores each delivery once, shows what came."""
+    """Run the reference receiver."""
     from orbit.receiver.server import MAX_BODY_BYTES, ReceiverOptions, run
 
     try:

@@ -30,7 +30,7 @@ def init(
     ] = False,
     is_json: Json = False,
 ) -> None:
-    """Make a small project: configuration, one step, an endpoint. It runs as it is."""
+    """Make a small project that runs as it is."""
     written = write_project(directory, is_forced=is_forced)
     if is_json:
         print_json({"directory": str(directory), "files": [str(path) for path in written]})
@@ -52,7 +52,7 @@ def write_project(
     """
     contents = {directory / place: text for place, text in _templates()}
     contents[directory / _DOT_ENV] = _dot_env(receiver_url)
-    existing = [path for path in contents if path.exists()]
+    existing = sorted(path for path in contents if path.exists())
     if existing and not is_forced:
         names = ", ".join(str(path) for path in existing)
         raise OrbitError(f"nothing was written, since there is already {names} (see --force)")

@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from orbit.cli.client import has_embedded_data
 from orbit.cli.options import Json, group, settings
 from orbit.cli.outcome import fail
 from orbit.cli.terminal import print_json, say
+from orbit.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from orbit.settings import Settings
@@ -76,9 +78,17 @@ def access(given: Settings) -> Iterator[Access]:
         server.leave()
 
 
+def refuse_without_data(given: Settings) -> None:
+    """Raises DatabaseUnavailable if there is no embedded database yet: a look makes none."""
+    if given.database_url is None and not has_embedded_data(given):
+        raise DatabaseUnavailable(
+            f"there is no database in {given.data_dir}: `orbit up` or `orbit db upgrade` makes it"
+        )
+
+
 @app.command()
 def upgrade(is_json: Json = False) -> None:
-    """Bring the schema to this program's; safe to run from several places at once."""
+    """Bring the schema to this program's."""
     from orbit.database.upgrade import HEAD, SchemaStatus
     from orbit.database.upgrade import upgrade as run_upgrade
 
@@ -95,8 +105,10 @@ def upgrade(is_json: Json = False) -> None:
 
 @app.command()
 def check(is_json: Json = False) -> None:
-    """Tell whether server version, schema and partitions are as they should be."""
-    with access(settings()) as database:
+    """Check server, schema and partitions."""
+    given = settings()
+    refuse_without_data(given)
+    with access(given) as database:
         found = checks(database.dsn)
     if is_json:
         print_json(
@@ -120,7 +132,9 @@ def check(is_json: Json = False) -> None:
 @app.command()
 def repair(is_json: Json = False) -> None:
     """Rebuild every lease from the facts; nodes may be up."""
-    result = asyncio.run(_repair(settings()))
+    given = settings()
+    refuse_without_data(given)
+    result = asyncio.run(_repair(given))
     if is_json:
         print_json(result)
         return
@@ -132,7 +146,7 @@ def repair(is_json: Json = False) -> None:
 
 @app.command()
 def sql(is_json: Json = False) -> None:
-    """Print the script that makes the schema, for a database that people look after by hand."""
+    """Print the schema as a script, for DBAs."""
     from orbit.database.upgrade import HEAD, offline_sql
 
     script = offline_sql()
@@ -175,7 +189,6 @@ def _look(dsn: str, *, has_schema: bool) -> tuple[int, list[dict[str, Any]]]:
     from psycopg.rows import dict_row
 
     from orbit.database.pool import first_line
-    from orbit.errors import DatabaseUnavailable
 
     try:
         with psycopg.connect(dsn, connect_timeout=10, row_factory=dict_row) as connection:

@@ -21,7 +21,7 @@ def status(
     ] = False,
     is_json: Json = False,
 ) -> None:
-    """Show nodes, active cycles, queues and dead letters."""
+    """Show nodes, cycles, queues, dead letters."""
     with connected(settings()) as api:
         now = api.get("/status")
         why = {}
@@ -43,22 +43,26 @@ def status(
 
 def why_not_running(run_profile: Any, now: Any) -> str:
     """What a run profile is waiting for."""
+    return next(_waits_for(run_profile, now))
+
+
+def _waits_for(run_profile: Any, now: Any) -> Iterator[str]:
+    """The reasons, the most telling first; the last one always holds."""
     last = run_profile.get("lastCycle") or {}
     if last.get("state") == "running":
         waits = "waits for the one before it" if last.get("isWaiting") else f"at {last['stage']}"
-        return f"it runs: {last['cycleRunId']}, {waits}"
+        yield f"it runs: {last['cycleRunId']}, {waits}"
     if run_profile.get("reason"):
-        return str(run_profile["reason"])
+        yield str(run_profile["reason"])
     if now.get("isPaused"):
-        return "ORBIT_GLOBAL_PAUSE is set"
+        yield "ORBIT_GLOBAL_PAUSE is set"
     due_at = run_profile.get("nextDueAt")
     if not due_at:
-        return "it has no schedule: only when triggered"
-    if not _has_role(now, "scheduler"):
-        return f"no node that is up has the role scheduler; it is due {when(due_at)}"
-    if not _has_role(now, "worker"):
-        return f"no node that is up has the role worker; it is due {when(due_at)}"
-    return f"its next slot is {when(due_at)}"
+        yield "it has no schedule: only when triggered"
+    for role in ("scheduler", "worker"):
+        if not _has_role(now, role):
+            yield f"no node that is up has the role {role}; it is due {when(due_at)}"
+    yield f"its next slot is {when(due_at)}"
 
 
 def last_slots(slots: Sequence[Any], run_profiles: Sequence[Any]) -> list[Any]:
@@ -94,12 +98,12 @@ def _overview(now: Any) -> None:
         say("No node is known.")
     if now["lanes"]:
         say()
-        rows = [
+        lanes = [
             (one["namespace"], one["endpointKey"], one["queued"], when(one.get("dueAt")))
             for one in now["lanes"]
         ]
-        names = ("NAMESPACE", "ENDPOINT", "QUEUED", "FIRST DUE")
-        show(table(names, rows, ids=("NAMESPACE", "ENDPOINT", "FIRST DUE")))
+        columns = ("NAMESPACE", "ENDPOINT", "QUEUED", "FIRST DUE")
+        show(table(columns, lanes, ids=("NAMESPACE", "ENDPOINT", "FIRST DUE")))
     if now["slotsNotFired"]:
         say()
         say("Slots that did not fire, the newest first:")

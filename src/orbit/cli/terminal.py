@@ -37,6 +37,7 @@ _STYLES = {
     "in_flight": "cyan",
 }
 _NARROWEST_COLUMN = 12
+_UNBOUNDED = 100_000
 
 
 def print_json(value: Any) -> None:
@@ -155,14 +156,14 @@ def show(renderable: RenderableType, *, indent: int = 0) -> None:
     from rich.padding import Padding
 
     target = console()
-    padded = Padding(renderable, (0, 0, 0, indent)) if indent else renderable
-    wide = target.options.update(width=100_000)
-    measured = Measurement.get(target, wide, padded)
-    width = measured.maximum if not target.is_terminal else max(target.width, measured.minimum)
-    with target.capture() as captured:
-        target.print(padded, width=max(width, 1), crop=False, overflow="ignore")
-    text = captured.get()
-    lines = (
-        text.splitlines() if target.is_terminal else [line.rstrip() for line in text.split("\n")]
-    )
-    print("\n".join(lines).rstrip("\n"))
+    padded = Padding(renderable, (0, 0, 0, indent), expand=False) if indent else renderable
+    given = target.width
+    wide = target.options.update(width=_UNBOUNDED)
+    least = Measurement.get(target, wide, padded).minimum
+    target.width = max(given, least) if target.is_terminal else _UNBOUNDED
+    try:
+        with target.capture() as captured:
+            target.print(padded, crop=False, overflow="ignore")
+    finally:
+        target.width = given
+    print("\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n")))

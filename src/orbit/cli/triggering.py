@@ -18,8 +18,6 @@ from orbit.cli.terminal import note, print_json, say
 from orbit.cli.watching import watch as watch_cycles
 from orbit.errors import RequestInvalid
 
-_SOURCE = {"Orbit-Trigger": "cli"}
-
 
 class Origin(StrEnum):
     """Where a re-run goes on from."""
@@ -64,20 +62,18 @@ def trigger(
     given["--endpoint"] = endpoint[0] if endpoint else None
     _check(run_profile_ids, is_raw=is_raw, rerun=rerun, for_raw=given)
     body = _raw_body(payload, content_type, namespace, endpoint) if is_raw else {}
-    headers = dict(_SOURCE)
-    if idempotency_key is not None:
-        headers["Idempotency-Key"] = idempotency_key
+    headers = {} if idempotency_key is None else {"Idempotency_Key": idempotency_key}
     with connected(settings()) as api:
         if is_raw:
-            answer = api.post("/cycles/trigger", body, headers=headers)
+            answer = api.post("/cycles/trigger", body, **headers)
             started = [answer]
         elif rerun is not None:
             path = f"/cycles/{rerun}/rerun"
-            answer = api.post(path, {"from": origin.value}, headers=headers)
+            answer = api.post(path, {"from": origin.value}, **headers)
             started = [answer]
         else:
             named = {"runProfileIds": run_profile_ids} if run_profile_ids else {}
-            answer = api.post("/run-profiles/trigger", named, headers=headers)
+            answer = api.post("/run-profiles/trigger", named, **headers)
             started = answer["items"]
         _follow(api, answer, started, is_watching=is_watching, is_json=is_json)
     _end(started, is_named=bool(run_profile_ids))
@@ -103,7 +99,9 @@ def _follow(
             raise
     if is_json:
         print_json({**answer, "cycles": cycles} if is_watching else answer)
-    if any(one["state"] == "failed" for one in cycles) or (is_watching and ids and not is_up):
+    if any(one["cycle"]["state"] == "failed" for one in cycles) or (
+        is_watching and ids and not is_up
+    ):
         fail()
 
 
@@ -122,8 +120,7 @@ def _line(one: Any) -> str:
     place = f"{one.get('namespace')}/{name}: " if name else ""
     if not one.get("cycleRunId"):
         return f"{place}skipped: {one.get('reason')}"
-    is_known = one.get("isNew") is False or one.get("isDuplicate") is True
-    what = "started before, as" if is_known else "started"
+    what = "started" if one["isNew"] else "started before, as"
     return f"{place}{what} {one['cycleRunId']}"
 
 

@@ -22,40 +22,57 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.15
 _PATIENCE_SECONDS = 60.0
+_WITH_JOBS, _AFTER_JOBS = "dispatch_enqueued", "dispatch_complete"
+_LIVE_WIDTH = 110  # what a line of the live table takes: it would be cut, not folded
 
 Show = Callable[[Sequence[Any]], None]
 
 
 def watch(api: Api, cycle_ids: Sequence[str], *, is_quiet: bool = False) -> list[Any]:
-    """Shows the cycles until all have ended; their lineages.
+    """Shows the cycles until all have ended; their lineages as the API gives them.
 
     Raises NodeUnreachable when the node stays away, and ApiProblem.
     """
     with _showing(is_quiet=is_quiet) as shown:
         latest: dict[str, Any] = {}
         while True:
+            asked_at = time.monotonic()
             for cycle_id in cycle_ids:
-                if latest.get(cycle_id, {}).get("state") in (None, "running"):
+                if cycle_id not in latest or _is_running(latest[cycle_id]):
                     latest[cycle_id] = _ask(api, cycle_id)
-            cycles = [latest[cycle_id] for cycle_id in cycle_ids]
-            shown(cycles)
-            if all(one.get("state") != "running" for one in cycles):
-                return cycles
-            time.sleep(_POLL_SECONDS)
+            shown([story_of(latest[cycle_id]) for cycle_id in cycle_ids])
+            if not any(map(_is_running, latest.values())):
+                return [latest[cycle_id] for cycle_id in cycle_ids]
+            # Cycles with thousands of jobs take a while to read: the node has other work too.
+            time.sleep(max(_POLL_SECONDS, 3 * (time.monotonic() - asked_at)))
 
 
 def changes(before: Any, cycle: Any) -> Iterator[str]:
     """What is new about a cycle since it was last seen (None: never), a line each."""
     name = f"{cycle['cycleRunId']}  {owner_of(cycle)}"
-    known = {one["stage"] for one in (before or {}).get("checkpoints") or ()}
-    for checkpoint in cycle.get("checkpoints") or ():
-        if checkpoint["stage"] not in known:
-            yield f"{name}  {checkpoint['stage']}"
-    counts, old = job_counts(cycle), job_counts(before or {})
+    known = {one["stage"] for one in (before or {}).get("checkpoints", ())}
+    for stage in (one["stage"] for one in cycle["checkpoints"]):
+        if stage == _AFTER_JOBS:
+            yield from _jobs_change(name, before, cycle)
+        if stage not in known:
+            yield f"{name}  {stage}"
+    if _AFTER_JOBS not in {one["stage"] for one in cycle["checkpoints"]}:
+        yield from _jobs_change(name, before, cycle)
+    if cycle["state"] != "running" and (before or {}).get("state") in (None, "running"):
+        yield f"{name}  {state_of(cycle)}"
+
+
+def _jobs_change(name: str, before: Any, cycle: Any) -> Iterator[str]:
+    """The line on jobs, if they have changed; from when their queueing is known too."""
+    counts, old = _known_jobs(cycle), _known_jobs(before)
     if counts["total"] and counts != old:
         yield f"{name}  {_jobs_text(counts)}, attempts {counts['attempts']}"
-    if cycle.get("state") != "running" and (before or {}).get("state") in (None, "running"):
-        yield f"{name}  {state_of(cycle)}"
+
+
+def _known_jobs(cycle: Any) -> dict[str, int]:
+    """An answer is read piece by piece: its jobs may be younger than its checkpoints."""
+    stages = {one["stage"] for one in (cycle or {}).get("checkpoints", ())}
+    return job_counts(cycle if _WITH_JOBS in stages else {})
 
 
 def stages_table(cycles: Sequence[Any]) -> Table:
@@ -78,10 +95,15 @@ def stages_table(cycles: Sequence[Any]) -> Table:
     return table(names, rows, ids=("CYCLE",))
 
 
+def _is_running(lineage: Any) -> bool:
+    return bool(lineage["cycle"]["state"] == "running")
+
+
 def _jobs_text(counts: dict[str, int]) -> str:
     if not counts["total"]:
         return "-"
-    parts = [f"delivered {counts.get('delivered', 0)} of {counts['total']}"]
+    cut = "+" if counts.get("cut") else ""
+    parts = [f"delivered {counts.get('delivered', 0)}{cut} of {counts['total']}{cut}"]
     if counts.get("dead_lettered"):
         parts.append(f"dead letters {counts['dead_lettered']}")
     return ", ".join(parts)
@@ -91,7 +113,7 @@ def _ask(api: Api, cycle_id: str) -> Any:
     deadline, is_told = time.monotonic() + _PATIENCE_SECONDS, False
     while True:
         try:
-            return story_of(api.get(f"/cycles/{cycle_id}"))
+            return api.get(f"/cycles/{cycle_id}")
         except NodeUnreachable as error:
             if time.monotonic() > deadline:
                 raise
@@ -105,7 +127,7 @@ def _ask(api: Api, cycle_id: str) -> Any:
 def _showing(*, is_quiet: bool) -> Iterator[Show]:
     if is_quiet:
         yield lambda cycles: None
-    elif console().is_terminal:
+    elif console().is_terminal and console().width >= _LIVE_WIDTH:
         from rich.live import Live
 
         with Live(console=console(), refresh_per_second=8, transient=False) as live:

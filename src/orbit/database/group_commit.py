@@ -96,4 +96,5 @@ class GroupCommit(Generic[Entry, Result]):
         try:
             await self._write([pair])
         except psycopg.Error as error:
-            pair[1].set_exception(error)
+            if not pair[1].done():
+                pair[1].set_exception(error)

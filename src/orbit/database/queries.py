@@ -12,6 +12,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+_SEPARATOR = "\x1f"
+_SPECIAL = re.compile(r'["\\\x00]')
 _NAME = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
 
 
@@ -51,7 +53,14 @@ def array(values: Iterable[Any]) -> str:
     type, so that a prepared statement stays one; the statement casts it. Bytes go as a list
     with a `%b` placeholder instead.
     """
-    return "{" + ",".join([_element(value) for value in values]) + "}"
+    items = list(values)
+    try:
+        joined = _SEPARATOR.join(items)
+    except TypeError:  # not only texts
+        return "{" + ",".join([_element(value) for value in items]) + "}"
+    if _SPECIAL.search(joined) or joined.count(_SEPARATOR) >= max(len(items), 1):
+        return "{" + ",".join([_element(value) for value in items]) + "}"
+    return '{"' + joined.replace(_SEPARATOR, '","') + '"}' if items else "{}"
 
 
 def _element(value: Any) -> str:

@@ -210,9 +210,8 @@ class Orchestrator:
     async def _dispatch(self, progress: _Progress) -> Stage:
         """Normalisation and enqueueing: the items and their jobs, in one transaction."""
         normalization = progress.plan.normalization
-        where = _context(
-            progress, Stage.NORMALIZATION_COMPLETE, 0, normalization.normalize or Step("")
-        )
+        step = normalization.normalize or normalization.split or Step("")
+        where = _context(progress, Stage.NORMALIZATION_COMPLETE, 0, step)
         items = await self._normalizer.normalize(
             normalization, _present(progress), where, progress.result.records
         )

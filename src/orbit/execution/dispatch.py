@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from orbit import metrics
 from orbit.canonical import canonical_digest
 from orbit.clock import derived_id
 from orbit.database.group_commit import GroupCommit
@@ -34,6 +35,7 @@ from orbit.vault import Vault, fingerprint
 SQL = load("dispatch")
 CYCLE_SQL = load("cycle")
 INLINE_BYTES = 65536
+_SECRET_CHARACTERS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +45,16 @@ class Snapshot:
     endpoint_key: str
     url: str
     method: str
-    token: str | None
-    headers: Mapping[str, str]
+    token: str | None = field(repr=False)
+    headers: Mapping[str, str] = field(repr=False)
     timeout_seconds: float
     permanent_statuses: frozenset[int]
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What must not be kept of an answer; short header values are no secrets."""
+        values = [value for value in self.headers.values() if len(value) >= _SECRET_CHARACTERS]
+        return (*values, *([self.token] if self.token else []))
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,16 +343,16 @@ class DispatchQueue:
                         cause=cause,
                     )
                 )
-            if settlements:
-                await self._settle(connection, settlements)
+            ended = await self._settle(connection, settlements) if settlements else 0
+        _count(settlements, ended)
         return len(settlements)
 
-    async def renew(self, jobs: Sequence[ClaimedJob]) -> set[str]:
-        """Prolongs leases; the ids of the jobs that are still ours."""
+    async def renew(self, jobs: Sequence[ClaimedJob]) -> set[tuple[str, int]]:
+        """Prolongs leases; the ids and lease numbers of those that were prolonged."""
         rows = await self._database.fetch_all(
             SQL.renew_jobs, {**self._leases(jobs), "lease_seconds": self._lease_seconds}
         )
-        return {row["job_id"] for row in rows}
+        return {(row["job_id"], row["lease_number"]) for row in rows}
 
     async def release(self, jobs: Sequence[ClaimedJob]) -> None:
         """Gives back jobs of whose open attempt no byte has left."""
@@ -364,21 +372,37 @@ class DispatchQueue:
 
     async def _flush(self, settlements: Sequence[Settlement]) -> Sequence[None]:
         async with self._database.transaction() as connection:
-            await self._settle(connection, settlements)
+            ended = await self._settle(connection, settlements)
+        metrics.commit_entries.labels("settlements").observe(len(settlements))
+        _count(settlements, ended)
         return [None] * len(settlements)
 
-    async def _settle(self, connection: Connection, settlements: Sequence[Settlement]) -> None:
+    async def _settle(self, connection: Connection, settlements: Sequence[Settlement]) -> int:
+        """Writes the ends of attempts; how many cycles ended with them."""
+        cursor = None
         cycles = sorted({(s.namespace, s.cycle_id) for s in settlements if s.retry_seconds is None})
         async with connection.pipeline():
-            await connection.execute(SQL.insert_receipts, _receipt_rows(settlements))
             await connection.execute(SQL.settle_jobs, _settlement_rows(settlements))
+            await connection.execute(SQL.insert_receipts, _receipt_rows(settlements))
             if cycles:
                 touched = {
                     "namespace": array(namespace for namespace, _ in cycles),
                     "cycle_id": array(cycle_id for _, cycle_id in cycles),
                     "node_id": self._node_id,
                 }
-                await connection.execute(CYCLE_SQL.end_dispatched, touched)
+                cursor = await connection.execute(CYCLE_SQL.end_dispatched, touched)
+        return 0 if cursor is None else cursor.rowcount
+
+
+def _count(settlements: Sequence[Settlement], ended: int) -> None:
+    for settlement in settlements:
+        result = settlement.result
+        metrics.attempts.labels(result.outcome.value).inc()
+        if result.total_seconds is not None:
+            metrics.attempt_seconds.observe(result.total_seconds)
+        if settlement.retry_seconds is None and settlement.cause is not None:
+            metrics.dead_letters.inc()
+    metrics.cycles_ended.labels("finished").inc(ended)
 
 
 def _secrets(endpoint: Endpoint) -> str:

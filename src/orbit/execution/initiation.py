@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from orbit.canonical import canonical_digest, canonical_json, sha256_hex
+from orbit import metrics
+from orbit.canonical import canonical_json, sha256_hex
 from orbit.database.group_commit import GroupCommit
 from orbit.database.pool import Connection, Database
 from orbit.database.queries import array, load
@@ -71,13 +72,8 @@ class CycleRequest:
     def digest(self) -> str:
         """What the request asks for, so that a key used for something else is noticed."""
         payload = self.payload
-        return canonical_digest(
-            {
-                "endpointKeys": list(self.endpoint_keys) if self.endpoint_keys else None,
-                "payload": payload.digest if payload else None,
-                "contentType": payload.content_type if payload else None,
-            }
-        )
+        parts = [payload.digest, payload.content_type] if payload else []
+        return sha256_hex("\x1f".join([*parts, *(self.endpoint_keys or ())]).encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +190,10 @@ class Intake:
     ) -> Sequence[Accepted | IdempotencyKeyReused | RevisionReplaced]:
         async with self._database.transaction() as connection:
             answers = await accept(connection, self._node_id, requests)
+        metrics.commit_entries.labels("cycles").observe(len(requests))
+        for request, answer in zip(requests, answers, strict=True):
+            if isinstance(answer, Accepted) and answer.is_new:
+                metrics.cycles_accepted.labels(request.trigger).inc()
         self._wake()
         return answers
 

@@ -11,16 +11,12 @@ import base64
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from orbit.errors import StepFailed
 from orbit.execution.context import ExecutionContext, Normalization, Step
 from orbit.execution.recorder import StepRecord
-from orbit.execution.transformation import ContractBroken, Transformer, invoke
+from orbit.execution.transformation import ContractBroken, Transformer, in_thread, invoke
 from orbit.payload import DEFAULT_CONTENT_TYPE, Payload
-
-
-_ITEMS = "a list of Payloads"
 
 
 class Normalizer:
@@ -61,7 +57,8 @@ class Normalizer:
             pieces = await invoke(step.use, payload, context)
             if not isinstance(pieces, Iterable) or isinstance(pieces, (str, bytes)):
                 raise ContractBroken(f"returned {type(pieces).__name__}, expected Payloads")
-            found = list(itertools.islice(pieces, self._max_items + 1))
+            # A generator runs the user's code as it is read, so it is read where that may hang.
+            found = await in_thread(lambda: list(itertools.islice(pieces, self._max_items + 1)))
             return self._transformer.checked(found, "Payloads")
 
         pieces: list[Payload] = await self._transformer.attempts(
@@ -84,7 +81,7 @@ class Normalizer:
                 raise ContractBroken(
                     f"returned {type(items).__name__}, expected a list of Payloads"
                 )
-            return self._checked(list(items))
+            return self._transformer.checked(items, "a list of Payloads")
 
         size = sum(payload.size for payload in batch)
         result: list[Payload] = await self._transformer.attempts(step, context, size, call, records)

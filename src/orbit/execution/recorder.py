@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from orbit import metrics
 from orbit.database.group_commit import GroupCommit
 from orbit.database.pool import Connection, Database
 from orbit.database.queries import array, load
@@ -95,8 +96,13 @@ class Recorder:
             )
             for query, rows, columns in _plan(results):
                 await connection.execute(query, _columns(self._node_id, rows, **columns))
-            held = {row["cycle_id"] for row in await cursor.fetchall()}
-        return [result.cycle.cycle_id in held for result in results]
+            held = {(row["cycle_id"], row["lease_number"]) for row in await cursor.fetchall()}
+        are_held = [(r.cycle.cycle_id, r.cycle.lease_number) in held for r in results]
+        metrics.commit_entries.labels("stages").observe(len(results))
+        for result, is_held in zip(results, are_held, strict=True):
+            if result.is_end and is_held:
+                metrics.cycles_ended.labels(_END["state"](result)).inc()
+        return are_held
 
 
 _Row = tuple[ClaimedCycle, Any]

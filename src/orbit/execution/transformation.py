@@ -3,7 +3,8 @@
 A step is called at least once and may be called again, after a failure or a crash, always with
 the same idempotency key. Whatever it does wrong (raises, hangs, returns another type or too
 much) is its failure, never the node's. Breaking the contract is not retried; failing is.
-A synchronous function runs in a thread of its own; one that hangs is abandoned, not waited for.
+An asynchronous function runs in a task of its own, a synchronous one in a thread; what hangs is
+abandoned, not waited for, and no exit or cancellation of its making reaches the node.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from orbit.execution.context import ExecutionContext, Stage, Step
 from orbit.execution.plugin import PluginUnusable, resolve
 from orbit.execution.recorder import StepRecord
 from orbit.execution.retry import full_jitter
+from orbit.execution.wire import request_body
 from orbit.payload import DEFAULT_CONTENT_TYPE, Payload
+from orbit.vocabulary import printable
 
 _ERROR_CHARACTERS = 2000
+_abandoned: set[asyncio.Task[Any]] = set()  # the loop itself would not keep them
 
 
 class ContractBroken(Exception):
@@ -97,7 +101,8 @@ class Transformer:
         """Calls until it succeeds, or the attempts are spent: then StepFailed, with the reason."""
         for attempt in range(1, step.max_attempts + 1):
             started = time.monotonic()
-            error, is_final, result = await _outcome(step, call, replace(context, attempt=attempt))
+            where = context if attempt == 1 else replace(context, attempt=attempt)
+            error, is_final, result = await _outcome(step, call, where)
             record = StepRecord(
                 stage=Stage(context.stage),
                 step=context.step,
@@ -133,7 +138,10 @@ class Transformer:
     async def _post(self, step: Step, payload: Payload, context: ExecutionContext) -> Payload:
         headers = {"Content-Type": payload.content_type, **step_headers(context)}
         async with self._http.post(
-            step.url or "", data=payload.content, headers=headers, allow_redirects=False
+            step.url or "",
+            data=request_body(payload.content),
+            headers=headers,
+            allow_redirects=False,
         ) as answer:
             if answer.status == 204:
                 return payload
@@ -181,24 +189,51 @@ def step_headers(context: ExecutionContext) -> Mapping[str, str]:
 
 
 async def invoke(use: str, *arguments: Any) -> Any:
-    """Calls a plug-in: awaited if it is async, else in a thread of its own."""
-    function = resolve(use)
+    """Calls a plug-in: in a task of its own if it is async, else in a thread of its own."""
+    function = _resolved(use)
     if _is_async(function):
-        return await function(*arguments)
-    return await _in_thread(functools.partial(function, *arguments))
+        return await _in_task(function(*arguments))
+    result = await in_thread(functools.partial(function, *arguments))
+    return await _in_task(result) if inspect.isawaitable(result) else result
 
 
+_resolved = functools.cache(resolve)  # what cannot be resolved is tried again each time
+
+
+@functools.cache
 def _is_async(function: Callable[..., Any]) -> bool:
     call = getattr(function, "__call__", function)  # noqa: B004 - an object with async __call__
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
 
-async def _in_thread(function: Callable[[], Any]) -> Any:
+async def _in_task(awaitable: Awaitable[Any]) -> Any:
+    """A task of its own: one that ignores its cancellation must not hold up the cycle."""
+    task = asyncio.create_task(_contained(awaitable))
+    try:
+        result, error = await asyncio.shield(task)
+    except asyncio.CancelledError:
+        _abandoned.add(task)
+        task.add_done_callback(_abandoned.discard)
+        task.cancel()
+        raise
+    if error is not None:
+        raise error
+    return result
+
+
+async def _contained(awaitable: Awaitable[Any]) -> tuple[Any, Exception | None]:
+    try:
+        return await awaitable, None
+    except BaseException as error:  # noqa: BLE001 - an exit is the step's failure, not the node's
+        return None, _as_exception(error)
+
+
+async def in_thread(function: Callable[[], Any]) -> Any:
     """A thread of its own and not of a pool: one that hangs must not starve the others."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
 
-    def settle(result: Any, error: BaseException | None) -> None:
+    def settle(result: Any, error: Exception | None) -> None:
         if future.done():
             return
         if error is None:
@@ -208,7 +243,7 @@ async def _in_thread(function: Callable[[], Any]) -> Any:
 
     def run() -> None:
         try:
-            outcome: tuple[Any, BaseException | None] = function(), None
+            outcome: tuple[Any, Exception | None] = function(), None
         except BaseException as error:  # noqa: BLE001 - whatever it raises is the step's failure
             outcome = None, _as_exception(error)
         with contextlib.suppress(RuntimeError):  # the loop is closed: the step was abandoned
@@ -218,12 +253,11 @@ async def _in_thread(function: Callable[[], Any]) -> Any:
     return await future
 
 
-def _as_exception(error: BaseException) -> BaseException:
-    return (
-        error
-        if isinstance(error, Exception) and not isinstance(error, StopIteration)
-        else (RuntimeError(f"raised {type(error).__name__}: {error}"))
-    )
+def _as_exception(error: BaseException) -> Exception:
+    """The error, if a future can carry it and nothing takes it for a request to stop."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    return RuntimeError(f"raised {type(error).__name__}: {_said(error)}".rstrip(": "))
 
 
 async def _outcome(
@@ -239,18 +273,25 @@ async def _outcome(
             return f"took longer than {step.timeout_seconds:g} s", False, None
         return _described(error), False, None
     except (ContractBroken, PayloadTooLarge, PluginUnusable) as error:
-        return str(error), True, None
+        return _described(error), True, None
     except Exception as error:  # noqa: BLE001 - a step may raise anything
         return _described(error), False, None
 
 
 def _described(error: Exception) -> str:
-    text = (
-        str(error)
-        if isinstance(error, (OrbitError, RuntimeError))
-        else (f"{type(error).__name__}: {error}")
-    )
-    return (text or type(error).__name__)[:_ERROR_CHARACTERS]
+    """One line that every table and log can take."""
+    text = _said(error)
+    if not isinstance(error, (OrbitError, RuntimeError)):
+        text = f"{type(error).__name__}: {text}".rstrip(": ")
+    text = printable((text or type(error).__name__)[:_ERROR_CHARACTERS])
+    return text[:_ERROR_CHARACTERS]
+
+
+def _said(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - the error is a step's own, and so is its __str__
+        return "(its text cannot be had)"
 
 
 def _size(result: Any) -> int | None:

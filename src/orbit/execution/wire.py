@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import socket
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +22,11 @@ from typing import Any
 import aiohttp
 
 from orbit import __version__
+from orbit.vocabulary import printable
 
 ANSWER_BYTES = 4096
 _ANSWER_BYTES_READ = 65536  # a longer answer costs the connection, which is then not reused
+_PIECE_BYTES = 65536
 
 
 class Outcome(StrEnum):
@@ -37,13 +40,17 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A request, ready to be sent. `timeout_seconds` bounds all of it."""
+    """A request, ready to be sent. `timeout_seconds` bounds all of it.
+
+    `secrets` are masked in what is kept of the answer, should the receiver repeat them.
+    """
 
     method: str
     url: str
-    headers: Mapping[str, str]
-    content: bytes
+    headers: Mapping[str, str] = field(repr=False)
+    content: bytes = field(repr=False)
     timeout_seconds: float
+    secrets: Sequence[str] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +100,14 @@ class Wire:
     async def send(self, outgoing: Outgoing) -> WireResult:
         """Sends once. Never raises for what the network or the receiver does."""
         times = SimpleNamespace(started=time.monotonic(), connected=None, first_byte=None)
-        answer = _Answer()
+        answer = _Answer(outgoing.secrets)
         try:
             async with (
                 asyncio.timeout(outgoing.timeout_seconds),
                 self._session.request(
                     outgoing.method,
                     outgoing.url,
-                    data=outgoing.content,
+                    data=request_body(outgoing.content),
                     headers=outgoing.headers,
                     allow_redirects=False,
                     trace_request_ctx=times,
@@ -112,6 +119,11 @@ class Wire:
         except (aiohttp.ClientError, OSError, ValueError, TimeoutError) as error:
             return _ended(outgoing, times, answer, error)
         return _ended(outgoing, times, answer, None)
+
+
+def request_body(content: bytes) -> bytes | io.BytesIO:
+    """A body for the client; a large one goes out in pieces, at the pace of the connection."""
+    return content if len(content) <= _PIECE_BYTES else io.BytesIO(content)
 
 
 def request_headers(
@@ -131,9 +143,12 @@ def request_headers(
 
 
 class _Answer:
-    """As much of an answer as was seen."""
+    """As much of an answer as was seen, without the secrets of its request."""
 
-    def __init__(self) -> None:
+    def __init__(self, secrets: Sequence[str]) -> None:
+        self._secrets = [secret.encode() for secret in secrets if secret]
+        # One that straddles the end of what is kept is seen whole, so that no half of it stays.
+        self._bytes = ANSWER_BYTES + max(map(len, self._secrets), default=0)
         self.status: int | None = None
         self.content = b""
         self.content_type: str | None = None
@@ -141,18 +156,32 @@ class _Answer:
 
     def see(self, response: aiohttp.ClientResponse) -> None:
         self.status = response.status
-        self.content_type = response.headers.get("Content-Type", "")[:255] or None
+        content_type = response.headers.get("Content-Type", "")[:8192]
+        self.content_type = self.described(content_type)[:255] or None
         self.retry_after = response.headers.get("Retry-After")
 
     async def read(self, response: aiohttp.ClientResponse) -> None:
         size = 0
         async for part in response.content.iter_any():
-            if len(self.content) < ANSWER_BYTES:
-                self.content += part[: ANSWER_BYTES - len(self.content)]
+            if len(self.content) < self._bytes:
+                self.content += part[: self._bytes - len(self.content)]
             size += len(part)
             if size > _ANSWER_BYTES_READ:
                 response.close()
                 return
+
+    def kept(self) -> bytes:
+        """The beginning of the body."""
+        content = self.content
+        for secret in self._secrets:
+            content = content.replace(secret, b"***")
+        return content[:ANSWER_BYTES]
+
+    def described(self, text: str) -> str:
+        """A text of the receiver's making, on one line."""
+        for secret in self._secrets:
+            text = text.replace(secret.decode(), "***")
+        return printable(text)
 
 
 def _given(trace_request_ctx: SimpleNamespace) -> SimpleNamespace:
@@ -167,7 +196,7 @@ def _ended(
     outgoing: Outgoing, times: SimpleNamespace, answer: _Answer, error: Exception | None
 ) -> WireResult:
     outcome, cause = _outcome(times, answer, error)
-    text = _explained(outgoing, error)
+    text = _explained(outgoing, answer, error)
     return WireResult(
         outcome=outcome,
         status=answer.status,
@@ -176,7 +205,7 @@ def _ended(
         connect_seconds=_since(times, times.connected),
         first_byte_seconds=_since(times, times.first_byte),
         total_seconds=time.monotonic() - times.started,
-        answer=answer.content,
+        answer=answer.kept(),
         answer_content_type=answer.content_type,
         retry_after=answer.retry_after,
     )
@@ -213,12 +242,12 @@ def _cause(error: Exception | None) -> str:
             return "error"
 
 
-def _explained(outgoing: Outgoing, error: Exception | None) -> str | None:
+def _explained(outgoing: Outgoing, answer: _Answer, error: Exception | None) -> str | None:
     if error is None:
         return None
     if isinstance(error, TimeoutError):
         return f"no complete answer within {outgoing.timeout_seconds:g} s"
-    return (str(error) or type(error).__name__)[:500]
+    return answer.described((str(error) or type(error).__name__)[:8192])[:500]
 
 
 def _since(times: SimpleNamespace, at: float | None) -> float | None:

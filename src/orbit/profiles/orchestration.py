@@ -6,6 +6,7 @@ between. A repeated Idempotency-Key gets the first answer's cycle.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,16 +101,23 @@ class Orchestration:
         idempotency_key: str | None = None,
         trigger: str = "api",
     ) -> list[TriggerAnswer]:
-        """Starts each enabled run profile once, or those named; an answer for each.
+        """Starts each run profile once, or those named; an answer for each, why not included.
 
         Raises GlobalPause, and NotFound if a name is unknown (then nothing is started).
         """
         self._refuse_while_paused()
-        await self._configuration.refresh()
-        run_profiles = self._named(run_profile_ids)
-        return [await self._trigger(one, idempotency_key, trigger) for one in run_profiles]
+        try:
+            run_profiles = self._named(run_profile_ids)
+        except NotFound:
+            if not await self._configuration.refresh():
+                raise
+            run_profiles = self._named(run_profile_ids)
+        triggers = (self._trigger(one, idempotency_key, trigger) for one in run_profiles)
+        return await asyncio.gather(*triggers)
 
-    async def rerun(self, cycle_id: str, *, is_from_start: bool = False) -> Accepted:
+    async def rerun(
+        self, cycle_id: str, *, is_from_start: bool = False, idempotency_key: str | None = None
+    ) -> Accepted:
         """A new cycle in place of a failed one: from the failed stage, or from the start.
 
         Raises GlobalPause, NotFound or NotRerunnable.
@@ -125,6 +133,7 @@ class Orchestration:
             namespace=row["namespace"],
             trigger="rerun",
             endpoint_keys=row["endpoint_keys"],
+            idempotency_key=idempotency_key,
             rerun_of=cycle_id,
             copied=await self._copied(row["namespace"], cycle_id, is_from_start=is_from_start),
         )
@@ -132,7 +141,9 @@ class Orchestration:
             return await self._intake.accept(request)
         while True:
             revision, run_profile = self._of(row["run_profile_id"])
-            base = cycle_request(revision, run_profile, self._clock, "rerun")
+            base = cycle_request(
+                revision, run_profile, self._clock, "rerun", idempotency_key=idempotency_key
+            )
             try:
                 return await self._intake.accept(
                     replace(base, rerun_of=cycle_id, copied=request.copied)
@@ -151,7 +162,7 @@ class Orchestration:
 
         Raises ConfigurationInvalid or CyclesActive; then nothing is changed.
         """
-        documents = self.read_files()
+        documents = await asyncio.to_thread(self.read_files)
         is_changed = await self._configuration.replace(documents)
         return revision_of(documents), is_changed
 
@@ -180,7 +191,7 @@ class Orchestration:
     def _named(self, ids: Collection[str] | None) -> list[RunProfile]:
         documents = self._configuration.active.documents
         if ids is None:
-            return [one for one in documents.run_profiles if one.is_enabled]
+            return list(documents.run_profiles)
         found = {one.run_profile_id: one for one in documents.run_profiles}
         unknown = [one for one in ids if one not in found]
         if unknown:

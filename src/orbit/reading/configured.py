@@ -66,9 +66,7 @@ async def run_profiles(database: Database, documents: Documents) -> list[RunProf
     """The run profiles of a configuration, with their next slot, last slot and last cycle."""
     due = {(one.namespace, one.run_profile_id): one.due_at for one in await schedules(database)}
     slots = await _last_slots(database, documents)
-    recent = await summaries(
-        database, await database.fetch_all(SQL.recent_cycles_of_run_profiles)
-    )
+    recent = await summaries(database, await database.fetch_all(SQL.recent_cycles_of_run_profiles))
     cycles = {(one.namespace, one.run_profile_id): one for one in recent}
     views = []
     for one in documents.run_profiles:
@@ -143,3 +141,17 @@ def _wire(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_wire(item) for item in value]
     return value
+
+
+@dataclass(frozen=True, slots=True)
+class Activation(View):
+    """When a configuration came into force, and why."""
+
+    activated_at: datetime | None
+    reason: str | None
+
+
+async def last_activation(database: Database) -> Activation | None:
+    """The activation of the configuration in force; None before the first."""
+    rows = await read_all(database, SQL.last_activation)
+    return Activation(rows[0]["activated_at"], rows[0]["reason"]) if rows else None

@@ -263,7 +263,9 @@ async def _cycle(database: Database, row: dict[str, Any]) -> CycleView:
     (status,) = await read_all(
         database, SQL.cycle_summaries, {name: array([value]) for name, value in key.items()}
     )
-    reruns = await database.fetch_all(SQL.cycle_reruns, key)
+    # Only a failed cycle is run again, so that for any other nothing needs looking for.
+    has_failed = status["state"] == "failed"
+    reruns = await database.fetch_all(SQL.cycle_reruns, key) if has_failed else []
     initiation = InitiationView(row.pop("hash"), json.loads(row.pop("context")))
     return CycleView(
         **{**status, **row},

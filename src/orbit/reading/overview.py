@@ -128,9 +128,7 @@ async def schedules(database: Database) -> list[Due]:
     ]
 
 
-async def _nodes(
-    database: Database, lease_seconds: float, revision: str | None
-) -> list[NodeView]:
+async def _nodes(database: Database, lease_seconds: float, revision: str | None) -> list[NodeView]:
     rows = await read_all(database, SQL.nodes, {"lease_seconds": lease_seconds})
     return [
         NodeView(is_in_step=row.pop("files_revision") in (None, revision), **row) for row in rows

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import datetime
 
 from orbit.clock import Clock
 from orbit.database.pool import Database
@@ -21,6 +23,24 @@ from orbit.services.base import Service
 
 _DEFAULT_LANE_ROOM = 16
 _RECOVERY_SHARE = 6  # expired attempts are looked for this many times in a lease length
+_LAST_WORDS_SECONDS = 5.0  # for settling at the very end, if the database is slow or gone
+
+
+@dataclass(slots=True, eq=False)
+class _Sending:
+    """An attempt in hand: until when it is certainly ours, and how far it has come."""
+
+    job: ClaimedJob
+    expires: float
+    started_at: datetime
+    is_begun: bool = False
+    is_over: bool = False
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """A job may be in hand twice, if its lease ran out and came back to this node."""
+        return self.job.job_id, self.job.lease_number
 
 
 class Dispatcher(Service):
@@ -47,9 +67,7 @@ class Dispatcher(Service):
         self._memory, self._clock = memory, clock
         self._concurrency, self._lane_rooms = concurrency, lane_rooms
         self._lease_seconds, self._poll_seconds = lease_seconds, poll_seconds
-        self._sending: dict[str, tuple[ClaimedJob, asyncio.Task[None]]] = {}
-        self._expires: dict[str, float] = {}
-        self._begun: set[str] = set()
+        self._sending: dict[tuple[str, int], _Sending] = {}
         self._lanes: Counter[tuple[str, str]] = Counter()
         self._recover_at = 0.0
 
@@ -73,14 +91,14 @@ class Dispatcher(Service):
 
     async def beat(self) -> None:
         """Prolongs the leases of attempts under way."""
-        jobs = [job for job, _ in self._sending.values()]
-        if not jobs:
+        under_way = list(self._sending.values())
+        if not under_way:
             return
         asked_at = self._clock.monotonic()
-        held = await self._queue.renew(jobs)
-        for job in jobs:
-            if job.job_id in held and job.job_id in self._expires:
-                self._expires[job.job_id] = asked_at + self._lease_seconds
+        held = await self._queue.renew([sending.job for sending in under_way])
+        for sending in under_way:
+            if sending.key in held:
+                sending.expires = asked_at + self._lease_seconds
 
     async def drain(self, seconds: float) -> None:
         """Lets attempts end for so long; gives back what has not begun.
@@ -88,19 +106,21 @@ class Dispatcher(Service):
         An attempt that is cut off is settled as unknown.
         """
         await self.stop()
-        unbegun = [entry for entry in self._sending.values() if entry[0].job_id not in self._begun]
-        for _, task in unbegun:
-            task.cancel()
-        await asyncio.gather(*(task for _, task in unbegun), return_exceptions=True)
+        unbegun = [one for one in self._sending.values() if not (one.is_begun or one.is_over)]
+        await _cancel(unbegun)
         if unbegun:
-            await self._queue.release([job for job, _ in unbegun])
-        tasks = [task for _, task in self._sending.values()]
-        if tasks:
+            await self._queue.release([sending.job for sending in unbegun])
+        if tasks := _tasks(self._sending.values()):
             await asyncio.wait(tasks, timeout=max(seconds, 0.01))
-        for _, task in list(self._sending.values()):
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self._queue.drained()
+        rest = list(self._sending.values())
+        cut_off = [sending for sending in rest if not sending.is_over]
+        await _cancel(rest)
+        try:
+            async with asyncio.timeout(_LAST_WORDS_SECONDS):
+                await asyncio.gather(*map(self._settle_cut_off, cut_off))
+                await self._queue.drained()
+        except TimeoutError:
+            self._log.warning("settlements_abandoned")  # their leases run out
 
     @property
     def in_flight(self) -> int:
@@ -120,10 +140,10 @@ class Dispatcher(Service):
         asked_at = self._clock.monotonic()
         jobs = await self._queue.claim(rooms)
         for job in jobs:
-            self._expires[job.job_id] = asked_at + self._lease_seconds
+            sending = _Sending(job, asked_at + self._lease_seconds, self._clock.now())
             self._lanes[job.namespace, job.endpoint_key] += 1
-            task = asyncio.create_task(self._deliver(job), name=f"job-{job.job_id}")
-            self._sending[job.job_id] = job, task
+            self._sending[sending.key] = sending
+            sending.task = asyncio.create_task(self._deliver(sending), name=f"job-{job.job_id}")
         return len(jobs)
 
     async def _recover(self) -> None:
@@ -134,20 +154,22 @@ class Dispatcher(Service):
             if count:
                 self._log.warning("attempts_unknown", count=count, reason="worker lost")
 
-    async def _deliver(self, job: ClaimedJob) -> None:
+    async def _deliver(self, sending: _Sending) -> None:
+        job = sending.job
         log = self._log.bind(
             namespace=job.namespace, cycle=job.cycle_id, job=job.job_id, trace=job.traceparent
         )
         try:
             async with self._memory.reserve(job.size):
-                started_at = self._clock.now()
-                result, snapshot = await self._attempt(job)
+                sending.started_at = self._clock.now()
+                result, snapshot = await self._attempt(sending)
+            sending.is_over = True
             if result is not None:
                 await self._queue.settle(
                     job,
                     result,
                     snapshot.permanent_statuses if snapshot else (),
-                    started_at,
+                    sending.started_at,
                     self._clock.now(),
                 )
                 log.info(
@@ -160,29 +182,45 @@ class Dispatcher(Service):
             # The lease runs out, and the attempt is then settled as unknown.
             log.exception("attempt_interrupted")
         finally:
-            self._forget(job)
+            self._forget(sending)
 
-    async def _attempt(self, job: ClaimedJob) -> tuple[WireResult | None, Snapshot | None]:
+    async def _attempt(self, sending: _Sending) -> tuple[WireResult | None, Snapshot | None]:
         """Sends once; no result if the lease may be over, so that nothing was sent."""
+        job = sending.job
         try:
             snapshot = await self._snapshots.read(job.namespace, job.snapshot_id)
         except SecretUnreadable as error:
             return WireResult(Outcome.NOT_SENT, cause="secret unreadable", error=str(error)), None
         content = await self._queue.content(job)
         outgoing = _outgoing(job, snapshot, content)
-        if self._clock.monotonic() >= self._expires[job.job_id]:
+        if self._clock.monotonic() >= sending.expires:
             return None, snapshot
-        self._begun.add(job.job_id)
+        sending.is_begun = True
         return await self._wire.send(outgoing), snapshot
 
-    def _forget(self, job: ClaimedJob) -> None:
-        self._sending.pop(job.job_id, None)
-        self._expires.pop(job.job_id, None)
-        self._begun.discard(job.job_id)
+    async def _settle_cut_off(self, sending: _Sending) -> None:
+        error = "the node was told to stop before an answer was seen"
+        result = WireResult(Outcome.UNKNOWN, cause="cut off", error=error)
+        await self._queue.settle(sending.job, result, (), sending.started_at, self._clock.now())
+
+    def _forget(self, sending: _Sending) -> None:
+        job = sending.job
+        self._sending.pop(sending.key, None)
         self._lanes[job.namespace, job.endpoint_key] -= 1
         if not self._lanes[job.namespace, job.endpoint_key]:
             del self._lanes[job.namespace, job.endpoint_key]
         self.wake()
+
+
+def _tasks(attempts: Collection[_Sending]) -> list[asyncio.Task[None]]:
+    return [sending.task for sending in attempts if sending.task is not None]
+
+
+async def _cancel(attempts: Collection[_Sending]) -> None:
+    tasks = _tasks(attempts)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _outgoing(job: ClaimedJob, snapshot: Snapshot, content: bytes) -> Outgoing:
@@ -201,4 +239,11 @@ def _outgoing(job: ClaimedJob, snapshot: Snapshot, content: bytes) -> Outgoing:
     headers["Orbit-Job-Id"] = job.job_id
     headers["Orbit-Attempt"] = str(job.attempt)
     headers["traceparent"] = job.traceparent
-    return Outgoing(snapshot.method, snapshot.url, headers, content, snapshot.timeout_seconds)
+    return Outgoing(
+        snapshot.method,
+        snapshot.url,
+        headers,
+        content,
+        snapshot.timeout_seconds,
+        snapshot.secrets,
+    )

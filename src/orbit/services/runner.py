@@ -49,6 +49,8 @@ class Runner(Service):
             return self._poll_seconds
         claimed = await claim(self._database, self._node_id, room, self._lease_seconds)
         for cycle in claimed:
+            if (outlived := self._running.get(cycle.cycle_id)) is not None:
+                outlived[1].cancel()  # its lease ran out, and now we hold the next one
             task = asyncio.create_task(self._carry(cycle), name=f"cycle-{cycle.cycle_id}")
             self._running[cycle.cycle_id] = cycle, task
         return 0 if claimed else self._poll_seconds
@@ -60,14 +62,15 @@ class Runner(Service):
 
     async def beat(self) -> None:
         """Prolongs the leases in hand; lets go of cycles whose lease is lost."""
-        cycles = self.running
-        if not cycles:
+        entries = list(self._running.values())
+        if not entries:
             return
+        cycles = [cycle for cycle, _ in entries]
         async with self._database.connection() as connection:
-            held = await renew(connection, self._node_id, list(cycles), self._lease_seconds)
-        for cycle in cycles:
-            if cycle.cycle_id not in held and (entry := self._running.get(cycle.cycle_id)):
-                entry[1].cancel()
+            held = await renew(connection, self._node_id, cycles, self._lease_seconds)
+        for cycle, task in entries:
+            if cycle.cycle_id not in held:
+                task.cancel()
 
     async def drain(self, seconds: float) -> None:
         """Lets cycles go on for so long, then gives back the leases of the rest."""
@@ -103,5 +106,7 @@ class Runner(Service):
             # The lease runs out and the cycle is taken up again, at most max_recoveries times.
             log.exception("cycle_interrupted")
         finally:
-            self._running.pop(cycle.cycle_id, None)
+            entry = self._running.get(cycle.cycle_id)
+            if entry is not None and entry[0] is cycle:
+                del self._running[cycle.cycle_id]
             self.wake()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
+from orbit import metrics
 from orbit.canonical import canonical_digest
 from orbit.clock import Clock, new_id
 from orbit.database.pool import Connection, Database
@@ -40,6 +41,7 @@ SQL = load("slots")
 _SCHEDULES_PER_PASS = 100
 _SLOTS_PER_PAGE = 200
 _NEVER = "infinity"
+_MILLISECOND = timedelta(milliseconds=1)
 
 Key = tuple[str, str]
 
@@ -117,26 +119,29 @@ class Scheduler(Service):
         self._settings, self._node_id = settings, node_id
         self._planned: dict[Key, Planned] = {}
         self._synced: str | None = None
+        self._last_id_at = clock.now()
 
     async def run_once(self) -> float:
         """Decides what is due; rests until the next slot, or for one poll."""
         row = await self._database.fetch_one(SQL.next_due)
         assert row is not None
+        poll, due_in = self._settings.poll_seconds, row["due_in_seconds"]
         if row["revision"] != self._synced:
             await self._configuration.refresh()
-            await self._sync()
-            return 0
-        due_in = row["due_in_seconds"]
-        if due_in is None or due_in > 0:
-            poll = self._settings.poll_seconds
-            return poll if due_in is None else min(poll, due_in)
-        return 0 if await self._decide_due() else self._settings.poll_seconds
+            await self._sync(row["now"].astimezone(UTC))
+            return 0 if row["revision"] == self._synced else poll
+        if due_in is None:
+            if self._planned:  # their rows are leases, and leases may be lost
+                await self._sync(row["now"].astimezone(UTC))
+            return poll
+        if due_in > 0:
+            return min(poll, float(due_in))
+        return 0 if await self._decide_due() else poll
 
-    async def _sync(self) -> None:
-        """Makes the schedules in the database those of the configuration in force."""
+    async def _sync(self, now: datetime) -> None:
+        """Makes the schedules in the database those of the configuration in force, from `now`."""
         active = self._configuration.active
         self._planned = planned_schedules(active, self._settings)
-        now = self._clock.now()
         keys = list(self._planned)
         due = [_due_at(key, self._planned[key].schedule, now) for key in keys]
         await self._database.execute(
@@ -161,6 +166,9 @@ class Scheduler(Service):
             await self._configuration.refresh()
             return 1
         fired = sum(request is not None for page in pages for *_, request in page.rows)
+        for _, outcome, *_ in (row for page in pages for row in page.rows):
+            metrics.slots_decided.labels(outcome.value).inc()
+        metrics.cycles_accepted.labels("schedule").inc(fired)
         if fired:
             self._on_fired()
         if pages:
@@ -250,9 +258,10 @@ class Scheduler(Service):
 
     def _request(self, page: _Page, decision: SlotDecision, active: str | None) -> CycleRequest:
         is_waiting = active is not None and page.planned.schedule.overlap is not Overlap.ALLOW
+        cycle_id = self._next_id()
         if page.planned.run_profile is None:
             request = CycleRequest(
-                cycle_id=new_id(self._clock.now()),
+                cycle_id=cycle_id,
                 namespace=page.key[0],
                 trigger="schedule",
                 slot_at=decision.slot_at,
@@ -265,7 +274,12 @@ class Scheduler(Service):
                 "schedule",
                 slot_at=decision.slot_at,
             )
-        return replace(request, is_waiting=is_waiting)
+        return replace(request, cycle_id=cycle_id, is_waiting=is_waiting)
+
+    def _next_id(self) -> str:
+        """An id above the last, since cycles that wait for each other begin in their ids' order."""
+        self._last_id_at = max(self._clock.now(), self._last_id_at + _MILLISECOND)
+        return new_id(self._last_id_at)
 
     async def _write(self, connection: Connection, pages: Sequence[_Page]) -> None:
         """Cycles, slots and the schedules' new place.

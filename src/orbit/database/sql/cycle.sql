@@ -11,7 +11,8 @@ SELECT pg_advisory_xact_lock_shared(hashtext('orbit.configuration'));
 
 -- name: accept_cycles
 -- Accepts triggers: a cycle exists from here on, and will end. One whose initiation is known
--- already, or whose revision is not in force any more, is left out of the answer.
+-- already, or whose revision is not in force any more, is left out of the answer. Keys go in in
+-- their order, since a session waits for another that inserts the same one.
 WITH request AS MATERIALIZED (
     SELECT * FROM unnest(
         %(namespace)s::text[], %(cycle_id)s::uuid[], %(profile_id)s::text[],
@@ -20,14 +21,15 @@ WITH request AS MATERIALIZED (
         %(value_tags)s::jsonb[], %(traceparent)s::text[], %(rerun_of)s::uuid[],
         %(hash)s::text[], %(context)s::text[], %(request_digest)s::text[],
         %(is_waiting)s::boolean[]
-    ) AS request (
+    ) WITH ORDINALITY AS request (
         namespace, cycle_id, profile_id, run_profile_id, trigger, slot_at, idempotency_key,
         revision, endpoint_keys, value_tags, traceparent, rerun_of, hash, context,
-        request_digest, is_waiting)
+        request_digest, is_waiting, place)
     WHERE request.revision IS NULL OR request.revision = (SELECT revision FROM config_active)
 ), fresh AS (
     INSERT INTO initiation_key (namespace, run_profile_id, hash, cycle_id, request_digest)
     SELECT namespace, run_profile_id, hash, cycle_id, request_digest FROM request
+    ORDER BY namespace, run_profile_id, hash, place
     ON CONFLICT DO NOTHING
     RETURNING namespace, cycle_id
 ), accepted AS MATERIALIZED (
@@ -86,7 +88,8 @@ SELECT revision FROM config_active;
 
 -- name: claim_cycles
 -- Takes due cycles, the longest due of each namespace first, an equal share for each.
--- cycle_lease_due serves the loose scan over namespaces and the claim in each.
+-- cycle_lease_due serves the loose scan over namespaces and the claim in each. OFFSET 0 keeps
+-- the look-ups what they are, one by its whole key for each cycle.
 WITH RECURSIVE namespaces AS (
     (SELECT namespace FROM cycle_lease ORDER BY namespace LIMIT 1)
     UNION ALL
@@ -121,17 +124,28 @@ SELECT claimed.*, run.profile_id, run.run_profile_id, run.slot_at, run.idempoten
     run.revision, run.endpoint_keys, run.traceparent, initiation.context,
     last.stage, last.digest, last.content_type, last.size, payload.content
 FROM claimed
-JOIN cycle_run run ON run.namespace = claimed.namespace AND run.cycle_id = claimed.cycle_id
-JOIN initiation ON initiation.namespace = claimed.namespace
-    AND initiation.cycle_id = claimed.cycle_id
+CROSS JOIN LATERAL (
+    SELECT profile_id, run_profile_id, slot_at, idempotency_key, revision, endpoint_keys,
+        traceparent FROM cycle_run
+    WHERE cycle_run.namespace = claimed.namespace AND cycle_run.cycle_id = claimed.cycle_id
+    OFFSET 0
+) run
+CROSS JOIN LATERAL (
+    SELECT context FROM initiation
+    WHERE initiation.namespace = claimed.namespace AND initiation.cycle_id = claimed.cycle_id
+    OFFSET 0
+) initiation
 LEFT JOIN LATERAL (
     SELECT stage, digest, content_type, size FROM cycle_checkpoint checkpoint
     WHERE checkpoint.namespace = claimed.namespace AND checkpoint.cycle_id = claimed.cycle_id
     ORDER BY orbit_stage_number(stage) DESC LIMIT 1
 ) last ON true
-LEFT JOIN payload ON payload.namespace = claimed.namespace
-    AND payload.cycle_id = claimed.cycle_id AND payload.digest = last.digest
-    AND last.size <= %(inline_bytes)s;
+LEFT JOIN LATERAL (
+    SELECT content FROM payload
+    WHERE payload.namespace = claimed.namespace AND payload.cycle_id = claimed.cycle_id
+        AND payload.digest = last.digest AND last.size <= %(inline_bytes)s
+    OFFSET 0
+) payload ON true;
 
 -- name: payload_content
 -- The bytes under a digest.
@@ -139,26 +153,43 @@ SELECT content FROM payload
 WHERE namespace = %(namespace)s AND cycle_id = %(cycle_id)s AND digest = %(digest)s;
 
 -- name: renew_cycles
--- The heartbeat: prolongs the leases still held, and says which those are.
+-- The heartbeat: prolongs the leases still held, and says which those are. Locks in key order,
+-- as the batches of stages do that it may meet.
+WITH mine AS MATERIALIZED (
+    SELECT lease.namespace, lease.cycle_id FROM cycle_lease lease
+    JOIN unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(lease_number)s::int[])
+        AS held (namespace, cycle_id, lease_number)
+        ON lease.namespace = held.namespace AND lease.cycle_id = held.cycle_id
+        AND lease.lease_number = held.lease_number
+    WHERE lease.node_id = %(node_id)s
+    ORDER BY lease.namespace, lease.cycle_id
+    FOR NO KEY UPDATE OF lease
+)
 UPDATE cycle_lease SET due_at = orbit_now() + %(lease_seconds)s * interval '1 second'
-FROM unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(lease_number)s::int[])
-    AS held (namespace, cycle_id, lease_number)
-WHERE cycle_lease.namespace = held.namespace AND cycle_lease.cycle_id = held.cycle_id
-    AND cycle_lease.lease_number = held.lease_number AND cycle_lease.node_id = %(node_id)s
+FROM mine
+WHERE cycle_lease.namespace = mine.namespace AND cycle_lease.cycle_id = mine.cycle_id
 RETURNING cycle_lease.cycle_id;
 
 -- name: release_cycles
--- Gives leases back, so that any node may go on at once.
+-- Gives leases back, so that any node may go on at once. Locks in key order.
+WITH mine AS MATERIALIZED (
+    SELECT lease.namespace, lease.cycle_id FROM cycle_lease lease
+    JOIN unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(lease_number)s::int[])
+        AS held (namespace, cycle_id, lease_number)
+        ON lease.namespace = held.namespace AND lease.cycle_id = held.cycle_id
+        AND lease.lease_number = held.lease_number
+    WHERE lease.node_id = %(node_id)s
+    ORDER BY lease.namespace, lease.cycle_id
+    FOR NO KEY UPDATE OF lease
+)
 UPDATE cycle_lease SET due_at = orbit_now(), node_id = NULL
-FROM unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(lease_number)s::int[])
-    AS held (namespace, cycle_id, lease_number)
-WHERE cycle_lease.namespace = held.namespace AND cycle_lease.cycle_id = held.cycle_id
-    AND cycle_lease.lease_number = held.lease_number AND cycle_lease.node_id = %(node_id)s;
+FROM mine
+WHERE cycle_lease.namespace = mine.namespace AND cycle_lease.cycle_id = mine.cycle_id;
 
 -- name: hold_cycles
 -- Locks the leases of a batch of stages in key order, and says which are still ours. Nothing
 -- that is written in this transaction can then be another owner's.
-SELECT lease.cycle_id FROM cycle_lease lease
+SELECT lease.cycle_id, lease.lease_number FROM cycle_lease lease
 JOIN unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(lease_number)s::int[])
     AS held (namespace, cycle_id, lease_number)
     ON lease.namespace = held.namespace AND lease.cycle_id = held.cycle_id

@@ -44,7 +44,8 @@ WHERE first.due_at < 'infinity';
 
 -- name: claim_jobs
 -- Takes due jobs of the given lanes, as many of each as the caller has room for, and opens
--- their next attempt. dispatch_lease_ready serves it.
+-- their next attempt. dispatch_lease_ready serves it. OFFSET 0 keeps the look-ups what they are,
+-- one by its whole key for each job, whatever the planner believes of the tables' sizes.
 WITH lane AS MATERIALIZED (
     SELECT * FROM unnest(%(namespace)s::text[], %(endpoint_key)s::text[], %(room)s::int[])
         AS lane (namespace, endpoint_key, room)
@@ -69,21 +70,39 @@ WITH lane AS MATERIALIZED (
 SELECT claimed.*, job.snapshot_id, job.digest, job.content_type, job.size, job.max_attempts,
     run.profile_id, run.run_profile_id, run.traceparent, payload.content
 FROM claimed
-JOIN dispatch_job job ON job.namespace = claimed.namespace AND job.job_id = claimed.job_id
-JOIN cycle_run run ON run.namespace = claimed.namespace AND run.cycle_id = claimed.cycle_id
-LEFT JOIN payload ON payload.namespace = claimed.namespace
-    AND payload.cycle_id = claimed.cycle_id AND payload.digest = job.digest
-    AND job.size <= %(inline_bytes)s;
+CROSS JOIN LATERAL (
+    SELECT snapshot_id, digest, content_type, size, max_attempts FROM dispatch_job
+    WHERE dispatch_job.namespace = claimed.namespace AND dispatch_job.job_id = claimed.job_id
+    OFFSET 0
+) job
+CROSS JOIN LATERAL (
+    SELECT profile_id, run_profile_id, traceparent FROM cycle_run
+    WHERE cycle_run.namespace = claimed.namespace AND cycle_run.cycle_id = claimed.cycle_id
+    OFFSET 0
+) run
+LEFT JOIN LATERAL (
+    SELECT content FROM payload
+    WHERE payload.namespace = claimed.namespace AND payload.cycle_id = claimed.cycle_id
+        AND payload.digest = job.digest AND job.size <= %(inline_bytes)s
+    OFFSET 0
+) payload ON true;
 
 -- name: renew_jobs
--- The heartbeat of attempts on the wire; says which are still ours.
+-- The heartbeat of attempts on the wire; says which were prolonged. One that is locked is being
+-- settled, so it is left out, and nothing is waited for.
+WITH mine AS MATERIALIZED (
+    SELECT lease.namespace, lease.job_id FROM dispatch_lease lease
+    JOIN unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(lease_number)s::int[])
+        AS held (namespace, job_id, lease_number)
+        ON lease.namespace = held.namespace AND lease.job_id = held.job_id
+        AND lease.lease_number = held.lease_number
+    WHERE lease.node_id = %(node_id)s
+    FOR NO KEY UPDATE OF lease SKIP LOCKED
+)
 UPDATE dispatch_lease SET due_at = orbit_now() + %(lease_seconds)s * interval '1 second'
-FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(lease_number)s::int[])
-    AS held (namespace, job_id, lease_number)
-WHERE dispatch_lease.namespace = held.namespace AND dispatch_lease.job_id = held.job_id
-    AND dispatch_lease.lease_number = held.lease_number
-    AND dispatch_lease.node_id = %(node_id)s
-RETURNING dispatch_lease.job_id;
+FROM mine
+WHERE dispatch_lease.namespace = mine.namespace AND dispatch_lease.job_id = mine.job_id
+RETURNING dispatch_lease.job_id, dispatch_lease.lease_number;
 
 -- name: release_jobs
 -- Gives back jobs whose attempt was opened and never begun: no byte left, so the number is
@@ -107,7 +126,8 @@ ORDER BY lease.due_at LIMIT %(limit)s
 FOR UPDATE OF lease SKIP LOCKED;
 
 -- name: insert_receipts
--- What became of attempts. A receipt that exists stays: an attempt has one end.
+-- What became of attempts. A receipt that exists stays: an attempt has one end. To follow
+-- settle_jobs, whose locks keep two sessions from writing the same receipt at once.
 INSERT INTO delivery_receipt (namespace, job_id, attempt, outcome, status, error, digest, size,
     queue_seconds, connect_seconds, first_byte_seconds, total_seconds, answer,
     answer_content_type, lease_number, node_id, started_at)
@@ -128,7 +148,7 @@ ON CONFLICT DO NOTHING;
 -- name: settle_jobs
 -- Moves on the leases that are still their worker's: done (delivered, or dead with its cause)
 -- they go, else they wait for the next attempt. Counts the done ones in their cycles, whose
--- leases are locked in key order first.
+-- leases are locked in key order, and (the condition on retried) after all those of jobs.
 WITH result AS MATERIALIZED (
     SELECT * FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(lease_number)s::int[],
         %(node_id)s::uuid[], %(attempt)s::int[], %(size)s::int[], %(retry_seconds)s::float8[],
@@ -149,6 +169,7 @@ WITH result AS MATERIALIZED (
     WHERE dispatch_lease.namespace = result.namespace AND dispatch_lease.job_id = result.job_id
         AND dispatch_lease.lease_number = result.lease_number
         AND dispatch_lease.node_id = result.node_id AND result.retry_seconds IS NOT NULL
+    RETURNING dispatch_lease.job_id
 ), dead AS (
     INSERT INTO dead_letter_dispatch (namespace, job_id, cycle_id, endpoint_key, cause, attempts)
     SELECT namespace, job_id, cycle_id, endpoint_key, cause, attempt FROM done
@@ -161,6 +182,7 @@ WITH result AS MATERIALIZED (
 ), held AS MATERIALIZED (
     SELECT lease.namespace, lease.cycle_id FROM cycle_lease lease
     JOIN counted ON counted.namespace = lease.namespace AND counted.cycle_id = lease.cycle_id
+    WHERE (SELECT count(*) FROM retried) >= 0
     ORDER BY lease.namespace, lease.cycle_id
     FOR NO KEY UPDATE OF lease
 )

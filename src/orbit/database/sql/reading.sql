@@ -228,7 +228,7 @@ CROSS JOIN LATERAL (
         SELECT FROM dispatch_lease WHERE node_id IS NULL
             AND dispatch_lease.namespace = lanes.namespace
             AND dispatch_lease.endpoint_key = lanes.endpoint_key
-        LIMIT 1000) some
+        LIMIT 1000) waiting
 ) depth
 CROSS JOIN LATERAL (
     SELECT due_at FROM dispatch_lease WHERE node_id IS NULL

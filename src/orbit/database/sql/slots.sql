@@ -21,11 +21,12 @@ ON CONFLICT (namespace, run_profile_id) DO UPDATE SET definition = excluded.defi
 WHERE schedule.definition <> excluded.definition;
 
 -- name: next_due
--- In how many seconds the first schedule is due, and which configuration is in force.
+-- In how many seconds the first schedule is due, which configuration is in force, and the time.
 -- schedule_due serves it.
 SELECT (SELECT revision FROM config_active) AS revision,
     extract(epoch FROM (SELECT min(due_at) FROM schedule WHERE due_at < 'infinity')
-        - orbit_now())::float8 AS due_in_seconds;
+        - orbit_now())::float8 AS due_in_seconds,
+    orbit_now() AS now;
 
 -- name: claim_schedules
 -- Locks schedules with a slot to decide, the longest due first. schedule_due serves it.

@@ -12,6 +12,10 @@
 --   Keys begin with the namespace: no row of one namespace can stand for another's.
 --   Every index has a comment that names the query it is for.
 
+-- Functions that run as the owner keep this path: a session's temporary tables come last in it,
+-- so that none of them can stand for one of ours.
+SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true);
+
 -- ---------------------------------------------------------------- time
 
 CREATE FUNCTION orbit_now() RETURNS timestamptz
@@ -115,7 +119,7 @@ CREATE TABLE schedule_slot (
     CONSTRAINT only_a_fired_slot_has_a_cycle CHECK ((outcome = 'fired') = (cycle_id IS NOT NULL))
 );
 CREATE INDEX schedule_slot_by_time ON schedule_slot (slot_at DESC);
-COMMENT ON INDEX schedule_slot_by_time IS 'slots.recent_slots: the last slots of all schedules';
+COMMENT ON INDEX schedule_slot_by_time IS 'reading.slot_window, reading.slots_not_fired: the last slots of all schedules';
 COMMENT ON TABLE schedule_slot IS 'One row for every slot of every schedule, fired or not, with the reason.';
 
 CREATE TABLE cycle_run (
@@ -136,7 +140,7 @@ CREATE TABLE cycle_run (
     PRIMARY KEY (namespace, cycle_id)
 ) PARTITION BY RANGE (cycle_id);
 CREATE INDEX cycle_run_newest ON cycle_run (cycle_id DESC);
-COMMENT ON INDEX cycle_run_newest IS 'reading.recent_cycles, reading.find_cycle: newest first over all namespaces, and one by its id alone';
+COMMENT ON INDEX cycle_run_newest IS 'reading.cycle_window, reading.find_cycle: newest first over all namespaces, and one by its id alone';
 COMMENT ON TABLE cycle_run IS 'An accepted trigger: one pass of the pipeline, pinned to the revision it began with.';
 
 CREATE TABLE initiation (
@@ -243,7 +247,7 @@ CREATE TABLE dispatch_job (
     PRIMARY KEY (namespace, job_id)
 ) PARTITION BY RANGE (job_id);
 CREATE INDEX dispatch_job_by_cycle ON dispatch_job (cycle_id);
-COMMENT ON INDEX dispatch_job_by_cycle IS 'reading.cycle_jobs, repair: the jobs of one cycle';
+COMMENT ON INDEX dispatch_job_by_cycle IS 'reading.cycle_jobs: the jobs of one cycle';
 COMMENT ON TABLE dispatch_job IS 'One item for one endpoint, bound to the endpoint''s snapshot. Its id derives from cycle, item and endpoint, so it exists once.';
 
 CREATE TABLE delivery_receipt (
@@ -280,7 +284,7 @@ CREATE TABLE dead_letter_dispatch (
     PRIMARY KEY (namespace, job_id)
 ) PARTITION BY RANGE (job_id);
 CREATE INDEX dead_letter_dispatch_newest ON dead_letter_dispatch (job_id DESC);
-COMMENT ON INDEX dead_letter_dispatch_newest IS 'reading.dead_letters: newest first over all namespaces';
+COMMENT ON INDEX dead_letter_dispatch_newest IS 'reading.dead_letter_window, dead_letters.dead_letter: newest first over all namespaces, and one by its id alone';
 COMMENT ON TABLE dead_letter_dispatch IS 'A job out of retries; only a person brings it back, as a new job that names it.';
 
 CREATE TABLE dead_letter_decision (
@@ -349,7 +353,7 @@ CREATE TABLE cycle_lease (
 CREATE INDEX cycle_lease_due ON cycle_lease (namespace, due_at);
 COMMENT ON INDEX cycle_lease_due IS 'cycle.claim_cycles: the due cycles of each namespace';
 CREATE INDEX cycle_lease_by_run_profile ON cycle_lease (namespace, run_profile_id, cycle_id);
-COMMENT ON INDEX cycle_lease_by_run_profile IS 'slots.active_cycles, cycle.release_waiting: what overlaps';
+COMMENT ON INDEX cycle_lease_by_run_profile IS 'slots.busy_run_profiles, cycle.release_waiting: what overlaps';
 CREATE INDEX cycle_lease_waiting ON cycle_lease (namespace, run_profile_id, cycle_id) WHERE is_waiting;
 COMMENT ON INDEX cycle_lease_waiting IS 'cycle.release_waiting: who waits for a predecessor';
 COMMENT ON TABLE cycle_lease IS 'Who may go on with a cycle, and when. due_at = infinity: nobody need (its jobs are out, or it waits). The counters are those of its jobs.';
@@ -458,7 +462,7 @@ $$;
 COMMENT ON FUNCTION orbit_create_partitions(timestamptz) IS 'Makes the weekly partitions from this week through the given time; returns how many were missing.';
 
 CREATE FUNCTION orbit_drop_partitions(fact regclass, before timestamptz) RETURNS text[]
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT SET lock_timeout = '2s' AS $$
 DECLARE
     partition record;
     dropped text[] := '{}';
@@ -478,13 +482,18 @@ BEGIN
                 WHERE cycle_id < orbit_first_id(partition.until::timestamp AT TIME ZONE 'UTC'))
             OR EXISTS (SELECT FROM dispatch_lease
                 WHERE cycle_id < orbit_first_id(partition.until::timestamp AT TIME ZONE 'UTC'));
-        EXECUTE format('DROP TABLE %I', partition.relname);
+        -- All reading and writing of the fact would queue behind a wait: better the next time.
+        BEGIN
+            EXECUTE format('DROP TABLE %I', partition.relname);
+        EXCEPTION WHEN lock_not_available THEN
+            EXIT;
+        END;
         dropped := dropped || partition.relname::text;
     END LOOP;
     RETURN dropped;
 END
 $$;
-COMMENT ON FUNCTION orbit_drop_partitions(regclass, timestamptz) IS 'Drops a fact''s partitions that end before the given time, oldest first; stops at what live work needs.';
+COMMENT ON FUNCTION orbit_drop_partitions(regclass, timestamptz) IS 'Drops a fact''s partitions that end before the given time, oldest first; stops at what live work needs, or somebody reads for longer than 2 s.';
 
 -- ---------------------------------------------------------------- roles
 
@@ -494,6 +503,7 @@ DECLARE
     place text := quote_ident(current_schema());
     lease text;
 BEGIN
+    EXECUTE format('REVOKE CREATE ON SCHEMA %s FROM PUBLIC', place);
     EXECUTE format('GRANT USAGE ON SCHEMA %s TO %I', place, application);
     EXECUTE format('GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA %s TO %I', place, application);
     EXECUTE format('REVOKE INSERT ON alembic_version FROM %I', application);

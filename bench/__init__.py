@@ -1,0 +1,1 @@
+"""Benchmarks: what the program costs, measured on the running program. Not part of the package."""

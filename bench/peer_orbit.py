@@ -1,0 +1,180 @@
+"""Orbit's side of the peer benchmark: an adapter of the peers' protocol (`common.py`).
+
+W1 and W4: one worker drains raw cycles' jobs, 64 requests in flight. W2: whole cycles of a run
+profile whose initiator, three tiers and normaliser each do one step's work, then one POST.
+Everything is the program's own: schema, intake, runner, dispatcher, receipts, fences.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+from common import Peer, chunks, concurrency, dsn, main, sink_url, step_work, wait_count
+
+from orbit.app import Node
+from orbit.database.upgrade import upgrade
+from orbit.execution.context import ExecutionContext
+from orbit.execution.initiation import CycleRequest, accept
+from orbit.payload import Payload
+from orbit.settings import Settings, load_settings
+from orbit.vault import generate_key
+
+JOBS: dict[str, str] = {}
+_PROFILE = {"profile_id": "bench", "label": "Benchmark", "state": "enabled"}
+
+
+def _step(name: str) -> dict[str, Any]:
+    return {"use": f"peer_orbit:{name}"}
+
+
+_RUN_PROFILE = {
+    "run_profile_id": "bench",
+    "profile_id": "bench",
+    "namespace": "bench",
+    "state": "enabled",
+    "execution_policy": {
+        "initiation": _step("initiate"),
+        "tiers": {"tier1": [_step("tier1")], "tier2": [_step("tier2")], "tier3": [_step("tier3")]},
+        "normalization": {"use": "peer_orbit:normalize"},
+    },
+    "distribution_targets": ["sink"],
+}
+
+
+async def initiate(context: ExecutionContext) -> Payload:
+    body = JOBS[context.initiation["trigger"]["idempotencyKey"]]
+    return _worked(Payload(body.encode(), "application/json"), 0)
+
+
+async def tier1(payload: Payload, _context: ExecutionContext) -> Payload:
+    return _worked(payload, 1)
+
+
+async def tier2(payload: Payload, _context: ExecutionContext) -> Payload:
+    return _worked(payload, 2)
+
+
+async def tier3(payload: Payload, _context: ExecutionContext) -> Payload:
+    return _worked(payload, 3)
+
+
+async def normalize(batch: Sequence[Payload], _context: ExecutionContext) -> list[Payload]:
+    return [_worked(payload, 4) for payload in batch]
+
+
+def _worked(payload: Payload, number: int) -> Payload:
+    return Payload(step_work(payload.text(), number).encode(), payload.content_type)
+
+
+def settings() -> Settings:
+    """A node on the benchmark's database, with the benchmark's sink as its endpoint."""
+    folder = Path(tempfile.mkdtemp(prefix="orbit-bench-"))
+    (folder / "profiles.json").write_text(json.dumps({"profiles": [_PROFILE]}))
+    (folder / "runProfiles.json").write_text(json.dumps({"run_profiles": [_RUN_PROFILE]}))
+    in_flight = str(concurrency())
+    endpoint = {"key": "sink", "url": sink_url(), "token": "t" * 40}
+    endpoint["max_concurrency"] = concurrency()  # type: ignore[assignment]
+    return load_settings(
+        {
+            "DATABASE_URL": dsn(),
+            "ORBIT_SECRET_KEYS": generate_key(),
+            "ORBIT_CONFIG_DIR": str(folder),
+            "ORBIT_CRON_SCHEDULE": "",
+            "ORBIT_WORKER_CONCURRENCY": in_flight,
+            "ORBIT_DISPATCH_CONCURRENCY": in_flight,
+            "ORBIT_DISPATCH_ENDPOINTS": json.dumps([endpoint]),
+        },
+        env_file=None,
+    )
+
+
+class OrbitPeer(Peer):
+    """Orbit, as one node with the worker's role."""
+
+    name = "orbit"
+    packages = ("orbit-control-plane", "psycopg", "aiohttp")
+    settings = {"all": "64 cycles and 64 requests in flight, defaults otherwise"}
+    done_sql = "SELECT count(*) FROM delivery_receipt WHERE outcome = 'delivered'"
+    cycles_done_sql = "SELECT count(*) FROM cycle_checkpoint WHERE stage = 'cycle_finished'"
+
+    def setup(self) -> None:
+        upgrade(dsn())
+
+    async def open_producer(self) -> None:
+        self.node = await self._open()
+
+    async def enqueue(self, jobs: list[dict[str, Any]]) -> None:
+        """Raw cycles, accepted and carried to dispatch by a node that sends nothing."""
+        await self._accept(jobs)
+        for part in chunks(jobs, 5000):
+            del part
+        await self._enqueue_all(len(jobs))
+
+    async def defer(self, job: dict[str, Any]) -> None:
+        payload = Payload(job["body"].encode(), "application/json")
+        await self.node.orchestration.trigger_raw(payload=payload, endpoint_keys=["sink"])
+
+    async def open(self) -> None:
+        self.node = await self._open()
+
+    async def work(self) -> Node:
+        await self.node.start()
+        return self.node
+
+    async def cycles(self, jobs: list[dict[str, Any]]) -> Node:
+        JOBS.update({str(job["id"]): job["body"] for job in jobs})
+        await self.node.start()
+        trigger = self.node.orchestration.trigger_run_profiles
+        await asyncio.gather(*(trigger(["bench"], idempotency_key=key) for key in JOBS))
+        await wait_count(self.cycles_done_sql, len(jobs))
+        return self.node
+
+    async def _open(self) -> Node:
+        node = Node(settings(), frozenset({"worker"}))
+        await node.open()
+        return node
+
+    async def _accept(self, jobs: list[dict[str, Any]]) -> None:
+        for part in chunks(jobs, 500):
+            requests = [
+                CycleRequest(
+                    cycle_id=_new_id(self.node),
+                    namespace="bench",
+                    trigger="api",
+                    payload=Payload(job["body"].encode(), "application/json"),
+                    endpoint_keys=("sink",),
+                )
+                for job in part
+            ]
+            async with self.node.database.transaction() as connection:
+                await accept(connection, self.node.node_id, requests)
+
+    async def _enqueue_all(self, count: int) -> None:
+        node = self.node
+        await node.start()
+        assert node.dispatcher is not None
+        await node.dispatcher.stop()
+        await wait_count("SELECT count(*) FROM dispatch_lease", count)
+        await node.drain()
+
+
+def _new_id(node: Node) -> str:
+    from orbit.clock import new_id  # noqa: PLC0415
+
+    return new_id(node.clock.now())
+
+
+if __name__ == "__main__":
+    sys.modules["peer_orbit"] = sys.modules["__main__"]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    main(OrbitPeer, use_uvloop=True)

@@ -1,0 +1,1 @@
+"""The HTTP API: JSON in camelCase, problem documents, and the server that offers it."""

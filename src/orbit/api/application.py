@@ -1,0 +1,57 @@
+"""The application: the routes of one node behind the gate that every request passes."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from orbit import __version__
+from orbit.api.bodies import Bodies
+from orbit.api.gate import Gate
+from orbit.api.metrics import metrics_router
+from orbit.api.openapi import PROBLEM_RESPONSES, describe, docs_router
+from orbit.api.problems import install
+from orbit.api.routes_configuration import configuration_router
+from orbit.api.routes_cycles import cycles_router
+from orbit.api.routes_dead_letters import dead_letters_router
+from orbit.api.routes_node import node_router
+from orbit.app import Node
+
+_BODY_OVERHEAD_BYTES = 64 << 10
+_ABOUT = (
+    "A control plane for unattended work. Lists answer {items, nextCursor}; errors are problem "
+    "documents with a stable code; a trigger repeated under its Idempotency-Key starts nothing new."
+)
+
+
+def create_application(node: Node, *, is_probe_only: bool = False) -> FastAPI:
+    """The HTTP API of a node, which may still be opening.
+
+    With `is_probe_only` it answers /health, /ready and /metrics and nothing else.
+    """
+    application = FastAPI(
+        title="Orbit",
+        version=__version__,
+        description=_ABOUT,
+        docs_url=None,
+        redoc_url=None,
+        responses=PROBLEM_RESPONSES,
+        generate_unique_id_function=lambda route: f"{route.tags[0]}_{route.name}",
+        redirect_slashes=False,
+    )
+    settings = node.settings
+    # Base64 takes four bytes for three.
+    limit = settings.max_payload_bytes * 4 // 3 + _BODY_OVERHEAD_BYTES
+    bodies = Bodies(limit, settings.payload_memory_bytes)
+    for router in (
+        node_router(node),
+        metrics_router(node),
+        cycles_router(node, bodies),
+        configuration_router(node, bodies),
+        dead_letters_router(node, bodies),
+        docs_router(application),
+    ):
+        application.include_router(router)
+    install(application)
+    describe(application)
+    application.add_middleware(Gate, node=node, is_probe_only=is_probe_only)
+    return application

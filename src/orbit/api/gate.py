@@ -1,0 +1,117 @@
+"""What every request passes first, and what every answer carries.
+
+Refuses requests that a web page of another site could make a browser send: a Host that is not
+ours (DNS rebinding), and changes whose Origin is another site. Refuses what the node cannot
+serve yet, or no more. Adds the headers that keep answers from being cached, sniffed or framed.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from http import HTTPStatus
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from orbit.api.problems import HttpRefusal, problem_of, unexpected
+from orbit.app import Node
+
+PROBES = frozenset({"/health", "/ready", "/metrics"})
+_WITHOUT_DATABASE = PROBES | {"/openapi.json", "/docs"}
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+}
+_POLICY = "default-src 'none'; frame-ancestors 'none'"
+
+
+class Gate:
+    """ASGI middleware; the outermost."""
+
+    def __init__(self, app: ASGIApp, node: Node, *, is_probe_only: bool) -> None:
+        self._app, self._node, self._is_probe_only = app, node, is_probe_only
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        has_begun = False
+
+        async def answer(message: Message) -> None:
+            nonlocal has_begun
+            if message["type"] == "http.response.start":
+                has_begun = True
+                _add_headers(message)
+            await send(message)
+
+        try:
+            self._check(scope)
+            await self._app(scope, receive, answer)
+        except HttpRefusal as refusal:
+            await problem_of(refusal)(scope, receive, answer)
+        except Exception as error:
+            if has_begun:
+                raise
+            await unexpected(error)(scope, receive, answer)
+
+    def _check(self, scope: Scope) -> None:
+        path, headers = scope["path"], Headers(scope=scope)
+        is_change = scope["method"] not in _SAFE_METHODS
+        if path != "/health":
+            self._check_host(headers.get("host", ""))
+        if is_change:
+            _check_origin(headers)
+        if self._is_probe_only and path not in PROBES:
+            text = "this node has no api role (ORBIT_ROLES)"
+            raise HttpRefusal(HTTPStatus.NOT_FOUND, "not_found", text)
+        if is_change and self._node.is_draining:
+            text = "the node is leaving; ask another"
+            raise HttpRefusal(HTTPStatus.SERVICE_UNAVAILABLE, "draining", text)
+        if path not in _WITHOUT_DATABASE and not hasattr(self._node, "orchestration"):
+            text = "the node is starting; try again"
+            raise HttpRefusal(HTTPStatus.SERVICE_UNAVAILABLE, "not_started", text)
+
+    def _check_host(self, host: str) -> None:
+        name = _host_name(host)
+        if not (name == self._node.settings.host.lower() or _is_loopback(name)):
+            text = "the Host header names another host than this one"
+            raise HttpRefusal(HTTPStatus.MISDIRECTED_REQUEST, "host_refused", text)
+
+
+def _check_origin(headers: Headers) -> None:
+    origin = headers.get("origin")
+    if origin is None:
+        return
+    try:
+        netloc = urlsplit(origin).netloc
+    except ValueError:
+        netloc = ""
+    if not netloc or netloc.lower() != headers.get("host", "").lower():
+        text = "a page of another site may not change anything here"
+        raise HttpRefusal(HTTPStatus.FORBIDDEN, "origin_refused", text)
+
+
+def _host_name(host: str) -> str:
+    try:
+        return (urlsplit(f"//{host}").hostname or "").rstrip(".")
+    except ValueError:
+        return ""
+
+
+def _is_loopback(name: str) -> bool:
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def _add_headers(message: Message) -> None:
+    headers = MutableHeaders(scope=message)
+    for name, value in _HEADERS.items():
+        headers.setdefault(name, value)
+    headers.setdefault("Content-Security-Policy", _POLICY)

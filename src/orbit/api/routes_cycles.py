@@ -1,0 +1,190 @@
+"""Cycles: triggered, listed, traced, run again."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from pydantic import Field
+
+from orbit.api.bodies import Bodies, Body, Key, PageFilter, body_schema, idempotency_key
+from orbit.app import Node
+from orbit.errors import DatabaseUnavailable, RequestInvalid
+from orbit.execution.initiation import Accepted
+from orbit.payload import DEFAULT_CONTENT_TYPE, Payload
+from orbit.profiles.bridge import RAW_NAMESPACE
+from orbit.reading.cycles import MAX_LINEAGE, CycleSummary, Lineage, cycles, lineage
+from orbit.reading.view import Page, View, known_id
+
+RECENT = 20
+_TEXT = "text/plain; charset=utf-8"
+_ACCEPTANCE_SECONDS = 15.0
+
+Result = TypeVar("Result")
+
+
+class TriggerBody(Body):
+    """A raw cycle: what it passes on, in which namespace, to which endpoints.
+
+    `payload` is any JSON value: text is sent as its UTF-8 bytes, anything else as compact JSON.
+    Without a payload the cycle passes its initiation object on. Without `endpointKeys` it goes
+    to `default-endpoint`, if there is one.
+    """
+
+    namespace: Key = RAW_NAMESPACE
+    payload: Any = None
+    payload_base64: str | None = None
+    content_type: str | None = None
+    endpoint_keys: list[Key] | None = Field(None, max_length=1000)
+
+    def to_payload(self) -> Payload | None:
+        """The payload; raises RequestInvalid where there are two, or it cannot be one."""
+        has_payload = "payload" in self.model_fields_set
+        if has_payload and self.payload_base64 is not None:
+            raise RequestInvalid("/payload: expected either payload or payloadBase64, not both")
+        if self.payload_base64 is not None:
+            kind = DEFAULT_CONTENT_TYPE if self.content_type is None else self.content_type
+            return Payload(_decoded(self.payload_base64), kind)
+        if not has_payload:
+            if self.content_type is not None:
+                raise RequestInvalid("/contentType: there is no payload that it could be of")
+            return None
+        return _payload(self.payload, self.content_type)
+
+
+class RerunBody(Body):
+    """From where a failed cycle is run again: the stage that failed, or the start."""
+
+    from_: Literal["failed", "start"] = Field("failed", alias="from")
+
+
+class CycleFilter(PageFilter):
+    """Which cycles are listed."""
+
+    namespace: Key | None = None
+    run_profile_id: Key | None = None
+    state: Literal["running", "finished", "failed"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Triggered(View):
+    """The cycle that a request belongs to, and whether it began with it."""
+
+    cycle_run_id: str
+    is_new: bool
+
+
+def cycles_router(node: Node, bodies: Bodies) -> APIRouter:
+    """The routes, for one node."""
+    router = APIRouter(prefix="/cycles", tags=["cycles"])
+    read_trigger, read_rerun = Depends(bodies.of(TriggerBody)), Depends(bodies.of(RerunBody))
+
+    @router.post(
+        "/trigger",
+        status_code=202,
+        summary="Start a raw cycle",
+        openapi_extra=body_schema(TriggerBody, is_required=False),
+    )
+    async def trigger(
+        request: Request, response: Response, body: TriggerBody = read_trigger
+    ) -> Triggered:
+        """Repeated under its `Idempotency-Key`, a request gets the first one's cycle."""
+        keys = body.endpoint_keys
+        accepted = await answered(
+            node.orchestration.trigger_raw(
+                namespace=body.namespace,
+                payload=body.to_payload(),
+                endpoint_keys=None if keys is None else list(dict.fromkeys(keys)),
+                idempotency_key=idempotency_key(request),
+                trigger=asked_by(request),
+            )
+        )
+        return _triggered(accepted, response)
+
+    @router.get("/recent", summary="The last 20 cycles")
+    async def recent() -> Page[CycleSummary]:
+        page = await cycles(node.database, limit=RECENT)
+        return Page(page.items)
+
+    @router.get("", summary="Cycles, newest first")
+    async def listed(asked: Annotated[CycleFilter, Query()]) -> Page[CycleSummary]:
+        """A filter that matches little may give short or empty pages with a cursor."""
+        return await cycles(node.database, **asked.model_dump())
+
+    @router.get("/{cycleRunId}", summary="A cycle's whole lineage")
+    async def traced(
+        cycleRunId: str,  # noqa: N803 - the name that OpenAPI shows
+        limit: Annotated[int, Query(ge=1, le=MAX_LINEAGE)] = 1000,
+    ) -> Lineage:
+        """Items, jobs and records up to `limit` each; `isComplete` says whether that is all."""
+        return await lineage(node.database, cycleRunId, limit)
+
+    @router.post(
+        "/{cycleRunId}/rerun",
+        status_code=202,
+        summary="Run a failed cycle again",
+        openapi_extra=body_schema(RerunBody, is_required=False),
+    )
+    async def rerun(
+        request: Request,
+        response: Response,
+        cycleRunId: str,  # noqa: N803 - as above
+        body: RerunBody = read_rerun,
+    ) -> Triggered:
+        """A new cycle, which names the old one; `Idempotency-Key` is honoured."""
+        asked = known_id(cycleRunId, "cycle")
+        accepted = await answered(
+            node.orchestration.rerun(
+                asked,
+                is_from_start=body.from_ == "start",
+                idempotency_key=idempotency_key(request),
+            )
+        )
+        return _triggered(accepted, response)
+
+    return router
+
+
+async def answered(request: Awaitable[Result]) -> Result:
+    """Bounds the wait for the database; raises DatabaseUnavailable when it is over."""
+    try:
+        async with asyncio.timeout(_ACCEPTANCE_SECONDS):
+            return await request
+    except TimeoutError:
+        raise DatabaseUnavailable(
+            "the database does not answer; the request may be accepted yet: repeat it under the "
+            "same Idempotency-Key"
+        ) from None
+
+
+def asked_by(request: Request) -> str:
+    """Which kind of trigger a request is: the command line names itself."""
+    is_cli = request.headers.get("user-agent", "").startswith("orbit-cli/")
+    return "cli" if is_cli else "api"
+
+
+def _triggered(accepted: Accepted, response: Response) -> Triggered:
+    response.headers["Location"] = f"/cycles/{accepted.cycle_id}"
+    return Triggered(accepted.cycle_id, accepted.is_new)
+
+
+def _payload(value: Any, content_type: str | None) -> Payload:
+    if isinstance(value, str):
+        return Payload.of_text(value, _TEXT if content_type is None else content_type)
+    try:
+        made = Payload.of_json(value)
+    except (ValueError, RecursionError):
+        raise RequestInvalid("/payload: expected a value that JSON can carry") from None
+    return made if content_type is None else Payload(made.content, content_type)
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise RequestInvalid("/payloadBase64: expected standard base64, padded") from None

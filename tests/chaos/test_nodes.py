@@ -1,0 +1,175 @@
+"""Nodes that die, that are told to stop, and those that go on in their place."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from pathlib import Path
+
+import psycopg
+
+from tests.chaos.harness import RunProfileShape, Scene, eventually, scene
+from tests.chaos.proof import assert_exactly_once, finished
+
+_SLOW = RunProfileShape("slow", pause_seconds=0.3, items=2)
+
+
+async def _count(owner_dsn: str, query: str) -> int:
+    async with await psycopg.AsyncConnection.connect(owner_dsn) as connection:
+        cursor = await connection.execute(query)
+        row = await cursor.fetchone()
+    return int(row[0]) if row else 0
+
+
+async def _start_cycles(stage: Scene, count: int) -> None:
+    names = [f"cycle-{number}" for number in range(count)]
+    await asyncio.gather(*(stage.client.trigger(one, [_SLOW.run_profile_id]) for one in names))
+
+
+async def test_another_node_finishes_a_killed_nodes_cycles_within_the_lease_time(
+    dsn: str, owner_dsn: str, tmp_path: Path
+) -> None:
+    """Of two nodes one is killed amid its cycles; the other has ended them all a lease later."""
+    lease_seconds, margin_seconds = 2.0, 3.0
+    given = {"ORBIT_LEASE_SECONDS": str(lease_seconds), "ORBIT_WORKER_CONCURRENCY": "20"}
+    async with scene(tmp_path, [_SLOW], dsn, **given) as stage:
+        killed = await stage.nodes.start()
+        await _start_cycles(stage, 20)
+        await stage.nodes.start()
+        held = "SELECT count(*) FROM cycle_lease WHERE node_id IS NOT NULL"
+
+        async def is_busy() -> bool:
+            return await _count(owner_dsn, held) >= 15
+
+        await eventually(is_busy, "cycles in hand")
+        await killed.kill()
+        killed_at = time.monotonic()
+        await finished(owner_dsn, lease_seconds + margin_seconds)
+        seconds = time.monotonic() - killed_at
+        evidence = assert_exactly_once(owner_dsn, stage)
+    owners: dict[str, set[str]] = {}
+    for checkpoint in evidence.checkpoints:
+        owners.setdefault(checkpoint["cycle_id"], set()).add(checkpoint["node_id"])
+    taken_over = sum(len(nodes) > 1 for nodes in owners.values())
+    assert taken_over >= 10
+    print(f"{taken_over} cycles taken over, all ended {seconds:.1f} s after the kill")
+
+
+async def test_sigterm_amid_200_cycles_gives_them_back_at_once(
+    dsn: str, owner_dsn: str, tmp_path: Path
+) -> None:
+    """SIGTERM: exit 0 within the drain time, leases given back, resumed within a second."""
+    drain_seconds = 0.5
+    given = {
+        "ORBIT_LEASE_SECONDS": "600",  # so nobody can have waited for a lease to run out
+        "ORBIT_DRAIN_TIMEOUT_SECONDS": str(drain_seconds),
+        "ORBIT_WORKER_CONCURRENCY": "200",
+    }
+    async with scene(tmp_path, [_SLOW], dsn, **given) as stage:
+        stage.receiver.pause_seconds = 0.2
+        node = await stage.nodes.start(ORBIT_ROLES="api")
+        await _start_cycles(stage, 200)
+        await node.kill()
+        stopped = await stage.nodes.start()
+        held = "SELECT count(*) FROM cycle_lease WHERE node_id IS NOT NULL"
+
+        async def are_running() -> bool:
+            return await _count(owner_dsn, held) >= 190
+
+        await eventually(are_running, "200 cycles in hand")
+        stopped.signal(signal.SIGTERM)
+        told_at = time.monotonic()
+        assert await stopped.ended() == 0, stopped.tail()
+        seconds = time.monotonic() - told_at
+        assert seconds < drain_seconds + 2, stopped.tail()
+        assert await _count(owner_dsn, held) == 0
+        open_attempts = "SELECT count(*) FROM dispatch_lease WHERE node_id IS NOT NULL"
+        assert await _count(owner_dsn, open_attempts) == 0
+        left = await _count(owner_dsn, "SELECT count(*) FROM cycle_lease")
+        assert left >= 100
+        await stage.nodes.start()
+
+        async def is_resumed() -> bool:
+            query = "SELECT count(*) FROM cycle_lease WHERE node_id IS NOT NULL OR jobs > 0"
+            return await _count(owner_dsn, query) > left / 2
+
+        await eventually(is_resumed, "cycles in the hand of another node", 1.0)
+        stage.receiver.pause_seconds = 0
+        await finished(owner_dsn, 20)
+        assert_exactly_once(owner_dsn, stage)
+    print(f"exit after {seconds:.2f} s with {left} cycles given back")
+
+
+async def test_sigterm_lets_cycles_end_if_there_is_time(
+    dsn: str, owner_dsn: str, tmp_path: Path
+) -> None:
+    """With time enough a node that is told to stop ends what it has begun, jobs included."""
+    async with scene(tmp_path, [_SLOW], dsn, ORBIT_LEASE_SECONDS="600") as stage:
+        node = await stage.nodes.start()
+        await _start_cycles(stage, 10)
+
+        async def are_begun() -> bool:
+            query = "SELECT count(*) FROM cycle_lease WHERE node_id IS NULL AND jobs = 0"
+            return await _count(owner_dsn, query) == 0
+
+        await eventually(are_begun, "all cycles begun")
+        node.signal(signal.SIGTERM)
+        assert await node.ended() == 0, node.tail()
+        running = "SELECT count(*) FROM cycle_status WHERE stage IN ('cycle_started'," \
+            " 'tier1_complete', 'tier2_complete', 'tier3_complete')"
+        assert await _count(owner_dsn, running) == 0
+        await stage.nodes.start()
+        await finished(owner_dsn, 10)
+        assert_exactly_once(owner_dsn, stage)
+
+
+async def test_a_second_signal_ends_at_once(dsn: str, owner_dsn: str, tmp_path: Path) -> None:
+    """A node that drains for a minute ends at the second signal, and nothing is lost by it."""
+    stuck = RunProfileShape("stuck", pause_seconds=60)
+    async with scene(tmp_path, [stuck, _SLOW], dsn, ORBIT_DRAIN_TIMEOUT_SECONDS="60") as stage:
+        node = await stage.nodes.start()
+        await stage.client.trigger("stuck", ["stuck"])
+
+        async def is_called() -> bool:
+            return bool(stage.calls.read_text())
+
+        await eventually(is_called, "a step that is under way")
+        node.signal(signal.SIGINT)
+
+        async def is_draining() -> bool:
+            return "draining" in node.log.read_text()
+
+        await eventually(is_draining, "a node that drains")
+        assert node.is_alive
+        node.signal(signal.SIGINT)
+        told_at = time.monotonic()
+        assert await node.ended(5) != 0
+        assert time.monotonic() - told_at < 1
+        assert await _count(owner_dsn, "SELECT count(*) FROM cycle_lease") == 1
+
+
+async def test_an_attempt_that_a_drain_cuts_off_is_settled_at_once(
+    dsn: str, owner_dsn: str, tmp_path: Path
+) -> None:
+    """What is on the wire when the time is over is unknown, and any node may send it again."""
+    given = {"ORBIT_LEASE_SECONDS": "600", "ORBIT_DRAIN_TIMEOUT_SECONDS": "0.2"}
+    shape = RunProfileShape("quick", items=5)
+    async with scene(tmp_path, [shape], dsn, **given) as stage:
+        stage.receiver.pause_seconds = 60
+        node = await stage.nodes.start()
+        await stage.client.trigger("only", ["quick"])
+
+        async def are_sent() -> bool:
+            return len(stage.receiver.arrivals) == 10
+
+        await eventually(are_sent, "attempts on the wire")
+        node.signal(signal.SIGTERM)
+        assert await node.ended() == 0, node.tail()
+        stage.receiver.pause_seconds = 0
+        assert await _count(owner_dsn, "SELECT count(*) FROM delivery_receipt") == 10
+        await stage.nodes.start()
+        await finished(owner_dsn, 5)
+        evidence = assert_exactly_once(owner_dsn, stage)
+    first = {row["outcome"] for row in evidence.receipts if row["attempt"] == 1}
+    assert first == {"unknown"}

@@ -1,0 +1,198 @@
+"""No hot statement reads a big table whole, whatever the planner has been told about it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import Connection
+
+from orbit.database.queries import array
+from tests.conftest import TestServer
+from tests.plans.explaining import (
+    PLAN_MODES,
+    STATISTICS,
+    big_tables,
+    explain,
+    fill,
+    forget,
+    whole_scans,
+)
+
+NODE = "01900000-0000-7000-8000-000000000000"
+BATCH = 100
+
+
+@pytest.fixture(scope="module")
+def connection(server: TestServer) -> Iterator[Connection]:
+    """An owner's session on a database with 200,000 cycles and jobs, all of them live."""
+    name = f"orbit_plans_{os.getpid()}"
+    server.run(f"CREATE DATABASE {name} TEMPLATE orbit_template_{os.getpid()}")
+    fill(server.owner(name))
+    with psycopg.connect(server.owner(name), prepare_threshold=None) as connection:
+        yield connection
+    server.run(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="module")
+def sample(connection: Connection) -> dict[str, list[Any]]:
+    """A batch of rows as a worker would hold them."""
+    rows = connection.execute(
+        "SELECT DISTINCT ON (md5(namespace || endpoint_key)) namespace, job_id, endpoint_key,"
+        " cycle_id FROM dispatch_lease ORDER BY md5(namespace || endpoint_key), job_id LIMIT %s",
+        (BATCH,),
+    ).fetchall()
+    connection.rollback()
+    names = ("namespace", "job_id", "endpoint_key", "cycle_id")
+    return {name: [str(row[place]) for row in rows] for place, name in enumerate(names)}
+
+
+def keyed(sample: dict[str, list[Any]], *names: str, **constant: Any) -> dict[str, Any]:
+    """Arrays of the sample's columns, and arrays of one value each."""
+    size = len(sample["namespace"])
+    columns = {name: array(sample[name]) for name in names}
+    return {**columns, **{name: array([value] * size) for name, value in constant.items()}}
+
+
+def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
+    """What each hot statement is called with."""
+    size = len(sample["namespace"])
+    cycles = keyed(sample, "namespace", "cycle_id", lease_number=0)
+    jobs = keyed(sample, "namespace", "job_id", lease_number=0)
+    held: dict[str, Any] = {**cycles, "node_id": NODE}
+    one_cycle = {"namespace": sample["namespace"][0], "cycle_id": sample["cycle_id"][0]}
+    one_job = {"namespace": sample["namespace"][0], "job_id": sample["job_id"][0]}
+    checkpoints = keyed(
+        sample, stage="tier1_complete", digest="d", content_type="c", size=1, detail="{}"
+    )
+    lane = {"namespace": sample["namespace"][0], "endpoint_key": sample["endpoint_key"][0]}
+    contents = [b"x"] * size
+    profiles = keyed(sample, "namespace", run_profile_id="p-1")
+    last = "ffffffff-ffff-7fff-bfff-ffffffffffff"
+    return {
+        "cycle.claim_cycles": {
+            "room": 64,
+            "lease_seconds": 30.0,
+            "node_id": NODE,
+            "inline_bytes": 65536,
+        },
+        "cycle.release_waiting": {},
+        "cycle.renew_cycles": {**held, "lease_seconds": 30.0},
+        "cycle.release_cycles": held,
+        "cycle.hold_cycles": held,
+        "cycle.note_progress": held,
+        "cycle.insert_payloads": {**held, **keyed(sample, digest="d"), "content": contents},
+        "cycle.insert_checkpoints": {**held, **checkpoints},
+        "cycle.insert_records": {
+            **held,
+            **keyed(sample, stage="s", step=0, attempt=1, name="n", outcome="succeeded", error=None),
+            **keyed(sample, duration_seconds=1.0, input_size=1, output_size=1),
+        },
+        "cycle.insert_items": {
+            **held,
+            **keyed(sample, item_index=0, digest="d", content_type="c", size=1),
+        },
+        "cycle.insert_jobs": {
+            **held,
+            **keyed(sample, "job_id", "endpoint_key", item_index=0, snapshot_id="s", digest="d"),
+            **keyed(sample, content_type="c", size=1, max_attempts=4),
+        },
+        "cycle.await_dispatch": {**held, **keyed(sample, items=1, jobs=1)},
+        "cycle.end_cycles": {**held, **keyed(sample, state="finished", items=1)},
+        "cycle.end_dispatched": {**keyed(sample, "namespace", "cycle_id"), "node_id": NODE},
+        "cycle.accept_checkpoints": {
+            **keyed(sample, "namespace", "cycle_id"),
+            **checkpoints,
+            "node_id": NODE,
+        },
+        "cycle.accept_payloads": {
+            **keyed(sample, "namespace", "cycle_id", digest="d"),
+            "content": contents,
+        },
+        "cycle.first_cycle": {
+            "namespace": sample["namespace"][0],
+            "run_profile_id": "p",
+            "hash": "h",
+        },
+        "cycle.payload_content": {**one_cycle, "digest": "d"},
+        "dispatch.busy_lanes": {},
+        "dispatch.claim_jobs": {
+            **keyed(sample, "namespace", "endpoint_key", room=5),
+            "lease_seconds": 30.0,
+            "node_id": NODE,
+            "inline_bytes": 65536,
+        },
+        "dispatch.renew_jobs": {**jobs, "node_id": NODE, "lease_seconds": 30.0},
+        "dispatch.release_jobs": {**jobs, "node_id": NODE},
+        "dispatch.expired_jobs": {"limit": 500},
+        "dispatch.settle_jobs": {
+            **jobs,
+            **keyed(sample, node_id=NODE, attempt=1, size=1, retry_seconds=None, cause=None),
+        },
+        "dispatch.snapshot": {"namespace": sample["namespace"][0], "snapshot_id": "s"},
+        "slots.next_due": {},
+        "slots.claim_schedules": {"limit": 100},
+        "slots.busy_run_profiles": profiles,
+        "slots.move_schedules": {**profiles, **keyed(sample, decided_until="now", due_at="now")},
+        "dead_letters.dead_letter": {"job_id": one_job["job_id"]},
+        "reading.cycle_window": {"before": last, "count": 20},
+        "reading.cycle_window_of_namespace": {
+            "namespace": sample["namespace"][0],
+            "before": last,
+            "count": 20,
+        },
+        "reading.cycle_summaries": keyed(sample, "namespace", "cycle_id"),
+        "reading.find_cycle": {"cycle_id": one_cycle["cycle_id"]},
+        "reading.cycle_checkpoints": one_cycle,
+        "reading.cycle_items": {**one_cycle, "count": 20},
+        "reading.cycle_records": {**one_cycle, "count": 20},
+        "reading.cycle_jobs": {
+            **one_cycle,
+            "first_id": sample["cycle_id"][0],
+            "last_id": sample["cycle_id"][0][:14] + "ffff-bfff-ffffffffffff",
+            "count": 20,
+        },
+        "reading.job_receipts": {
+            "namespace": sample["namespace"][0],
+            "job_id": array(sample["job_id"][:20]),
+            "count": 20,
+        },
+        "reading.last_slots": profiles,
+        "reading.lanes": {},
+        "reading.dead_letter_window": {"before": last, "count": 20},
+        "reading.dead_letters": keyed(sample, "namespace", "job_id"),
+        "reading.last_receipts": keyed(sample, "namespace", "job_id"),
+        "reading.cycle_ledger": one_cycle,
+        **({"reading.dead_letter_namespace": {"job_id": one_job["job_id"]}} if lane else {}),
+    }
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("mode", PLAN_MODES)
+def test_no_hot_statement_reads_a_big_table_whole(
+    connection: Connection, sample: dict[str, list[Any]], mode: str, statistics: str
+) -> None:
+    """Generic and custom plans use the indexes, also when the statistics know nothing yet."""
+    big = big_tables(connection)
+    assert {"cycle_lease", "dispatch_lease"} < big
+    found = {}
+    with connection.transaction(force_rollback=True):
+        connection.execute(f"SET LOCAL plan_cache_mode = {mode}".encode())
+        forget(connection, statistics)
+        for name, params in parameters(sample).items():
+            scans = sorted(set(whole_scans(explain(connection, name, params), big)))
+            if scans:
+                found[name] = scans
+    assert found == {}
+
+
+def test_the_check_sees_a_whole_scan(connection: Connection) -> None:
+    """A statement that does read a whole table is found, so the test above can fail."""
+    big = big_tables(connection)
+    with connection.transaction(force_rollback=True):
+        plan = explain(connection, "configuration.active_cycles", {})
+        (found,) = whole_scans(plan, big)
+    assert found.endswith("on cycle_lease")
