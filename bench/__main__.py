@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -91,12 +92,12 @@ class Node:
 
     def __init__(self, environment: dict[str, str]) -> None:
         started = time.monotonic()
+        self._log = tempfile.NamedTemporaryFile(mode="w+", prefix="orbit-bench-log-")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", "orbit", "up"],
             env=environment,
-            stdout=subprocess.PIPE,
+            stdout=self._log,
             stderr=subprocess.STDOUT,
-            text=True,
         )
         self.url = self._address()
         self.http = httpx.Client(base_url=self.url, timeout=30)
@@ -106,12 +107,12 @@ class Node:
         self.ps = psutil.Process(self.process.pid)
 
     def _address(self) -> str:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if "http://127.0.0.1:" in line:
-                port = line.split("http://127.0.0.1:", 1)[1].split('"')[0].split()[0]
-                return f"http://127.0.0.1:{port.rstrip('/')}"
-        raise SystemExit("the node ended before it was ready")
+        while self.process.poll() is None:
+            found = re.search(r"http://127\.0\.0\.1:\d+", Path(self._log.name).read_text())
+            if found:
+                return found[0]
+            time.sleep(0.005)
+        raise SystemExit("the node ended before it was ready:\n" + Path(self._log.name).read_text())
 
     def cpu_seconds(self) -> float:
         times = self.ps.cpu_times()
@@ -130,6 +131,7 @@ class Node:
         self.http.close()
         self.process.terminate()
         self.process.wait(60)
+        self._log.close()
 
 
 class Receiver:

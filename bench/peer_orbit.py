@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -115,8 +114,6 @@ class OrbitPeer(Peer):
     async def enqueue(self, jobs: list[dict[str, Any]]) -> None:
         """Raw cycles, accepted and carried to dispatch by a node that sends nothing."""
         await self._accept(jobs)
-        for part in chunks(jobs, 5000):
-            del part
         await self._enqueue_all(len(jobs))
 
     async def defer(self, job: dict[str, Any]) -> None:
@@ -175,6 +172,6 @@ def _new_id(node: Node) -> str:
 
 if __name__ == "__main__":
     sys.modules["peer_orbit"] = sys.modules["__main__"]
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     main(OrbitPeer, use_uvloop=True)

@@ -21,6 +21,7 @@ from orbit.database.pool import Database
 from orbit.database.queries import array, load
 from orbit.database.upgrade import SchemaStatus, check, require_current, upgrade
 from orbit.execution.cycle import Orchestrator
+from orbit.execution.dead_letters import DeadLetters
 from orbit.execution.dispatch import DispatchQueue, RetryPolicy, Snapshots
 from orbit.execution.initiation import Intake
 from orbit.execution.memory import PayloadMemory
@@ -123,6 +124,9 @@ class Node:
             self.store.vault,
             settings.dispatch_endpoints,
             max_attempts=settings.max_dispatch_retries + 1,
+        )
+        self.dead_letters = DeadLetters(
+            database, self.snapshots, settings.max_dispatch_retries + 1, self._wake_dispatcher
         )
         self.orchestration = Orchestration(
             settings, database, self.clock, self.configuration, self.intake

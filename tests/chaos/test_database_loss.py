@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from orbit.database.embedded import APPLICATION_ROLE, EmbeddedServer, erase
@@ -37,6 +38,16 @@ def _postmaster(server: EmbeddedServer) -> int:
     return int((server.home / "data" / "postmaster.pid").read_text().split()[0])
 
 
+async def _is_replaced(server: EmbeddedServer, postmaster: int) -> bool:
+    try:
+        if _postmaster(server) == postmaster:
+            return False
+        await (await psycopg.AsyncConnection.connect(server.owner_dsn)).close()
+    except (OSError, psycopg.OperationalError):
+        return False
+    return True
+
+
 async def _has_noticed(node: NodeProcess, times: int) -> bool:
     return node.log.read_text().count("database_unavailable") >= times
 
@@ -50,17 +61,20 @@ async def _lose_database(stage: Scene, server: EmbeddedServer, how: signal.Signa
         before = len(stage.receiver.arrivals)
 
         async def is_busy(before: int = before) -> bool:
-            return len(stage.receiver.arrivals) > before
+            return len(stage.receiver.arrivals) > before + 5
 
         await eventually(is_busy, "work under way")
         noticed = [node.log.read_text().count("database_unavailable") for node in nodes]
-        os.kill(_postmaster(server), how)
-        for node, count in zip(nodes, noticed, strict=True):
-            await eventually(
-                lambda node=node, count=count: _has_noticed(node, count + 1), "a node that noticed"
-            )
+        postmaster = _postmaster(server)
+        os.kill(postmaster, how)
         if "DATABASE_URL" in stage.nodes.environ:  # nobody but us can start it again
+            for node, count in zip(nodes, noticed, strict=True):
+                await eventually(
+                    lambda node=node, count=count: _has_noticed(node, count + 1),
+                    "a node that noticed",
+                )
             await asyncio.to_thread(server.ensure_running)
+        await eventually(lambda: _is_replaced(server, postmaster), "another server")
         await asked
     assert all(node.is_alive for node in nodes)
 

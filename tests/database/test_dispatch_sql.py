@@ -119,7 +119,7 @@ async def test_a_renewal_prolongs_what_is_ours(worker: Worker, other: Worker) ->
     await worker.database.execute(
         b"UPDATE dispatch_lease SET lease_number = 7 WHERE job_id = %s", (lost.job_id,)
     )
-    assert await worker.queue.renew([lost, kept]) == {kept.job_id}
+    assert await worker.queue.renew([lost, kept]) == {(kept.job_id, 1)}
     assert await other.queue.renew([kept]) == set()
 
 

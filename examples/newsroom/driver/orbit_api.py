@@ -90,11 +90,11 @@ def read_cycle(cycle_id: str, content: Mapping[str, Any]) -> Cycle:
             job_id=job["jobId"],
             endpoint_key=job["endpointKey"],
             state=job["state"],
-            attempts=job["attempts"] if isinstance(job["attempts"], int) else len(job["attempts"]),
+            attempts=job["attempts"],
             digest=job["digest"],
             size=job["size"],
         )
         for job in content.get("jobs", [])
     )
-    reason = content.get("reason") or content.get("error") or ""
-    return Cycle(cycle_id, content["state"], content["stage"], str(reason), jobs)
+    cycle = content["cycle"]
+    return Cycle(cycle_id, cycle["state"], cycle["stage"] or "", cycle["reason"] or "", jobs)

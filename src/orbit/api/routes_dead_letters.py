@@ -10,7 +10,7 @@ from pydantic import Field
 
 from orbit.api.bodies import Bodies, Body, Key, PageFilter, Reason, body_schema
 from orbit.app import Node
-from orbit.execution.dead_letters import DeadLetters, Requeued, Selection, SnapshotChoice
+from orbit.execution.dead_letters import Requeued, Selection, SnapshotChoice
 from orbit.reading.dead_letters import DeadLetter, DeadLetterDetail, dead_letter, dead_letters
 from orbit.reading.view import Page, View, known_id
 
@@ -102,7 +102,7 @@ def dead_letters_router(node: Node, bodies: Bodies) -> APIRouter:
     )
     async def requeue_many(body: RequeueManyBody = read_many) -> RequeuedMany:
         """All or none of those selected; `matching` counts before the limit."""
-        desk = _desk(node)
+        desk = node.dead_letters
         selection = Selection(body.namespace, body.endpoint_key, body.cause)
         matching = await desk.count(selection)
         if body.dry_run:
@@ -137,7 +137,7 @@ def _add_single(router: APIRouter, node: Node, bodies: Bodies) -> None:
         body: RequeueBody = read_requeue,
     ) -> RequeuedView:
         """409 `already_requeued` for one that has been decided on, unless forced."""
-        requeued = await _desk(node).requeue(
+        requeued = await node.dead_letters.requeue(
             known_id(jobId, "dead letter"),
             body.reason,
             is_forced=body.force,
@@ -155,17 +155,8 @@ def _add_single(router: APIRouter, node: Node, bodies: Bodies) -> None:
         body: DiscardBody = read_discard,
     ) -> Discarded:
         asked = known_id(jobId, "dead letter")
-        await _desk(node).discard(asked, body.reason)
+        await node.dead_letters.discard(asked, body.reason)
         return Discarded(asked, "discarded")
-
-
-def _desk(node: Node) -> DeadLetters:
-    return DeadLetters(
-        node.database,
-        node.snapshots,
-        node.settings.max_dispatch_retries + 1,
-        node.dispatcher.wake if node.dispatcher else lambda: None,
-    )
 
 
 def _requeued(requeued: Requeued) -> RequeuedView:

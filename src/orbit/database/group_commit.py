@@ -34,7 +34,7 @@ class GroupCommit(Generic[Entry, Result]):
         flush: Callable[[Sequence[Entry]], Awaitable[Sequence[Result]]],
         *,
         batch_size: int = 500,
-        batch_bytes: int = 32 << 20,
+        batch_bytes: int = 4 << 20,
         weigh: Callable[[Entry], int] = lambda _: 0,
     ) -> None:
         self._database, self._flush, self._weigh = database, flush, weigh
@@ -60,7 +60,8 @@ class GroupCommit(Generic[Entry, Result]):
             while self._waiting:
                 batch = self._take()
                 try:
-                    await self._write(batch)
+                    if batch:
+                        await self._write(batch)
                 except Exception as error:  # noqa: BLE001 - it is each waiting caller's
                     for _, future in batch:
                         if not future.done():
@@ -69,6 +70,8 @@ class GroupCommit(Generic[Entry, Result]):
             self._task = None
 
     def _take(self) -> list[tuple[Entry, asyncio.Future[Result]]]:
+        # Who gave up waiting before the flush began is left out: nothing of it happens.
+        self._waiting = [pair for pair in self._waiting if not pair[1].done()]
         count, weight = 0, 0
         for entry, _ in self._waiting[: self._batch_size]:
             weight += self._weigh(entry)

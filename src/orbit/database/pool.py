@@ -64,8 +64,10 @@ class Database:
             },
             min_size=minimum,
             max_size=maximum,
-            timeout=10,
-            reconnect_timeout=2,
+            # The pool connects anew only when it is asked, so who waits in vain asks again soon:
+            # that is how long a database that is back can go unnoticed.
+            timeout=3,
+            reconnect_timeout=1,
             configure=_configure,
             open=False,
         )

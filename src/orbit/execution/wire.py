@@ -222,24 +222,24 @@ def _outcome(
     return (Outcome.NOT_SENT if times.connected is None else Outcome.UNKNOWN), cause
 
 
+_CAUSES: tuple[tuple[str, tuple[type[Exception], ...]], ...] = (
+    ("timeout", (TimeoutError,)),
+    ("name not resolved", (aiohttp.ClientConnectorDNSError, socket.gaierror)),
+    ("tls", (aiohttp.ClientConnectorCertificateError, aiohttp.ClientSSLError)),
+    ("cannot connect", (aiohttp.ClientConnectorError,)),
+    ("connection lost", (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, OSError)),
+    ("answer not understood", (aiohttp.ClientResponseError,)),
+)
+
+
 def _cause(error: Exception | None) -> str:
-    match error:
-        case TimeoutError():
-            return "timeout"
-        case aiohttp.ClientConnectorDNSError() | socket.gaierror():
-            return "name not resolved"
-        case aiohttp.ClientConnectorCertificateError() | aiohttp.ClientSSLError():
-            return "tls"
-        case aiohttp.ClientConnectorError(os_error=ConnectionRefusedError()):
-            return "connection refused"
-        case aiohttp.ClientConnectorError():
-            return "cannot connect"
-        case aiohttp.ServerDisconnectedError() | ConnectionResetError() | aiohttp.ClientOSError():
-            return "connection lost"
-        case aiohttp.ClientResponseError():
-            return "answer not understood"
-        case _:
-            return "error"
+    """The first kind that the error is of; refused connections apart, since they say most."""
+    if isinstance(error, aiohttp.ClientConnectorError) and isinstance(
+        error.os_error, ConnectionRefusedError
+    ):
+        return "connection refused"
+    kinds = (cause for cause, types in _CAUSES if isinstance(error, types))
+    return next(kinds, "error")
 
 
 def _explained(outgoing: Outgoing, answer: _Answer, error: Exception | None) -> str | None:

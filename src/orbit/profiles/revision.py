@@ -110,8 +110,11 @@ async def _refuse_while_active(connection: Connection) -> None:
     cursor = await connection.execute(SQL.active_cycles)
     rows = await cursor.fetchall()
     if rows:
+        total = rows[0]["total"]
+        is_one = total == 1
         raise CyclesActive(
-            f"{rows[0]['total']} cycles are active; reload when they have ended",
+            f"{total} {'cycle is' if is_one else 'cycles are'} active; "
+            f"reload when {'it has' if is_one else 'they have'} ended",
             activeCycles=[
                 {
                     "namespace": row["namespace"],
@@ -120,7 +123,7 @@ async def _refuse_while_active(connection: Connection) -> None:
                 }
                 for row in rows
             ],
-            total=rows[0]["total"],
+            total=total,
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from orbit.clock import Clock
@@ -76,7 +76,7 @@ class Dispatcher(Service):
         await self._recover()
         if len(self._sending) >= self._concurrency:
             return self._poll_seconds
-        lanes = await self._queue.lanes()
+        lanes = sorted(await self._queue.lanes(), key=lambda lane: lane.due_in_seconds)
         rooms = {}
         rest = self._poll_seconds
         for lane in lanes:
@@ -173,7 +173,8 @@ class Dispatcher(Service):
                     self._clock.now(),
                 )
                 log.info(
-                    f"attempt_{result.outcome}",
+                    "attempt_ended",
+                    outcome=result.outcome.value,
                     attempt=job.attempt,
                     status=result.status,
                     cause=result.cause,
@@ -196,7 +197,7 @@ class Dispatcher(Service):
         if self._clock.monotonic() >= sending.expires:
             return None, snapshot
         sending.is_begun = True
-        return await self._wire.send(outgoing), snapshot
+        return _without_secrets(await self._wire.send(outgoing), snapshot), snapshot
 
     async def _settle_cut_off(self, sending: _Sending) -> None:
         error = "the node was told to stop before an answer was seen"
@@ -247,3 +248,12 @@ def _outgoing(job: ClaimedJob, snapshot: Snapshot, content: bytes) -> Outgoing:
         snapshot.timeout_seconds,
         snapshot.secrets,
     )
+
+
+def _without_secrets(result: WireResult, snapshot: Snapshot) -> WireResult:
+    """The result, should the receiver have echoed what it was sent in confidence."""
+    answer = result.answer
+    for secret in (snapshot.token, *snapshot.headers.values()):
+        if secret:
+            answer = answer.replace(secret.encode(), b"[secret]")
+    return result if answer is result.answer else replace(result, answer=answer)

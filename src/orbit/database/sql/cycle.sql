@@ -307,7 +307,10 @@ SELECT ended.namespace, ended.cycle_id, run.profile_id, run.run_profile_id, ende
     run.value_tags, ended.items, 0, 0, 0, 0, 0,
     extract(epoch FROM orbit_now() - run.created_at)
 FROM ended
-JOIN cycle_run run ON run.namespace = ended.namespace AND run.cycle_id = ended.cycle_id
+CROSS JOIN LATERAL (
+    SELECT * FROM cycle_run run
+    WHERE run.namespace = ended.namespace AND run.cycle_id = ended.cycle_id OFFSET 0
+) run
 WHERE run.profile_id IS NOT NULL
 ON CONFLICT DO NOTHING;
 
@@ -334,24 +337,37 @@ WITH ended AS (
         run.value_tags, ended.items, ended.jobs, ended.delivered, ended.dead_lettered,
         ended.attempts, ended.bytes, extract(epoch FROM orbit_now() - run.created_at)
     FROM ended
-    JOIN cycle_run run ON run.namespace = ended.namespace AND run.cycle_id = ended.cycle_id
+    CROSS JOIN LATERAL (
+        SELECT * FROM cycle_run run
+        WHERE run.namespace = ended.namespace AND run.cycle_id = ended.cycle_id OFFSET 0
+    ) run
     WHERE run.profile_id IS NOT NULL
     ON CONFLICT DO NOTHING
 )
 SELECT namespace, cycle_id FROM ended;
 
 -- name: release_waiting
--- Lets the oldest waiting cycle of each run profile begin, once no other of it is active.
--- cycle_lease_waiting serves it: nothing is read while nobody waits.
-UPDATE cycle_lease SET is_waiting = false, due_at = orbit_now()
-FROM (
-    SELECT DISTINCT ON (namespace, run_profile_id) namespace, cycle_id
-    FROM cycle_lease waiting
-    WHERE is_waiting AND NOT EXISTS (
-        SELECT FROM cycle_lease active
-        WHERE active.namespace = waiting.namespace
-            AND active.run_profile_id = waiting.run_profile_id AND NOT active.is_waiting)
-    ORDER BY namespace, run_profile_id, cycle_id
-) AS next
+-- Lets the oldest waiting cycle of each run profile begin, once no other of it is active. A
+-- loose scan of cycle_lease_waiting over run profiles: nothing is read while nobody waits.
+WITH RECURSIVE waiting AS (
+    (SELECT namespace, run_profile_id, cycle_id FROM cycle_lease WHERE is_waiting
+    ORDER BY namespace, run_profile_id, cycle_id LIMIT 1)
+    UNION ALL
+    SELECT next.* FROM waiting CROSS JOIN LATERAL (
+        SELECT namespace, run_profile_id, cycle_id FROM cycle_lease
+        WHERE is_waiting AND (cycle_lease.namespace, cycle_lease.run_profile_id)
+            > (waiting.namespace, waiting.run_profile_id)
+        ORDER BY namespace, run_profile_id, cycle_id LIMIT 1
+    ) next
+), next AS MATERIALIZED (
+    SELECT waiting.namespace, waiting.cycle_id FROM waiting LEFT JOIN LATERAL (
+        SELECT true AS is_active FROM cycle_lease
+        WHERE cycle_lease.namespace = waiting.namespace
+            AND cycle_lease.run_profile_id = waiting.run_profile_id AND NOT is_waiting
+        LIMIT 1
+    ) active ON true
+    WHERE active.is_active IS NULL
+)
+UPDATE cycle_lease SET is_waiting = false, due_at = orbit_now() FROM next
 WHERE cycle_lease.namespace = next.namespace AND cycle_lease.cycle_id = next.cycle_id
     AND cycle_lease.is_waiting;

@@ -6,11 +6,10 @@
 -- One dead letter with its job, and what was decided last. dead_letter_dispatch_newest serves it.
 SELECT dead.namespace, dead.job_id, dead.cycle_id, dead.endpoint_key, job.snapshot_id,
     COALESCE(decided.sequence, 0) AS sequence, decided.decision, decided.new_job_id,
-    payload.digest IS NOT NULL AS has_payload
+    EXISTS (SELECT FROM payload WHERE payload.namespace = dead.namespace
+        AND payload.cycle_id = dead.cycle_id AND payload.digest = job.digest) AS has_payload
 FROM dead_letter_dispatch dead
 LEFT JOIN dispatch_job job ON job.namespace = dead.namespace AND job.job_id = dead.job_id
-LEFT JOIN payload ON payload.namespace = dead.namespace AND payload.cycle_id = dead.cycle_id
-    AND payload.digest = job.digest
 LEFT JOIN LATERAL (
     SELECT sequence, decision, new_job_id FROM dead_letter_decision decision
     WHERE decision.namespace = dead.namespace AND decision.job_id = dead.job_id

@@ -117,13 +117,17 @@ WHERE dispatch_lease.namespace = held.namespace AND dispatch_lease.job_id = held
 -- name: expired_jobs
 -- Attempts whose worker let its lease run out, locked, so that they can be settled as unknown
 -- in this transaction. dispatch_lease_taken serves it.
-SELECT lease.namespace, lease.job_id, lease.cycle_id, lease.endpoint_key, lease.lease_number,
-    lease.attempt, lease.node_id, job.digest, job.size, job.max_attempts
-FROM dispatch_lease lease
-JOIN dispatch_job job ON job.namespace = lease.namespace AND job.job_id = lease.job_id
-WHERE lease.node_id IS NOT NULL AND lease.due_at <= orbit_now()
-ORDER BY lease.due_at LIMIT %(limit)s
-FOR UPDATE OF lease SKIP LOCKED;
+WITH expired AS MATERIALIZED (
+    SELECT namespace, job_id, cycle_id, endpoint_key, lease_number, attempt, node_id
+    FROM dispatch_lease WHERE node_id IS NOT NULL AND due_at <= orbit_now()
+    ORDER BY due_at LIMIT %(limit)s
+    FOR UPDATE SKIP LOCKED
+)
+SELECT expired.*, job.digest, job.size, job.max_attempts
+FROM expired CROSS JOIN LATERAL (
+    SELECT digest, size, max_attempts FROM dispatch_job job
+    WHERE job.namespace = expired.namespace AND job.job_id = expired.job_id OFFSET 0
+) job;
 
 -- name: insert_receipts
 -- What became of attempts. A receipt that exists stays: an attempt has one end. To follow

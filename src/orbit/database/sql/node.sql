@@ -30,6 +30,10 @@ SELECT orbit_now() AS now;
 -- The time partitions of this week and the three that follow.
 SELECT orbit_create_partitions(orbit_now() + interval '21 days') AS made;
 
+-- name: refresh_statistics
+-- Tells the planner of lease tables that have filled up since it last heard of them.
+SELECT orbit_refresh_statistics() AS refreshed;
+
 -- name: drop_partitions
 -- The partitions of one fact that are older than its retention.
 SELECT orbit_drop_partitions(%(fact)s::regclass,

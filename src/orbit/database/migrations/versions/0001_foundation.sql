@@ -141,6 +141,8 @@ CREATE TABLE cycle_run (
 ) PARTITION BY RANGE (cycle_id);
 CREATE INDEX cycle_run_newest ON cycle_run (cycle_id DESC);
 COMMENT ON INDEX cycle_run_newest IS 'reading.cycle_window, reading.find_cycle: newest first over all namespaces, and one by its id alone';
+CREATE INDEX cycle_run_by_rerun ON cycle_run (namespace, rerun_of) WHERE rerun_of IS NOT NULL;
+COMMENT ON INDEX cycle_run_by_rerun IS 'reading.cycle_reruns: the cycles run in place of one';
 COMMENT ON TABLE cycle_run IS 'An accepted trigger: one pass of the pipeline, pinned to the revision it began with.';
 
 CREATE TABLE initiation (
@@ -495,6 +497,29 @@ END
 $$;
 COMMENT ON FUNCTION orbit_drop_partitions(regclass, timestamptz) IS 'Drops a fact''s partitions that end before the given time, oldest first; stops at what live work needs, or somebody reads for longer than 2 s.';
 
+-- ---------------------------------------------------------------- statistics
+
+CREATE FUNCTION orbit_refresh_statistics() RETURNS text[]
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT SET lock_timeout = '100ms' AS $$
+DECLARE
+    lease text;
+    refreshed text[] := '{}';
+BEGIN
+    FOR lease IN
+        SELECT stat.relname FROM pg_stat_user_tables stat JOIN pg_class ON oid = relid
+        WHERE relid IN ('cycle_lease'::regclass, 'dispatch_lease'::regclass, 'schedule'::regclass)
+            AND n_live_tup > 1000 + 4 * GREATEST(reltuples, 0)
+    LOOP
+        EXECUTE format('ANALYZE %I', lease);
+        refreshed := refreshed || lease;
+    END LOOP;
+    RETURN refreshed;
+EXCEPTION WHEN lock_not_available THEN
+    RETURN '{}';
+END
+$$;
+COMMENT ON FUNCTION orbit_refresh_statistics() IS 'Analyzes a lease table that grew since the planner last heard of it. A queue that was drained and fills up again looks empty for up to a minute otherwise, and is then joined by reading all of it.';
+
 -- ---------------------------------------------------------------- roles
 
 CREATE FUNCTION orbit_grant(application name) RETURNS void
@@ -507,7 +532,7 @@ BEGIN
     EXECUTE format('GRANT USAGE ON SCHEMA %s TO %I', place, application);
     EXECUTE format('GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA %s TO %I', place, application);
     EXECUTE format('REVOKE INSERT ON alembic_version FROM %I', application);
-    EXECUTE format('GRANT EXECUTE ON FUNCTION orbit_create_partitions(timestamptz), orbit_drop_partitions(regclass, timestamptz) TO %I', application);
+    EXECUTE format('GRANT EXECUTE ON FUNCTION orbit_create_partitions(timestamptz), orbit_drop_partitions(regclass, timestamptz), orbit_refresh_statistics() TO %I', application);
     FOREACH lease IN ARRAY ARRAY['node', 'config_active', 'schedule', 'cycle_lease', 'dispatch_lease'] LOOP
         EXECUTE format('GRANT UPDATE, DELETE ON %I TO %I', lease, application);
     END LOOP;
@@ -515,7 +540,7 @@ END
 $$;
 COMMENT ON FUNCTION orbit_grant(name) IS 'Lets the application''s role read all, add facts and move leases; it owns nothing.';
 
-REVOKE EXECUTE ON FUNCTION orbit_create_partitions(timestamptz), orbit_drop_partitions(regclass, timestamptz) FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION orbit_create_partitions(timestamptz), orbit_drop_partitions(regclass, timestamptz), orbit_refresh_statistics() FROM PUBLIC;
 
 SELECT orbit_append_only(fact::regclass) FROM unnest(ARRAY[
     'config_revision', 'config_activation', 'endpoint_snapshot', 'initiation_key', 'schedule_slot',
