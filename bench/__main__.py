@@ -81,7 +81,7 @@ class Bench:
 
     def close(self) -> None:
         self.receiver.stop()
-        from orbit.database.embedded import erase  # noqa: PLC0415 - only to tidy up
+        from orbit.database.embedded import erase
 
         erase(self.folder / "data")
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -165,7 +165,7 @@ class OrbitPeer(Peer):
 
 
 def _new_id(node: Node) -> str:
-    from orbit.clock import new_id  # noqa: PLC0415
+    from orbit.clock import new_id
 
     return new_id(node.clock.now())
 

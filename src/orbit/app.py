@@ -42,6 +42,7 @@ from orbit.settings import Settings
 from orbit.vault import Vault, load_or_create_key_file
 
 NODE_SQL = load("node")
+_LEAST_TRANSACTION_SECONDS = 10.0
 log = structlog.get_logger(__name__)
 
 
@@ -72,6 +73,7 @@ class Store:
             maximum=settings.database_pool_max,
             is_preparing=settings.database_prepared_statements,
             revive=revive,
+            transaction_seconds=max(settings.lease_seconds, _LEAST_TRANSACTION_SECONDS),
         )
         await asyncio.to_thread(require_current, dsn)
         await self.database.open()

@@ -55,7 +55,7 @@ def install(point: str, moment: str) -> None:
 
 
 def die() -> NoReturn:
-    """kill -9 of this very process."""
+    """Kill -9 of this very process."""
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("nobody outlives SIGKILL")
 

@@ -29,6 +29,8 @@ from orbit.canonical import sha256_hex
 from tests.chaos.steps import CALLS
 
 PATIENCE_SECONDS = 30.0
+Record = Callable[[str, object], None]  # pytest's record_property
+
 _ROOT = Path(__file__).parents[2]
 _READY = "Orbit is ready at "
 
@@ -72,7 +74,7 @@ class NodeProcess:
                 os.kill(self.pid, number)
 
     async def kill(self) -> None:
-        """kill -9, and the certainty that it is dead."""
+        """Kill -9, and the certainty that it is dead."""
         self.signal(signal.SIGKILL)
         await self.ended()
 

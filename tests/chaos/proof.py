@@ -6,9 +6,10 @@ fails with every deviation it finds.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +64,10 @@ def read_evidence(owner_dsn: str) -> Evidence:
 
     with psycopg.connect(owner_dsn, row_factory=dict_row) as connection:
         return Evidence(
-            cycles=rows("SELECT status.*, context FROM cycle_status status"
-                        " JOIN initiation USING (namespace, cycle_id)"),
+            cycles=rows(
+                "SELECT status.*, context FROM cycle_status status"
+                " JOIN initiation USING (namespace, cycle_id)"
+            ),
             checkpoints=rows("SELECT * FROM cycle_checkpoint"),
             items=rows("SELECT * FROM normalized_item"),
             jobs=rows("SELECT * FROM dispatch_job"),
@@ -118,7 +121,7 @@ def _stages(evidence: Evidence) -> Iterator[str]:
         found.sort(key=lambda row: _ORDER.index(row["stage"]))
         if [row["stage"] for row in found] != _STAGES:
             yield f"cycle {cycle['cycle_id']} has the stages {[row['stage'] for row in found]}"
-        for earlier, later in zip(found, found[1:], strict=False):
+        for earlier, later in itertools.pairwise(found):
             if later["lease_number"] < earlier["lease_number"]:
                 yield f"cycle {cycle['cycle_id']}: {later['stage']} by an older lease"
 
@@ -148,7 +151,8 @@ def _items_and_jobs(evidence: Evidence, shapes: dict[str, RunProfileShape]) -> I
         if found != list(enumerate(digests)):
             yield f"cycle {cycle_id} has other items than it must"
         wanted = Counter(
-            (index, digest, key) for index, digest in enumerate(digests)
+            (index, digest, key)
+            for index, digest in enumerate(digests)
             for key in shape.endpoint_keys
         )
         made = Counter((j["item_index"], j["digest"], j["endpoint_key"]) for j in jobs[cycle_id])
@@ -183,9 +187,7 @@ def _wire(evidence: Evidence, scene: Scene, *, is_lease_loss: bool) -> Iterator[
             yield f"job {job_id} was never delivered: {outcomes}"
 
 
-def _calls(
-    evidence: Evidence, scene: Scene, shapes: dict[str, RunProfileShape]
-) -> Iterator[str]:
+def _calls(evidence: Evidence, scene: Scene, shapes: dict[str, RunProfileShape]) -> Iterator[str]:
     succeeded = Counter(
         (row["cycle_id"], row["stage"], row["step"])
         for row in evidence.records
@@ -256,7 +258,3 @@ def _grouped(rows: Iterable[Row], key: str) -> defaultdict[str, list[Row]]:
     for row in rows:
         groups[row[key]].append(row)
     return groups
-
-
-def lines(faults: Sequence[str]) -> str:
-    return "\n".join(faults)

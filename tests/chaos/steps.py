@@ -42,18 +42,22 @@ async def normalize(batch: Sequence[Payload], context: ExecutionContext) -> list
 
 
 def begun(cycle_id: str) -> bytes:
+    """What `begin` makes."""
     return f"begun {cycle_id}".encode()
 
 
 def grown(content: bytes, stage: str, step: int) -> bytes:
+    """What `grow` makes of `content`."""
     return content + f"|{stage}:{step}".encode()
 
 
 def piece(content: bytes, number: int) -> bytes:
+    """What `split` makes of `content`, one of its pieces."""
     return content + f"#{number}".encode()
 
 
 def normalized(content: bytes) -> bytes:
+    """What `normalize` makes of a piece."""
     return b"[" + content + b"]"
 
 

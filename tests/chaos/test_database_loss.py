@@ -38,18 +38,30 @@ def _postmaster(server: EmbeddedServer) -> int:
     return int((server.home / "data" / "postmaster.pid").read_text().split()[0])
 
 
-async def _is_replaced(server: EmbeddedServer, postmaster: int) -> bool:
-    try:
-        if _postmaster(server) == postmaster:
+async def _replaced(server: EmbeddedServer, postmaster: int) -> None:
+    """Waits until another server answers in its place."""
+
+    async def is_replaced() -> bool:
+        try:
+            if _postmaster(server) == postmaster:
+                return False
+            await (await psycopg.AsyncConnection.connect(server.owner_dsn)).close()
+        except (OSError, psycopg.OperationalError):
             return False
-        await (await psycopg.AsyncConnection.connect(server.owner_dsn)).close()
-    except (OSError, psycopg.OperationalError):
-        return False
-    return True
+        return True
+
+    await eventually(is_replaced, "another server")
 
 
-async def _has_noticed(node: NodeProcess, times: int) -> bool:
-    return node.log.read_text().count("database_unavailable") >= times
+def _complaints(node: NodeProcess) -> int:
+    return node.log.read_text().count("database_unavailable")
+
+
+async def _noticed(node: NodeProcess, before: int = 0) -> None:
+    async def has_noticed() -> bool:
+        return _complaints(node) > before
+
+    await eventually(has_noticed, "a node that noticed")
 
 
 async def _lose_database(stage: Scene, server: EmbeddedServer, how: signal.Signals) -> None:
@@ -64,17 +76,14 @@ async def _lose_database(stage: Scene, server: EmbeddedServer, how: signal.Signa
             return len(stage.receiver.arrivals) > before + 5
 
         await eventually(is_busy, "work under way")
-        noticed = [node.log.read_text().count("database_unavailable") for node in nodes]
         postmaster = _postmaster(server)
+        noticed = [_complaints(node) for node in nodes]
         os.kill(postmaster, how)
         if "DATABASE_URL" in stage.nodes.environ:  # nobody but us can start it again
             for node, count in zip(nodes, noticed, strict=True):
-                await eventually(
-                    lambda node=node, count=count: _has_noticed(node, count + 1),
-                    "a node that noticed",
-                )
+                await _noticed(node, count)
             await asyncio.to_thread(server.ensure_running)
-        await eventually(lambda: _is_replaced(server, postmaster), "another server")
+        await _replaced(server, postmaster)
         await asked
     assert all(node.is_alive for node in nodes)
 
@@ -109,7 +118,7 @@ async def test_sigterm_without_a_database_ends_in_time(
         node = await stage.nodes.start()
         await stage.client.trigger("only")
         os.kill(_postmaster(own_server), signal.SIGINT)
-        await eventually(lambda: _has_noticed(node, 1), "a node that noticed")
+        await _noticed(node)
         node.signal(signal.SIGTERM)
         assert await node.ended(25) == 0, node.tail()
         await asyncio.to_thread(own_server.ensure_running)

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 from tests.chaos.boundaries import MOMENTS, POINTS
-from tests.chaos.harness import RunProfileShape, Scene, scene
+from tests.chaos.harness import Record, RunProfileShape, Scene, scene
 from tests.chaos.proof import assert_exactly_once, finished
 
 SHAPES = (
@@ -52,7 +52,7 @@ async def _kill_at_random(scene: Scene) -> int:
 
 
 async def test_a_hundred_kills_lose_nothing_and_double_nothing(
-    dsn: str, owner_dsn: str, tmp_path: Path
+    dsn: str, owner_dsn: str, tmp_path: Path, record_property: Record
 ) -> None:
     """Killed at every boundary and at random, everything accepted takes effect exactly once."""
     async with scene(tmp_path, SHAPES, dsn) as stage:
@@ -62,6 +62,9 @@ async def test_a_hundred_kills_lose_nothing_and_double_nothing(
         evidence = assert_exactly_once(owner_dsn, stage)
     assert kills >= 100
     unknown = sum(receipt["outcome"] == "unknown" for receipt in evidence.receipts)
-    print(f"{kills} kills, {len(evidence.cycles)} cycles, {len(evidence.jobs)} jobs, "
-          f"{len(evidence.receipts)} receipts ({unknown} unknown), "
-          f"{len(stage.receiver.arrivals)} arrivals")
+    record_property(
+        "figures",
+        f"{kills} kills, {len(evidence.cycles)} cycles, {len(evidence.jobs)} jobs, "
+        f"{len(evidence.receipts)} receipts ({unknown} unknown), "
+        f"{len(stage.receiver.arrivals)} arrivals",
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from tests.chaos.harness import RunProfileShape, scene
+from tests.chaos.harness import Record, RunProfileShape, scene
 from tests.chaos.proof import assert_exactly_once, finished
 
 _COMMITTED = b"C\x00\x00\x00\x0bCOMMIT\x00"  # CommandComplete of COMMIT
@@ -82,19 +82,23 @@ async def _faithless(dsn: str) -> AsyncIterator[tuple[FaithlessProxy, str]]:
 
 
 async def test_a_commit_whose_answer_is_lost_takes_effect_once(
-    dsn: str, owner_dsn: str, tmp_path: Path
+    dsn: str, owner_dsn: str, tmp_path: Path, record_property: Record
 ) -> None:
     """A third of all commits are never answered; repeated, they double nothing."""
-    async with _faithless(dsn) as (proxy, faithless_dsn):
-        async with scene(tmp_path, _SHAPES, faithless_dsn) as stage:
-            proxy.is_faithless = False
-            await stage.nodes.start()
-            await stage.nodes.start()
-            proxy.is_faithless = True
-            for number in range(10):
-                triggers = (stage.client.trigger(f"{number}-{one}") for one in range(4))
-                await asyncio.gather(*triggers)
-            await finished(owner_dsn, 40)
-            assert_exactly_once(owner_dsn, stage)
+    async with (
+        _faithless(dsn) as (proxy, faithless_dsn),
+        scene(tmp_path, _SHAPES, faithless_dsn) as stage,
+    ):
+        proxy.is_faithless = False
+        await stage.nodes.start()
+        await stage.nodes.start()
+        proxy.is_faithless = True
+        for number in range(10):
+            triggers = (stage.client.trigger(f"{number}-{one}") for one in range(4))
+            await asyncio.gather(*triggers)
+        await finished(owner_dsn, 40)
+        assert_exactly_once(owner_dsn, stage)
     assert proxy.lost_commits >= 20
-    print(f"{proxy.lost_commits} commits and {proxy.lost_answers} other answers lost")
+    record_property(
+        "figures", f"{proxy.lost_commits} commits and {proxy.lost_answers} other answers lost"
+    )

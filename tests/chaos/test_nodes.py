@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psycopg
 
-from tests.chaos.harness import RunProfileShape, Scene, eventually, scene
+from tests.chaos.harness import NodeProcess, Record, RunProfileShape, Scene, eventually, scene
 from tests.chaos.proof import assert_exactly_once, finished
 
 _SLOW = RunProfileShape("slow", pause_seconds=0.3, items=2)
@@ -28,7 +28,7 @@ async def _start_cycles(stage: Scene, count: int) -> None:
 
 
 async def test_another_node_finishes_a_killed_nodes_cycles_within_the_lease_time(
-    dsn: str, owner_dsn: str, tmp_path: Path
+    dsn: str, owner_dsn: str, tmp_path: Path, record_property: Record
 ) -> None:
     """Of two nodes one is killed amid its cycles; the other has ended them all a lease later."""
     lease_seconds, margin_seconds = 2.0, 3.0
@@ -53,11 +53,13 @@ async def test_another_node_finishes_a_killed_nodes_cycles_within_the_lease_time
         owners.setdefault(checkpoint["cycle_id"], set()).add(checkpoint["node_id"])
     taken_over = sum(len(nodes) > 1 for nodes in owners.values())
     assert taken_over >= 10
-    print(f"{taken_over} cycles taken over, all ended {seconds:.1f} s after the kill")
+    record_property(
+        "figures", f"{taken_over} cycles taken over, all ended {seconds:.1f} s after the kill"
+    )
 
 
 async def test_sigterm_amid_200_cycles_gives_them_back_at_once(
-    dsn: str, owner_dsn: str, tmp_path: Path
+    dsn: str, owner_dsn: str, tmp_path: Path, record_property: Record
 ) -> None:
     """SIGTERM: exit 0 within the drain time, leases given back, resumed within a second."""
     drain_seconds = 0.5
@@ -98,7 +100,7 @@ async def test_sigterm_amid_200_cycles_gives_them_back_at_once(
         stage.receiver.pause_seconds = 0
         await finished(owner_dsn, 20)
         assert_exactly_once(owner_dsn, stage)
-    print(f"exit after {seconds:.2f} s with {left} cycles given back")
+    record_property("figures", f"exit after {seconds:.2f} s with {left} cycles given back")
 
 
 async def test_sigterm_lets_cycles_end_if_there_is_time(
@@ -116,8 +118,10 @@ async def test_sigterm_lets_cycles_end_if_there_is_time(
         await eventually(are_begun, "all cycles begun")
         node.signal(signal.SIGTERM)
         assert await node.ended() == 0, node.tail()
-        running = "SELECT count(*) FROM cycle_status WHERE stage IN ('cycle_started'," \
+        running = (
+            "SELECT count(*) FROM cycle_status WHERE stage IN ('cycle_started',"
             " 'tier1_complete', 'tier2_complete', 'tier3_complete')"
+        )
         assert await _count(owner_dsn, running) == 0
         await stage.nodes.start()
         await finished(owner_dsn, 10)
@@ -173,3 +177,53 @@ async def test_an_attempt_that_a_drain_cuts_off_is_settled_at_once(
         evidence = assert_exactly_once(owner_dsn, stage)
     first = {row["outcome"] for row in evidence.receipts if row["attempt"] == 1}
     assert first == {"unknown"}
+
+
+async def _freeze(stage: Scene, owner_dsn: str, node: NodeProcess) -> None:
+    """Stops a node amid steps and sends, as a machine that is suspended would be."""
+    stage.receiver.pause_seconds = 0.2
+    await _start_cycles(stage, 30)
+
+    async def is_sending() -> bool:
+        query = "SELECT count(*) FROM dispatch_lease WHERE node_id IS NOT NULL"
+        return await _count(owner_dsn, query) > 0
+
+    await eventually(is_sending, "attempts on the wire")
+    node.signal(signal.SIGSTOP)
+
+
+async def test_a_node_that_outlived_its_leases_changes_nothing(
+    dsn: str, owner_dsn: str, tmp_path: Path
+) -> None:
+    """Frozen until another node has done its work, and then thawed, a node adds nothing to it."""
+    async with scene(tmp_path, [_SLOW], dsn) as stage:
+        frozen = await stage.nodes.start()
+        await _freeze(stage, owner_dsn, frozen)
+        await stage.nodes.start()
+        await finished(owner_dsn, 20)
+        frozen.signal(signal.SIGCONT)
+        frozen.signal(signal.SIGTERM)
+        assert await frozen.ended() == 0, frozen.tail()
+        assert_exactly_once(owner_dsn, stage)
+
+
+async def test_a_node_takes_its_own_work_up_again(dsn: str, owner_dsn: str, tmp_path: Path) -> None:
+    """Frozen for longer than its leases, alone, a node claims what it still has in hand."""
+    async with scene(tmp_path, [_SLOW], dsn) as stage:
+        node = await stage.nodes.start()
+        await _freeze(stage, owner_dsn, node)
+
+        async def are_over() -> bool:
+            query = (
+                "SELECT (SELECT count(*) FROM cycle_lease WHERE node_id IS NOT NULL"
+                " AND due_at > orbit_now()) + (SELECT count(*) FROM dispatch_lease"
+                " WHERE node_id IS NOT NULL AND due_at > orbit_now())"
+            )
+            return await _count(owner_dsn, query) == 0
+
+        await eventually(are_over, "the end of all leases")
+        node.signal(signal.SIGCONT)
+        await finished(owner_dsn, 20)
+        assert_exactly_once(owner_dsn, stage)
+        node.signal(signal.SIGTERM)
+        assert await node.ended() == 0, node.tail()

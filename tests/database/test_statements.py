@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
 import psycopg
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from orbit.database.queries import load
+from orbit.database.queries import array, load
+from tests.conftest import TestServer
 
 FILES = sorted(Path(str(files("orbit.database").joinpath("sql"))).glob("*.sql"))
 
@@ -20,6 +24,13 @@ JOIN pg_class table_class ON table_class.oid = indrelid
 WHERE NOT indisprimary AND index_class.relnamespace = current_schema()::regnamespace
     AND NOT table_class.relispartition
 """
+
+
+@pytest.fixture(scope="module")
+def connection(server: TestServer) -> Iterator[psycopg.Connection]:
+    """A session for what needs no table."""
+    with psycopg.connect(server.owner("postgres"), autocommit=True) as connection:
+        yield connection
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -56,3 +67,17 @@ def test_every_index_that_a_statement_names_exists(owner_dsn: str) -> None:
     for file in FILES:
         for name in re.findall(r"(\w+) serves? it", file.read_text()):
             assert name in names | {"key", "keys"}, f"{file.name} names {name}"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.none() | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00")),
+        max_size=6,
+    )
+)
+def test_the_database_reads_an_array_as_it_was_given(
+    connection: psycopg.Connection, values: list[str | None]
+) -> None:
+    """Quotes, backslashes, braces, commas and line feeds arrive as themselves."""
+    assert connection.execute("SELECT %s::text[]", (array(values),)).fetchone() == (values,)

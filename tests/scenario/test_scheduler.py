@@ -58,7 +58,7 @@ def _forget() -> None:
 
 def scheduled(cron: str, run_profile_id: str = "daily", **given: Any) -> dict[str, Any]:
     """A run profile with a schedule and nothing to do."""
-    targets = {"distribution_targets": []}
+    targets: dict[str, list[str]] = {"distribution_targets": []}
     return run_profile(run_profile_id, execution_policy=policy(schedule=cron, **given), **targets)
 
 
@@ -213,7 +213,7 @@ async def test_a_slot_queues_behind_an_active_cycle_or_runs_beside_it(
     overlap: str,
 ) -> None:
     """With `queue` the second cycle begins when the first has ended, with `allow` at once."""
-    tiers = {"tier1": [f"{HERE}:hold"]}
+    tiers: dict[str, Any] = {"tier1": [f"{HERE}:hold"]}
     configure(scheduled("*/10 * * * *", overlap=overlap, **tiers))
     set_time(NOON - MINUTE)
     node = await make_node(roles=frozenset({"worker"}), lease_seconds=3600)

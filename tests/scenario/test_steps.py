@@ -399,27 +399,33 @@ async def answers_bad_type(arrival: Arrival) -> web.Response:
     return web.Response(body=b"x", headers={"Content-Type": "text/" + "x" * 300})
 
 
-@pytest.mark.parametrize(
-    ("answer", "reason"),
-    [
-        (redirects, "answered 307 Temporary Redirect"),
-        (never_answers, "took longer than 0.2 s"),
-        (answers_without_end, "took longer than 0.2 s"),
-        (answers_bad_type, "content type is 1 to 255 visible ASCII"),
-    ],
-)
+BAD_ANSWERS = [
+    (redirects, "answered 307 Temporary Redirect"),
+    (never_answers, "took longer than 0.3 s"),
+    (answers_without_end, "took longer than 0.3 s"),
+    (answers_bad_type, "content type is 1 to 255 visible ASCII"),
+]
+
+
 async def test_an_http_step_that_misbehaves_fails_its_cycle(
-    configure: Configure, make_node: MakeNode, receiver: Receiver, answer: Any, reason: str
+    configure: Configure, make_node: MakeNode, receiver: Receiver
 ) -> None:
     """A redirect is not followed, a hang is cut off, and what is no payload is refused."""
-    receiver.answers["/step"] = answer
+    receiver.answers = {f"/{answer.__name__}": answer for answer, _ in BAD_ANSWERS}
     configure(
-        run_profile(execution_policy=policy(tier1=[http(receiver, "/step", timeout_seconds=0.2)]))
+        *(
+            run_profile(
+                path[1:],
+                execution_policy=policy(tier1=[http(receiver, path, timeout_seconds=0.3)]),
+            )
+            for path in receiver.answers
+        )
     )
     node = await make_node(dispatch_endpoints=(receiver.endpoint("out"),))
-    cycle = await run(node)
-    assert cycle["state"] == "failed"
-    assert reason in cycle["detail"]["reason"]
+    for answer, reason in BAD_ANSWERS:
+        cycle = await run(node, answer.__name__)
+        assert cycle["state"] == "failed"
+        assert reason in cycle["detail"]["reason"]
     assert not receiver.at("/elsewhere")
     assert not receiver.at("/out")
 
@@ -469,80 +475,94 @@ async def test_an_http_normaliser_answers_with_items(
     }
 
 
-@pytest.mark.parametrize("body", [b"[]", b'{"items": [{"contentBase64": "%%"}]}', b"not json"])
 async def test_an_http_normaliser_with_other_content_fails_its_cycle(
-    configure: Configure, make_node: MakeNode, receiver: Receiver, body: bytes
+    configure: Configure, make_node: MakeNode, receiver: Receiver
 ) -> None:
     """What is not the agreed JSON makes no item; the cycle says so."""
+    bodies = [b"[]", b'{"items": [{"contentBase64": "%%"}]}', b"not json"]
 
     async def answer(arrival: Arrival) -> web.Response:
+        body = bodies[len(receiver.at("/items")) - 1]
         return web.Response(body=body, content_type="application/json")
 
     receiver.answers["/items"] = answer
     configure(run_profile(execution_policy=policy(normalization=http(receiver, "/items"))))
     node = await make_node(dispatch_endpoints=(receiver.endpoint("out"),))
-    cycle = await run(node)
-    assert cycle["state"] == "failed"
-    assert cycle["detail"]["stage"] == "normalization_complete"
-    assert cycle["detail"]["reason"]
+    agreed = 'answered other than {"items": [{"contentBase64": …, "contentType": …}]}'
+    for expected in (agreed, agreed, "JSONDecodeError"):
+        cycle = await run(node)
+        assert cycle["state"] == "failed"
+        assert cycle["detail"]["stage"] == "normalization_complete"
+        assert cycle["detail"]["reason"].startswith(expected)
 
 
 # --- steps that go wrong ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("bad", "reason"),
-    [
-        (raises, "ValueError: the brief is empty"),
-        (raises_unspeakable, "Unspeakable"),
-        (raises_at_length, "ValueError: long"),
-        (cancels, "CancelledError"),
-        (cancels_itself, "CancelledError"),
-        (exits, "raised SystemExit: 3"),
-        (interrupts, "raised KeyboardInterrupt"),
-        (exits_in_thread, "raised SystemExit: enough"),
-        (interrupts_in_thread, "raised KeyboardInterrupt"),
-        (stops_in_thread, "raised StopIteration"),
-        (hangs, "took longer than 0.3 s"),
-        (hangs_stubbornly, "took longer than 0.3 s"),
-        (hangs_in_thread, "took longer than 0.3 s"),
-        (returns_none, "returned NoneType, expected a Payload"),
-        (returns_text, "returned str, expected a Payload"),
-        (returns_100_mb, "returned 104,857,600 bytes, at most 10,485,760 are accepted"),
-        (makes_bad_payload, "a payload's content is bytes, not str"),
-        (NeverMade, "NeverMade() takes no arguments"),
-        (needs_more, "TypeError"),
-    ],
-)
+BAD_STEPS: list[tuple[Any, str]] = [
+    (raises, "ValueError: the brief is empty"),
+    (raises_unspeakable, "Unspeakable"),
+    (raises_at_length, "ValueError: long"),
+    (cancels, "CancelledError"),
+    (cancels_itself, "CancelledError"),
+    (exits, "raised SystemExit: 3"),
+    (interrupts, "raised KeyboardInterrupt"),
+    (exits_in_thread, "raised SystemExit: enough"),
+    (interrupts_in_thread, "raised KeyboardInterrupt"),
+    (stops_in_thread, "raised StopIteration"),
+    (hangs, "took longer than 0.5 s"),
+    (hangs_stubbornly, "took longer than 0.5 s"),
+    (hangs_in_thread, "took longer than 0.5 s"),
+    (returns_none, "returned NoneType, expected a Payload"),
+    (returns_text, "returned str, expected a Payload"),
+    (returns_100_mb, "returned 104,857,600 bytes, at most 10,485,760 are accepted"),
+    (makes_bad_payload, "a payload's content is bytes, not str"),
+    (NeverMade, "NeverMade() takes no arguments"),
+    (needs_more, "TypeError"),
+]
+
+
 async def test_whatever_a_step_does_wrong_is_its_cycles_failure(
-    configure: Configure,
-    make_node: MakeNode,
-    receiver: Receiver,
-    facts: Facts,
-    bad: Any,
-    reason: str,
+    configure: Configure, make_node: MakeNode, receiver: Receiver, facts: Facts
 ) -> None:
-    """The cycle fails with reason, stage and step; the node goes on with the next one."""
-    tiers = policy(tier1=[step(shout)], tier2=["orbit:no_op", step(bad, timeout_seconds=0.3)])
+    """All at once on one node: each fails its cycle with reason, stage and step, and no other."""
+    slow = {raises_at_length: 5, returns_100_mb: 5}  # seconds: what they do takes a while
+    tiers = {
+        bad.__name__: policy(
+            tier1=[step(shout)],
+            tier2=["orbit:no_op", step(bad, timeout_seconds=slow.get(bad, 0.5))],
+        )
+        for bad, _ in BAD_STEPS
+    }
     configure(
-        run_profile(execution_policy=tiers),
-        run_profile("other", execution_policy=policy(tier1=[step(shout)])),
+        *(run_profile(name, execution_policy=given) for name, given in tiers.items()),
+        run_profile("good", execution_policy=policy(tier1=[step(shout)])),
     )
     node = await make_node(dispatch_endpoints=(receiver.endpoint("out"),))
-    cycle = await run(node)
-    assert (cycle["state"], cycle["stage"]) == ("failed", "cycle_failed")
-    detail = cycle["detail"]
-    assert reason in detail["reason"]
-    assert len(detail["reason"]) <= 2000
-    assert detail["reason"].isprintable()
-    assert (detail["stage"], detail["step"]) == ("tier2_complete", 1)
-    assert detail["use"] == f"{HERE}:{bad.__name__}"
-    [record] = facts("SELECT error FROM execution_record WHERE outcome = 'failed'")
-    assert record["error"] == detail["reason"]
-    assert not receiver.arrivals
-    assert (await run(node, "other"))["state"] == "finished"
-    [entry] = facts("SELECT state, jobs FROM value_ledger_entry WHERE run_profile_id = 'daily'")
-    assert entry == {"state": "failed", "jobs": 0}
+    answers = await node.orchestration.trigger_run_profiles()
+    cycles = {one.run_profile_id: await ended(node, one.cycle_id or "") for one in answers}
+    assert cycles["good"]["state"] == "finished"
+    assert len(receiver.arrivals) == 1
+    for bad, reason in BAD_STEPS:
+        cycle = cycles[bad.__name__]
+        assert (cycle["state"], cycle["stage"]) == ("failed", "cycle_failed"), bad
+        detail = cycle["detail"]
+        assert reason in detail["reason"]
+        assert len(detail["reason"]) <= 2000
+        assert detail["reason"].isprintable()
+        assert (detail["stage"], detail["step"]) == ("tier2_complete", 1)
+        assert detail["use"] == f"{HERE}:{bad.__name__}"
+        [record] = facts(
+            "SELECT error FROM execution_record WHERE outcome = 'failed' AND cycle_id = %s",
+            cycle["cycle_id"],
+        )
+        assert record["error"] == detail["reason"]
+    entries = facts("SELECT state, jobs, count(*) FROM value_ledger_entry GROUP BY 1, 2 ORDER BY 1")
+    assert entries == [
+        {"state": "failed", "jobs": 0, "count": len(BAD_STEPS)},
+        {"state": "finished", "jobs": 1, "count": 1},
+    ]
+    assert (await run(node, "good"))["state"] == "finished", "the node goes on"
 
 
 def cut_and_exit(payload: Payload, context: ExecutionContext) -> Iterator[Payload]:
@@ -579,35 +599,37 @@ async def make_generator(
         yield payload
 
 
-@pytest.mark.parametrize(
-    ("normalization", "reason"),
-    [
-        ({"split": f"{HERE}:cut_and_exit"}, "raised SystemExit: in the middle"),
-        ({"split": f"{HERE}:cut_and_hang"}, "took longer than 0.3 s"),
-        ({"split": f"{HERE}:cut_for_ever"}, "made more than 10 items (ORBIT_MAX_ITEMS_PER_CYCLE)"),
-        ({"split": f"{HERE}:cut_texts"}, "returned str, expected Payloads"),
-        ({"split": f"{HERE}:cut_nothing"}, "returned NoneType, expected Payloads"),
-        ({"use": f"{HERE}:make_many"}, "made more than 10 items (ORBIT_MAX_ITEMS_PER_CYCLE)"),
-        ({"use": f"{HERE}:make_generator"}, "returned async_generator, expected a list"),
-        ({"use": f"{HERE}:returns_none"}, "returned NoneType, expected a list of Payloads"),
-    ],
-)
+BAD_NORMALISERS = [
+    ({"split": f"{HERE}:cut_and_exit"}, "raised SystemExit: in the middle"),
+    ({"split": f"{HERE}:cut_and_hang"}, "took longer than 0.5 s"),
+    ({"split": f"{HERE}:cut_for_ever"}, "made more than 10 items (ORBIT_MAX_ITEMS_PER_CYCLE)"),
+    ({"split": f"{HERE}:cut_texts"}, "returned str, expected Payloads"),
+    ({"split": f"{HERE}:cut_nothing"}, "returned NoneType, expected Payloads"),
+    ({"use": f"{HERE}:make_many"}, "made more than 10 items (ORBIT_MAX_ITEMS_PER_CYCLE)"),
+    ({"use": f"{HERE}:make_generator"}, "returned async_generator, expected a list"),
+    ({"use": f"{HERE}:returns_none"}, "returned NoneType, expected a list of Payloads"),
+]
+
+
 async def test_whatever_a_normaliser_does_wrong_makes_no_item(
-    configure: Configure,
-    make_node: MakeNode,
-    receiver: Receiver,
-    facts: Facts,
-    normalization: dict[str, Any],
-    reason: str,
+    configure: Configure, make_node: MakeNode, receiver: Receiver, facts: Facts
 ) -> None:
-    """The cycle fails at normalisation; no item, no job, nothing sent."""
-    given = {"use": "orbit:no_op", "timeout_seconds": 0.3, **normalization}
-    configure(run_profile(execution_policy=policy(normalization=given)))
+    """Each cycle fails at normalisation with the reason; no item, no job, nothing sent."""
+    given = [{"use": "orbit:no_op", "timeout_seconds": 0.5, **bad} for bad, _ in BAD_NORMALISERS]
+    configure(
+        *(
+            run_profile(f"rp-{number}", execution_policy=policy(normalization=one))
+            for number, one in enumerate(given)
+        )
+    )
     node = await make_node(dispatch_endpoints=(receiver.endpoint("out"),), max_items_per_cycle=10)
-    cycle = await run(node)
-    assert cycle["state"] == "failed"
-    assert reason in cycle["detail"]["reason"]
-    assert cycle["detail"]["stage"] == "normalization_complete"
+    answers = await node.orchestration.trigger_run_profiles()
+    assert len(answers) == len(BAD_NORMALISERS)
+    for answer, (_, reason) in zip(answers, BAD_NORMALISERS, strict=True):
+        cycle = await ended(node, answer.cycle_id or "")
+        assert cycle["state"] == "failed"
+        assert reason in cycle["detail"]["reason"]
+        assert cycle["detail"]["stage"] == "normalization_complete"
     assert facts("SELECT count(*) FROM normalized_item") == [{"count": 0}]
     assert facts("SELECT count(*) FROM dispatch_job") == [{"count": 0}]
 

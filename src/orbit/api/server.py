@@ -24,6 +24,7 @@ from orbit.api.application import create_application
 from orbit.app import Node
 from orbit.database.pool import TRANSIENT, first_line
 from orbit.errors import AddressInUse, OrbitError, SettingInvalid
+from orbit.execution.transformation import abandoned_steps
 from orbit.logging import configure_logging
 from orbit.settings import Settings
 
@@ -171,8 +172,15 @@ def _on_signals() -> asyncio.Event:
 
 
 def _run(main: Coroutine[Any, Any, int]) -> int:
-    if sys.platform == "win32":
-        return asyncio.run(main)
-    import uvloop  # noqa: PLC0415 - not on Windows
+    new_loop = None
+    if sys.platform != "win32":
+        import uvloop  # noqa: PLC0415 - not on Windows
 
-    return uvloop.run(main)
+        new_loop = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        code = runner.run(main)
+        if abandoned_steps():  # closing the loop would wait for them for ever
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code

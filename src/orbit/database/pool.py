@@ -27,7 +27,13 @@ Connection = AsyncConnection[DictRow]
 Result = TypeVar("Result")
 
 # Also deadlocks, serialization failures, shutdowns and a full disk: all are OperationalErrors.
-TRANSIENT = (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout)
+TRANSIENT = (
+    psycopg.OperationalError,
+    psycopg.InterfaceError,
+    PoolTimeout,
+    psycopg.errors.IdleInTransactionSessionTimeout,
+    psycopg.errors.TransactionTimeout,
+)
 _FIRST_DELAY, _LAST_DELAY = 0.05, 1.0
 _PROGRAM_LIMIT = "54"  # an OperationalError that no repetition mends
 
@@ -38,7 +44,8 @@ class Database:
     """A pool of connections to one database.
 
     `revive` is called, off the event loop, when the database does not answer: the embedded
-    server is started again by it.
+    server is started again by it. No transaction outlives `transaction_seconds` (from PostgreSQL
+    17 on; before that, only one that waits for its next statement is ended).
     """
 
     def __init__(
@@ -49,8 +56,9 @@ class Database:
         maximum: int = 10,
         is_preparing: bool = True,
         revive: Callable[[], None] | None = None,
+        transaction_seconds: float = 30,
     ) -> None:
-        self.dsn = dsn
+        self.dsn, self._transaction_seconds = dsn, transaction_seconds
         self._revive = revive
         self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
             dsn,
@@ -61,6 +69,7 @@ class Database:
                 "prepare_threshold": 2 if is_preparing else None,
                 "application_name": "orbit",
                 "connect_timeout": 5,
+                **_KEEPALIVE,
             },
             min_size=minimum,
             max_size=maximum,
@@ -68,7 +77,7 @@ class Database:
             # that is how long a database that is back can go unnoticed.
             timeout=3,
             reconnect_timeout=1,
-            configure=_configure,
+            configure=self._configure,
             open=False,
         )
 
@@ -85,6 +94,13 @@ class Database:
 
     async def close(self) -> None:
         await self._pool.close()
+
+    async def _configure(self, connection: Connection) -> None:
+        await connection.execute(_PLANNING)
+        limit = f"{max(1, round(self._transaction_seconds))}s"
+        await connection.execute(_LETTING_GO, {"seconds": limit})
+        connection.adapters.register_loader("uuid", TextLoader)
+        connection.adapters.register_loader("uuid", _IdLoader)
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
@@ -162,8 +178,14 @@ _PLANNING = b"""
 SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET jit = off
 """
 
-
-async def _configure(connection: Connection) -> None:
-    await connection.execute(_PLANNING)
-    connection.adapters.register_loader("uuid", TextLoader)
-    connection.adapters.register_loader("uuid", _IdLoader)
+# A node that is suspended or cut off in the middle of a transaction must not keep its row locks:
+# whoever claims skips locked rows, so nobody could take that work over. What a server does not
+# know is left out.
+_LETTING_GO = b"""
+SELECT set_config(name, wanted.value, false) FROM (VALUES
+    ('idle_in_transaction_session_timeout', %(seconds)s), ('transaction_timeout', %(seconds)s),
+    ('tcp_keepalives_idle', '10'), ('tcp_keepalives_interval', '5'), ('tcp_keepalives_count', '3')
+) AS wanted (name, value) JOIN pg_settings USING (name)
+"""
+# The same from this side: a server that is gone without a word is noticed in half a minute.
+_KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}

@@ -57,6 +57,8 @@ def array(values: Iterable[Any]) -> str:
     try:
         joined = _SEPARATOR.join(items)
     except TypeError:  # not only texts
+        if set(map(type, items)) <= {int, float}:
+            return "{" + ",".join(map(repr, items)) + "}"
         return "{" + ",".join([_element(value) for value in items]) + "}"
     if _SPECIAL.search(joined) or joined.count(_SEPARATOR) >= max(len(items), 1):
         return "{" + ",".join([_element(value) for value in items]) + "}"

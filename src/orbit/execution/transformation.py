@@ -206,6 +206,11 @@ def _is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
 
+def abandoned_steps() -> int:
+    """How many asynchronous steps go on although they were cancelled; no loop can be closed then."""
+    return len(_abandoned)
+
+
 async def _in_task(awaitable: Awaitable[Any]) -> Any:
     """A task of its own: one that ignores its cancellation must not hold up the cycle."""
     task = asyncio.create_task(_contained(awaitable))
@@ -281,7 +286,7 @@ async def _outcome(
 def _described(error: Exception) -> str:
     """One line that every table and log can take."""
     text = _said(error)
-    if not isinstance(error, (OrbitError, RuntimeError)):
+    if not isinstance(error, (OrbitError, RuntimeError, ContractBroken)):
         text = f"{type(error).__name__}: {text}".rstrip(": ")
     text = printable((text or type(error).__name__)[:_ERROR_CHARACTERS])
     return text[:_ERROR_CHARACTERS]

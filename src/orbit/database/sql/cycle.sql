@@ -91,20 +91,22 @@ SELECT revision FROM config_active;
 -- cycle_lease_due serves the loose scan over namespaces and the claim in each. OFFSET 0 keeps
 -- the look-ups what they are, one by its whole key for each cycle.
 WITH RECURSIVE namespaces AS (
-    (SELECT namespace FROM cycle_lease ORDER BY namespace LIMIT 1)
+    (SELECT namespace FROM cycle_lease WHERE due_at < 'infinity' ORDER BY namespace LIMIT 1)
     UNION ALL
     SELECT next.namespace FROM namespaces CROSS JOIN LATERAL (
-        SELECT namespace FROM cycle_lease WHERE cycle_lease.namespace > namespaces.namespace
+        SELECT namespace FROM cycle_lease
+        WHERE cycle_lease.namespace > namespaces.namespace AND due_at < 'infinity'
         ORDER BY namespace LIMIT 1
     ) next
 ), busy AS MATERIALIZED (
     SELECT namespace FROM namespaces
     WHERE EXISTS (SELECT FROM cycle_lease WHERE cycle_lease.namespace = namespaces.namespace
-        AND due_at <= orbit_now())
+        AND due_at <= orbit_now() AND due_at < 'infinity')
 ), due AS MATERIALIZED (
     SELECT lease.* FROM busy CROSS JOIN LATERAL (
         SELECT namespace, cycle_id, due_at FROM cycle_lease
         WHERE cycle_lease.namespace = busy.namespace AND due_at <= orbit_now()
+            AND due_at < 'infinity'
         ORDER BY due_at
         LIMIT GREATEST(1, %(room)s::int / (SELECT count(*) FROM busy))
         FOR UPDATE SKIP LOCKED

@@ -151,29 +151,32 @@ ON CONFLICT DO NOTHING;
 
 -- name: settle_jobs
 -- Moves on the leases that are still their worker's: done (delivered, or dead with its cause)
--- they go, else they wait for the next attempt. Counts the done ones in their cycles, whose
--- leases are locked in key order, and (the condition on retried) after all those of jobs.
+-- they go, else they wait for the next attempt. Counts the done ones in their cycles. Locks the
+-- jobs' leases in key order, then those of the cycles in key order.
 WITH result AS MATERIALIZED (
     SELECT * FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(lease_number)s::int[],
         %(node_id)s::uuid[], %(attempt)s::int[], %(size)s::int[], %(retry_seconds)s::float8[],
         %(cause)s::text[])
         AS result (namespace, job_id, lease_number, node_id, attempt, size, retry_seconds, cause)
+), mine AS MATERIALIZED (
+    SELECT result.* FROM dispatch_lease lease JOIN result
+        ON lease.namespace = result.namespace AND lease.job_id = result.job_id
+        AND lease.lease_number = result.lease_number AND lease.node_id = result.node_id
+    ORDER BY lease.namespace, lease.job_id
+    FOR UPDATE OF lease
 ), done AS (
-    DELETE FROM dispatch_lease USING result
-    WHERE dispatch_lease.namespace = result.namespace AND dispatch_lease.job_id = result.job_id
-        AND dispatch_lease.lease_number = result.lease_number
-        AND dispatch_lease.node_id = result.node_id AND result.retry_seconds IS NULL
+    DELETE FROM dispatch_lease USING mine
+    WHERE dispatch_lease.namespace = mine.namespace AND dispatch_lease.job_id = mine.job_id
+        AND mine.retry_seconds IS NULL
     RETURNING dispatch_lease.namespace, dispatch_lease.job_id, dispatch_lease.cycle_id,
-        dispatch_lease.endpoint_key, dispatch_lease.is_requeued, result.attempt, result.size,
-        result.cause
+        dispatch_lease.endpoint_key, dispatch_lease.is_requeued, mine.attempt, mine.size,
+        mine.cause
 ), retried AS (
     UPDATE dispatch_lease SET node_id = NULL,
-        due_at = orbit_now() + result.retry_seconds * interval '1 second'
-    FROM result
-    WHERE dispatch_lease.namespace = result.namespace AND dispatch_lease.job_id = result.job_id
-        AND dispatch_lease.lease_number = result.lease_number
-        AND dispatch_lease.node_id = result.node_id AND result.retry_seconds IS NOT NULL
-    RETURNING dispatch_lease.job_id
+        due_at = orbit_now() + mine.retry_seconds * interval '1 second'
+    FROM mine
+    WHERE dispatch_lease.namespace = mine.namespace AND dispatch_lease.job_id = mine.job_id
+        AND mine.retry_seconds IS NOT NULL
 ), dead AS (
     INSERT INTO dead_letter_dispatch (namespace, job_id, cycle_id, endpoint_key, cause, attempts)
     SELECT namespace, job_id, cycle_id, endpoint_key, cause, attempt FROM done
@@ -186,7 +189,6 @@ WITH result AS MATERIALIZED (
 ), held AS MATERIALIZED (
     SELECT lease.namespace, lease.cycle_id FROM cycle_lease lease
     JOIN counted ON counted.namespace = lease.namespace AND counted.cycle_id = lease.cycle_id
-    WHERE (SELECT count(*) FROM retried) >= 0
     ORDER BY lease.namespace, lease.cycle_id
     FOR NO KEY UPDATE OF lease
 )

@@ -7,9 +7,11 @@
 
 -- name: prepare
 -- No statement of this transaction waits for a lock longer than this. Whole tables are read, so
--- the planner may do here what it may not do elsewhere.
-SELECT set_config('lock_timeout', '10s', true), set_config('enable_seqscan', 'on', true),
-    set_config('enable_hashjoin', 'on', true), set_config('enable_mergejoin', 'on', true);
+-- it may take its time, and the planner may do here what it may not do elsewhere. What a server
+-- does not know is left out.
+SELECT set_config(name, wanted.value, true) FROM (VALUES ('lock_timeout', '10s'),
+    ('transaction_timeout', '0'), ('enable_seqscan', 'on'), ('enable_hashjoin', 'on'),
+    ('enable_mergejoin', 'on')) AS wanted (name, value) JOIN pg_settings USING (name);
 
 -- name: lock_partitions
 -- Keeps retention from dropping what is being read.

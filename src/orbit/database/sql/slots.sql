@@ -35,15 +35,21 @@ WHERE due_at <= orbit_now() ORDER BY due_at LIMIT %(limit)s FOR UPDATE SKIP LOCK
 
 -- name: busy_run_profiles
 -- Which of these run profiles have an active cycle, and which one.
--- cycle_lease_by_run_profile serves it.
+-- cycle_lease_by_run_profile and cycle_lease_waiting serve it.
 SELECT asked.namespace, asked.run_profile_id, active.cycle_id
 FROM unnest(%(namespace)s::text[], %(run_profile_id)s::text[])
     AS asked (namespace, run_profile_id)
 CROSS JOIN LATERAL (
-    SELECT cycle_id FROM cycle_lease
+    (SELECT cycle_id FROM cycle_lease
     WHERE cycle_lease.namespace = asked.namespace
-        AND cycle_lease.run_profile_id = asked.run_profile_id
-    ORDER BY cycle_id LIMIT 1
+        AND cycle_lease.run_profile_id = asked.run_profile_id AND NOT is_waiting
+    ORDER BY cycle_id LIMIT 1)
+    UNION ALL
+    (SELECT cycle_id FROM cycle_lease
+    WHERE cycle_lease.namespace = asked.namespace
+        AND cycle_lease.run_profile_id = asked.run_profile_id AND is_waiting
+    ORDER BY cycle_id LIMIT 1)
+    LIMIT 1
 ) active;
 
 -- name: insert_slots

@@ -352,12 +352,15 @@ CREATE TABLE cycle_lease (
     bytes          bigint NOT NULL DEFAULT 0,
     PRIMARY KEY (namespace, cycle_id)
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000);
-CREATE INDEX cycle_lease_due ON cycle_lease (namespace, due_at);
+-- Partial, so that a look-up by key can use the key's index only: while the table is small all
+-- indexes look alike to the planner, and the plan that it then makes is kept when it has grown.
+CREATE INDEX cycle_lease_due ON cycle_lease (namespace, due_at) WHERE due_at < 'infinity';
 COMMENT ON INDEX cycle_lease_due IS 'cycle.claim_cycles: the due cycles of each namespace';
-CREATE INDEX cycle_lease_by_run_profile ON cycle_lease (namespace, run_profile_id, cycle_id);
+CREATE INDEX cycle_lease_by_run_profile ON cycle_lease (namespace, run_profile_id, cycle_id)
+    WHERE NOT is_waiting;
 COMMENT ON INDEX cycle_lease_by_run_profile IS 'slots.busy_run_profiles, cycle.release_waiting: what overlaps';
 CREATE INDEX cycle_lease_waiting ON cycle_lease (namespace, run_profile_id, cycle_id) WHERE is_waiting;
-COMMENT ON INDEX cycle_lease_waiting IS 'cycle.release_waiting: who waits for a predecessor';
+COMMENT ON INDEX cycle_lease_waiting IS 'cycle.release_waiting, slots.busy_run_profiles: who waits for a predecessor';
 COMMENT ON TABLE cycle_lease IS 'Who may go on with a cycle, and when. due_at = infinity: nobody need (its jobs are out, or it waits). The counters are those of its jobs.';
 
 CREATE TABLE dispatch_lease (

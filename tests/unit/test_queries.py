@@ -1,0 +1,42 @@
+"""Named SQL: found by name, and arrays that say what they were given."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+
+from orbit.database.queries import array, load
+
+
+def test_a_statement_is_found_by_its_name() -> None:
+    """Statements are bytes, in the file's order, with their comments."""
+    queries = load("node")
+    assert queries.names()[0] == "enter_node"
+    assert queries.now.startswith(b"-- ") and queries.now.endswith(b"SELECT orbit_now() AS now;")
+    assert load("node") is queries
+
+
+def test_an_unknown_name_is_an_error_that_says_where() -> None:
+    """A misspelt name fails with the file that it is not in."""
+    with pytest.raises(AttributeError, match="sql/node.sql has no statement nwo"):
+        _ = load("node").nwo
+    with pytest.raises(FileNotFoundError):
+        load("nothing")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([], "{}"),
+        (["a", None, ""], '{"a",NULL,""}'),
+        ([1, 2.5, True], '{"1","2.5","True"}'),
+        (['say "x"', "back\\slash", "a,b{c}", "NULL"], None),
+        ([datetime(2026, 1, 1, tzinfo=UTC)], '{"2026-01-01 00:00:00+00:00"}'),
+    ],
+)
+def test_an_array_is_a_literal(values: list[object], expected: str | None) -> None:
+    """Each element is quoted, so that none is taken for syntax or for a null."""
+    if expected is not None:
+        assert array(values) == expected
+    assert array(values).count("NULL") >= values.count(None)
