@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -211,7 +211,7 @@ class Settings(BaseSettings):
         10 * _MIB, "The largest payload, in bytes; larger ones are refused.", 1, 1 << 30
     )
     payload_memory_bytes: int = _knob(
-        256 * _MIB, "Bytes of payloads that this node holds in memory at once.", 1, 1 << 40
+        256 * _MIB, "Bytes of payloads in hand beyond which this node begins no further work.", 1, 1 << 40
     )
     max_items_per_cycle: int = _knob(
         10_000, "Items that one cycle may be normalised into.", 1, 1_000_000
@@ -320,7 +320,9 @@ def load_settings(
             if name not in values and value is not None and (value or name in _MAY_BE_EMPTY):
                 values[name], used[name] = value, variable
     try:
-        return Settings(**values, warnings=tuple(_warnings(given)))
+        settings = Settings(**values)
+        warnings = (*_warnings(given), *_unused(settings.dispatch_endpoints))
+        return settings.model_copy(update={"warnings": warnings})
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
         lines = dict.fromkeys(_line(detail, values, used) for detail in details)
@@ -357,6 +359,17 @@ def _warnings(given: Mapping[str, str]) -> Iterator[str]:
         is_ours = variable.startswith("ORBIT_") and not variable.startswith("ORBIT_TEST_")
         if is_ours and variable not in known | _READ_ELSEWHERE:
             yield f"{variable} is not a setting{nearest(variable, known, cutoff=0.75)}"
+
+
+def _unused(endpoints: Iterable[Endpoint]) -> Iterator[str]:
+    """What an endpoint asks for and this version does not do: nobody should rely on it."""
+    for endpoint in endpoints:
+        for name in ("signing_secret", "rate_per_second", "breaker"):
+            if getattr(endpoint, name):
+                yield (
+                    f"ORBIT_DISPATCH_ENDPOINTS: {name} of endpoint {endpoint.key} has no effect "
+                    "in this version"
+                )
 
 
 def _line(detail: ErrorDetails, values: Mapping[str, Any], used: Mapping[str, str]) -> str:

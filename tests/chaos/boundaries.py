@@ -37,8 +37,11 @@ Method = Callable[..., Awaitable[Any]]
 
 
 def install(point: str, moment: str) -> None:
-    """The process kills itself the first time that it comes to `point`."""
-    _die_before_commit()
+    """The process kills itself the first time that it comes to `point`.
+
+    With the moment "frozen" it stops before the commit, until somebody sends SIGCONT.
+    """
+    _strike_before_commit(freeze if moment == "frozen" else die)
     match point:
         case "accept":
             _wrap(Intake, "_flush", moment)
@@ -60,6 +63,11 @@ def die() -> NoReturn:
     raise AssertionError("nobody outlives SIGKILL")
 
 
+def freeze() -> None:
+    """Stops this very process, as a machine that is suspended would be."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def _has(results: Any, stage: Stage) -> bool:
     return any(checkpoint.stage is stage for one in results for checkpoint in one.checkpoints)
 
@@ -79,27 +87,29 @@ def _wrap(
             return await original(*arguments, **named)
         if moment == "before" and not is_transaction:
             die()
-        token = _is_fatal.set(moment == "before")
+        token = _is_fatal.set(moment != "after")
         try:
             result = await original(*arguments, **named)
         finally:
             _is_fatal.reset(token)
-        if result != []:  # a claim that found nothing is no boundary
+        if moment == "after" and result != []:  # a claim that found nothing is no boundary
             die()
         return result
 
     setattr(owner, name, wrapped)
 
 
-def _die_before_commit() -> None:
-    original = Database.transaction
+def _strike_before_commit(strike: Callable[[], None]) -> None:
+    original, is_struck = Database.transaction, False
 
     @asynccontextmanager
     async def transaction(self: Database) -> AsyncIterator[Connection]:
         async with original(self) as connection:
+            nonlocal is_struck
             yield connection
-            if _is_fatal.get() and await _has_written(connection):
-                die()
+            if _is_fatal.get() and not is_struck and await _has_written(connection):
+                is_struck = True
+                strike()
 
     Database.transaction = transaction  # type: ignore[method-assign]
 

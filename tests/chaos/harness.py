@@ -29,8 +29,7 @@ from orbit.canonical import sha256_hex
 from tests.chaos.steps import CALLS
 
 PATIENCE_SECONDS = 30.0
-Record = Callable[[str, object], None]  # pytest's record_property
-
+_INSISTENCE_SECONDS = 120.0  # nodes that are killed at once may leave a client without an answer
 _ROOT = Path(__file__).parents[2]
 _READY = "Orbit is ready at "
 
@@ -256,7 +255,7 @@ class Client:
                     return True
             return False
 
-        await eventually(is_answered, f"an answer to trigger {key}")
+        await eventually(is_answered, f"an answer to trigger {key}", _INSISTENCE_SECONDS)
 
     async def _ask(self, address: str, key: str, ids: Sequence[str] | None) -> bool:
         body = {} if ids is None else {"runProfileIds": list(ids)}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import random
 from pathlib import Path
 
 from tests.chaos.boundaries import MOMENTS, POINTS
-from tests.chaos.harness import Record, RunProfileShape, Scene, scene
+from tests.chaos.harness import RunProfileShape, Scene, scene
 from tests.chaos.proof import assert_exactly_once, finished
+
+log = logging.getLogger(__name__)  # figures: pytest --log-cli-level=info
 
 SHAPES = (
     RunProfileShape("plain", items=3),
@@ -52,7 +55,7 @@ async def _kill_at_random(scene: Scene) -> int:
 
 
 async def test_a_hundred_kills_lose_nothing_and_double_nothing(
-    dsn: str, owner_dsn: str, tmp_path: Path, record_property: Record
+    dsn: str, owner_dsn: str, tmp_path: Path
 ) -> None:
     """Killed at every boundary and at random, everything accepted takes effect exactly once."""
     async with scene(tmp_path, SHAPES, dsn) as stage:
@@ -62,8 +65,7 @@ async def test_a_hundred_kills_lose_nothing_and_double_nothing(
         evidence = assert_exactly_once(owner_dsn, stage)
     assert kills >= 100
     unknown = sum(receipt["outcome"] == "unknown" for receipt in evidence.receipts)
-    record_property(
-        "figures",
+    log.info(
         f"{kills} kills, {len(evidence.cycles)} cycles, {len(evidence.jobs)} jobs, "
         f"{len(evidence.receipts)} receipts ({unknown} unknown), "
         f"{len(stage.receiver.arrivals)} arrivals",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import time
 from pathlib import Path
 
 import psycopg
 
-from tests.chaos.harness import NodeProcess, Record, RunProfileShape, Scene, eventually, scene
+from tests.chaos.harness import NodeProcess, RunProfileShape, Scene, eventually, scene
 from tests.chaos.proof import assert_exactly_once, finished
+
+log = logging.getLogger(__name__)  # figures: pytest --log-cli-level=info
 
 _SLOW = RunProfileShape("slow", pause_seconds=0.3, items=2)
 
@@ -28,7 +31,7 @@ async def _start_cycles(stage: Scene, count: int) -> None:
 
 
 async def test_another_node_finishes_a_killed_nodes_cycles_within_the_lease_time(
-    dsn: str, owner_dsn: str, tmp_path: Path, record_property: Record
+    dsn: str, owner_dsn: str, tmp_path: Path
 ) -> None:
     """Of two nodes one is killed amid its cycles; the other has ended them all a lease later."""
     lease_seconds, margin_seconds = 2.0, 3.0
@@ -53,13 +56,11 @@ async def test_another_node_finishes_a_killed_nodes_cycles_within_the_lease_time
         owners.setdefault(checkpoint["cycle_id"], set()).add(checkpoint["node_id"])
     taken_over = sum(len(nodes) > 1 for nodes in owners.values())
     assert taken_over >= 10
-    record_property(
-        "figures", f"{taken_over} cycles taken over, all ended {seconds:.1f} s after the kill"
-    )
+    log.info(f"{taken_over} cycles taken over, all ended {seconds:.1f} s after the kill")
 
 
 async def test_sigterm_amid_200_cycles_gives_them_back_at_once(
-    dsn: str, owner_dsn: str, tmp_path: Path, record_property: Record
+    dsn: str, owner_dsn: str, tmp_path: Path
 ) -> None:
     """SIGTERM: exit 0 within the drain time, leases given back, resumed within a second."""
     drain_seconds = 0.5
@@ -100,7 +101,7 @@ async def test_sigterm_amid_200_cycles_gives_them_back_at_once(
         stage.receiver.pause_seconds = 0
         await finished(owner_dsn, 20)
         assert_exactly_once(owner_dsn, stage)
-    record_property("figures", f"exit after {seconds:.2f} s with {left} cycles given back")
+    log.info(f"exit after {seconds:.2f} s with {left} cycles given back")
 
 
 async def test_sigterm_lets_cycles_end_if_there_is_time(
@@ -227,3 +228,25 @@ async def test_a_node_takes_its_own_work_up_again(dsn: str, owner_dsn: str, tmp_
         assert_exactly_once(owner_dsn, stage)
         node.signal(signal.SIGTERM)
         assert await node.ended() == 0, node.tail()
+
+
+async def test_a_node_that_freezes_in_a_transaction_does_not_keep_its_locks(
+    dsn: str, owner_dsn: str, tmp_path: Path
+) -> None:
+    """The database ends the transaction of a suspended node, so that another can go on."""
+    shape = RunProfileShape("quick")
+    async with scene(tmp_path, [shape], dsn) as stage:
+        frozen = await stage.nodes.start(("tier2_complete", "frozen"))
+        await stage.client.trigger("only")
+
+        async def is_stuck() -> bool:
+            query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+            return await _count(owner_dsn, f"{query} AND state = 'idle in transaction'") == 1
+
+        await eventually(is_stuck, "a transaction that waits")
+        await stage.nodes.start()
+        await finished(owner_dsn, 20)
+        frozen.signal(signal.SIGCONT)
+        frozen.signal(signal.SIGTERM)
+        assert await frozen.ended() == 0, frozen.tail()
+        assert_exactly_once(owner_dsn, stage)

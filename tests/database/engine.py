@@ -71,7 +71,9 @@ class Worker:
         """Claims due cycles."""
         return await orchestrator.claim(self.database, self.node_id, room, 30.0)
 
-    async def enqueue(self, cycle: ClaimedCycle, lanes: Sequence[str], max_attempts: int = 4) -> None:
+    async def enqueue(
+        self, cycle: ClaimedCycle, lanes: Sequence[str], max_attempts: int = 4
+    ) -> None:
         """Carries a cycle to where its one item waits for dispatch to each endpoint."""
         await self.recorder.record(enqueued(cycle, lanes, max_attempts))
 
@@ -83,7 +85,9 @@ class Worker:
         await self.enqueue(cycle, lanes, max_attempts)
         return cycle
 
-    async def take(self, *lanes: str, namespace: str = "brand-a", room: int = 10) -> list[ClaimedJob]:
+    async def take(
+        self, *lanes: str, namespace: str = "brand-a", room: int = 10
+    ) -> list[ClaimedJob]:
         """Opens the next attempt of the jobs due in lanes."""
         return await self.queue.claim({(namespace, lane): room for lane in lanes})
 

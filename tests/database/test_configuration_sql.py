@@ -1,4 +1,4 @@
-"""sql/configuration.sql: one revision in force for all nodes, replaced whole and in no one's way."""
+"""sql/configuration.sql: one revision in force for all nodes, replaced whole or not at all."""
 
 from __future__ import annotations
 
@@ -128,7 +128,8 @@ async def test_a_reload_does_not_wait_without_bound(database: Database) -> None:
 async def waiting(database: Database) -> None:
     """Returns when a session waits for the configuration's lock."""
     async with asyncio.timeout(10):
-        while not await count(database, "pg_locks", "locktype = 'advisory' AND NOT granted"):
+        where = "locktype = 'advisory' AND NOT granted"
+        while not await count(database, "pg_locks", where):  # noqa: ASYNC110 - the server says nothing
             await asyncio.sleep(0)
 
 

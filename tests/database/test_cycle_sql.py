@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 
@@ -76,7 +77,9 @@ async def test_the_same_key_gets_the_first_cycle(database: Database, worker: Wor
         assert await count(database, table) == 1, table
 
 
-async def test_the_same_key_twice_in_a_batch_is_one_cycle(database: Database, worker: Worker) -> None:
+async def test_the_same_key_twice_in_a_batch_is_one_cycle(
+    database: Database, worker: Worker
+) -> None:
     """Requests that share a commit are told apart by their initiation as well."""
     requests = [worker.request(idempotency_key=key) for key in ("a", "b", "a")]
     answers = await worker.accept(*requests)
@@ -161,7 +164,12 @@ async def test_the_intake_answers_each_caller(database: Database, worker: Worker
 async def test_a_slot_is_accepted_once(worker: Worker, other: Worker) -> None:
     """Two nodes that fire the same slot get the same cycle."""
     slot_at = datetime(2026, 3, 29, 6, tzinfo=UTC)
-    slot = {"slot_at": slot_at, "trigger": "schedule", "run_profile_id": "daily", "profile_id": "n"}
+    slot: dict[str, Any] = {
+        "slot_at": slot_at,
+        "trigger": "schedule",
+        "run_profile_id": "daily",
+        "profile_id": "n",
+    }
     (first,) = await worker.accept(worker.request(**slot))
     (second,) = await other.accept(other.request(**slot))
     assert second == Accepted(first.cycle_id, False)
@@ -306,7 +314,7 @@ async def test_repeated_jobs_are_not_queued_again(worker: Worker) -> None:
 
 async def test_progress_begins_the_count_of_takeovers_anew(worker: Worker) -> None:
     """Only takeovers without a new checkpoint between them add up."""
-    await worker.begin()
+    cycle = await worker.begin()
     for expected in (1, 2):
         await expire(worker.database, "cycle_lease")
         (cycle,) = await worker.claim()
@@ -396,9 +404,7 @@ async def test_a_waiting_cycle_waits_for_its_own_run_profile_only(worker: Worker
     """Another run profile's cycles, or another namespace's, hold nothing up."""
     await worker.begin(profile_id="nova", run_profile_id="other")
     await worker.begin("brand-b", profile_id="nova", run_profile_id="daily")
-    await worker.accept(
-        worker.request(profile_id="nova", run_profile_id="daily", is_waiting=True)
-    )
+    await worker.accept(worker.request(profile_id="nova", run_profile_id="daily", is_waiting=True))
     assert len(await worker.claim()) == 1
 
 

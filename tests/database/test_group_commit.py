@@ -206,9 +206,7 @@ async def test_a_stage_that_the_database_refuses_fails_alone(
     results = [enqueued(cycle, ["one"]) for cycle in await worker.claim()]
     bad = results[2]
     bad.jobs = [NewJob(bad.jobs[0].job_id, 0, "one", SNAPSHOT_ID, max_attempts=0)]
-    answers = await asyncio.gather(
-        *map(worker.recorder.record, results), return_exceptions=True
-    )
+    answers = await asyncio.gather(*map(worker.recorder.record, results), return_exceptions=True)
     assert [type(answer) for answer in answers[:2]] == [type(None)] * 2
     assert isinstance(answers[2], psycopg.errors.CheckViolation)
     assert answers[3] is None

@@ -1,4 +1,4 @@
-"""Time partitions: made ahead, by several sessions at once, and dropped whole when nobody needs them."""
+"""Time partitions: made ahead, by several sessions at once, dropped whole when not needed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ ORDER BY 1, 2
 _LEASES = {
     "cycle_lease": "INSERT INTO cycle_lease (namespace, cycle_id, run_profile_id, due_at)"
     " VALUES ('a', %s, '', 'infinity')",
-    "dispatch_lease": "INSERT INTO dispatch_lease (namespace, job_id, endpoint_key, cycle_id, due_at)"
+    "dispatch_lease": "INSERT INTO dispatch_lease"
+    " (namespace, job_id, endpoint_key, cycle_id, due_at)"
     " VALUES ('a', gen_random_uuid(), 'one', %s, 'infinity')",
 }
 
@@ -72,7 +73,7 @@ def test_partitions_reach_three_weeks_ahead(owner: Connection) -> None:
     ).fetchone() or (None,)
     assert monday is not None
     expected = [f"{monday + week * WEEK:%Y%m%d}" for week in range(4)]
-    assert {parent for parent, *_ in rows} and len({parent for parent, *_ in rows}) == facts
+    assert len({parent for parent, *_ in rows}) == facts > 5
     for fact in {parent for parent, *_ in rows}:
         assert partitions(owner, fact) == expected
     assert [bound for _, _, bound, _ in rows if "DEFAULT" in bound] == []
@@ -106,7 +107,9 @@ def test_several_sessions_make_each_partition_once(dsn: str, owner: Connection) 
 
 def test_a_row_outside_every_partition_is_refused(owner: Connection) -> None:
     """There is no place where a fact could get lost: the error names the table."""
-    with pytest.raises(psycopg.errors.CheckViolation, match='no partition of relation "initiation"'):
+    with pytest.raises(
+        psycopg.errors.CheckViolation, match='no partition of relation "initiation"'
+    ):
         owner.execute(
             "INSERT INTO initiation VALUES ('a', %s, 'hash', '{}')",
             (new_id(datetime(2090, 1, 1, tzinfo=UTC)),),
@@ -153,7 +156,9 @@ def test_a_temporary_table_cannot_stand_for_a_lease(old: Connection, dsn: str) -
 
 def test_dropping_does_not_wait_behind_a_reader(old: Connection, dsn: str) -> None:
     """A long read of a fact delays the drop to another time, instead of all who queue behind it."""
-    old.execute("ALTER FUNCTION orbit_drop_partitions(regclass, timestamptz) SET lock_timeout = '20ms'")
+    old.execute(
+        "ALTER FUNCTION orbit_drop_partitions(regclass, timestamptz) SET lock_timeout = '20ms'"
+    )
     with psycopg.connect(dsn) as reader:
         reader.execute("SELECT FROM cycle_run")
         assert drop(old, datetime(2020, 1, 20, tzinfo=UTC)) == []

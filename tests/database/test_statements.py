@@ -38,14 +38,16 @@ def test_every_statement_is_explained_in_one_to_four_lines(file: Path) -> None:
     """Each says what it does, which index serves it, in which order it locks; and is one."""
     parts = re.split(r"^-- name: (\w+)$", file.read_text(), flags=re.MULTILINE)
     names, bodies = parts[1::2], parts[2::2]
-    assert parts[0].startswith("-- ") and names
+    assert parts[0].startswith("-- ")
+    assert names
     assert len(set(names)) == len(names)
     for name, body in zip(names, bodies, strict=True):
         lines = body.strip().splitlines()
         comments = [line for line in lines if line.startswith("--")]
         assert 1 <= len(comments) <= 4, name
         assert lines[: len(comments)] == comments, name
-        assert body.strip().endswith(";") and "\n".join(lines[len(comments) :]).count(";") == 1, name
+        assert lines[-1].endswith(";"), name
+        assert "\n".join(lines[len(comments) :]).count(";") == 1, name
 
 
 def test_every_index_names_the_queries_that_it_serves(owner_dsn: str) -> None:

@@ -1,4 +1,4 @@
-"""Other PostgreSQL servers, of the distribution, and a PgBouncer in between: one whole cycle on each."""
+"""One whole cycle on each server of the distribution, and through a PgBouncer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -32,11 +33,11 @@ needs_server = pytest.mark.skipif(not PROGRAMS, reason="no server under /usr/lib
 @contextmanager
 def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A program that won't run as root, run as `nobody` then, and stopped at the end."""
-    user = {"user": "nobody", "group": "nogroup"} if os.geteuid() == 0 else {}
+    user: dict[str, Any] = {}
+    if os.geteuid() == 0:
+        user = {"user": "nobody", "group": "nogroup", "extra_groups": []}
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, cwd="/", extra_groups=[] if user else None, **user
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=output, cwd="/", **user)
         try:
             yield process
         finally:
@@ -83,8 +84,10 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     with folder() as place:
         data, log = place / "data", place / "log"
         with running(
-            [str(program.with_name("initdb")), "-D", str(data), "-U", "owner", "-A", "trust"]
-            + ["-E", "UTF8", "--locale=C", "--no-sync"],
+            [
+                *(str(program.with_name("initdb")), "-D", str(data), "-U", "owner", "-A", "trust"),
+                *("-E", "UTF8", "--locale=C", "--no-sync"),
+            ],
             log,
         ) as initdb:
             assert initdb.wait(60) == 0, log.read_text()
@@ -131,6 +134,7 @@ async def run_cycle(dsn: str, config_dir: Path, url: str, *, is_preparing: bool)
         dispatch_endpoints=(Endpoint("default-endpoint", url),),
         database_prepared_statements=is_preparing,
         drain_timeout_seconds=5,
+        warnings=(),
     )
     node = Node(settings)
     try:
@@ -165,9 +169,11 @@ def test_the_application_cannot_create_tables_on_this_server(server: Server) -> 
     with psycopg.connect(server.dsn("owner"), autocommit=True) as owner:
         owner.execute("GRANT CREATE ON SCHEMA public TO PUBLIC")
         owner.execute(f"SELECT orbit_grant('{ROLE}')".encode())
-    with psycopg.connect(server.dsn(ROLE), autocommit=True) as application:
-        with pytest.raises(psycopg.errors.InsufficientPrivilege):
-            application.execute("CREATE TABLE mine ()")
+    with (
+        psycopg.connect(server.dsn(ROLE), autocommit=True) as application,
+        pytest.raises(psycopg.errors.InsufficientPrivilege),
+    ):
+        application.execute("CREATE TABLE mine ()")
 
 
 @needs_server

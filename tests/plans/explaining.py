@@ -26,11 +26,13 @@ _CASTS = {bool: "bool", int: "int8", float: "float8", list: "bytea[]", bytes: "b
 # One statement each. The ids are spread over three weeks, so that partitions play their part.
 FILL = """
 CREATE TEMP TABLE filled AS
-SELECT n, 'n-' || lpad((n % 200)::text, 3, '0') AS namespace, 'e-' || (n / 200) % 5 AS endpoint_key,
+SELECT n, 'n-' || lpad((n % 200)::text, 3, '0') AS namespace, 'e-' || (n / 200) % 5 AS
+    endpoint_key,
     (substr(first_id, 1, 13) || '-7000-8000-' || lpad(to_hex(n), 12, '0'))::uuid AS cycle_id,
     (substr(first_id, 1, 13) || '-7000-8001-' || lpad(to_hex(n), 12, '0'))::uuid AS job_id,
     md5(n::text) AS digest, gen_random_uuid() AS node_id
-FROM generate_series(1, 200000) AS n, LATERAL (SELECT orbit_first_id(date_trunc('week', orbit_now())
+FROM generate_series(1, 200000) AS n, LATERAL (SELECT orbit_first_id(date_trunc('week',
+    orbit_now())
     + interval '1 day' + n * interval '9 seconds')::text AS first_id) AS made;
 INSERT INTO cycle_lease (namespace, cycle_id, run_profile_id, due_at, node_id, is_waiting, jobs,
     outstanding)
@@ -40,19 +42,24 @@ SELECT namespace, cycle_id, 'p-' || n / 200 % 25, CASE WHEN n % 3 = 0 THEN 'infi
 INSERT INTO dispatch_lease (namespace, job_id, endpoint_key, cycle_id, due_at, node_id)
 SELECT namespace, job_id, endpoint_key, cycle_id, orbit_now() - n * interval '1 millisecond',
     CASE WHEN n % 20 = 0 THEN node_id END FROM filled;
-INSERT INTO cycle_run (namespace, cycle_id, run_profile_id, profile_id, trigger, traceparent, node_id)
+INSERT INTO cycle_run (namespace, cycle_id, run_profile_id, profile_id, trigger, traceparent,
+    node_id)
 SELECT namespace, cycle_id, 'p', 'p', 'api', '', node_id FROM filled;
 INSERT INTO cycle_checkpoint (namespace, cycle_id, stage, digest, size, lease_number, node_id)
 SELECT namespace, cycle_id, 'cycle_started', digest, 9, 0, node_id FROM filled;
-INSERT INTO dispatch_job (namespace, job_id, cycle_id, item_index, endpoint_key, snapshot_id, digest,
+INSERT INTO dispatch_job (namespace, job_id, cycle_id, item_index, endpoint_key, snapshot_id,
+    digest,
     content_type, size, max_attempts)
 SELECT namespace, job_id, cycle_id, 0, endpoint_key, 's', digest, 'text/plain', 9, 4 FROM filled;
 INSERT INTO initiation SELECT namespace, cycle_id, digest, '{}' FROM filled WHERE n % 10 = 0;
-INSERT INTO initiation_key SELECT namespace, 'p', digest, cycle_id, digest FROM filled WHERE n % 10 = 0;
+INSERT INTO initiation_key SELECT namespace, 'p', digest, cycle_id, digest FROM filled WHERE n
+    % 10 = 0;
 INSERT INTO payload SELECT namespace, cycle_id, digest, 'a payload' FROM filled WHERE n % 10 = 0;
-INSERT INTO delivery_receipt (namespace, job_id, attempt, outcome, digest, size, lease_number, node_id)
+INSERT INTO delivery_receipt (namespace, job_id, attempt, outcome, digest, size, lease_number,
+    node_id)
 SELECT namespace, job_id, 1, 'failed', digest, 9, 1, node_id FROM filled WHERE n % 10 = 0;
-INSERT INTO execution_record (namespace, cycle_id, stage, step, lease_number, attempt, name, outcome,
+INSERT INTO execution_record (namespace, cycle_id, stage, step, lease_number, attempt, name,
+    outcome,
     duration_seconds, input_size, node_id)
 SELECT namespace, cycle_id, 'tier1_complete', 0, 1, 1, 'x', 'succeeded', 1, 1, node_id FROM filled
 WHERE n % 10 = 0;
@@ -60,11 +67,14 @@ INSERT INTO normalized_item SELECT namespace, cycle_id, 0, digest, 'text/plain',
 WHERE n % 10 = 0;
 INSERT INTO dead_letter_dispatch SELECT namespace, job_id, cycle_id, endpoint_key, 'status 500', 4
 FROM filled WHERE n % 10 = 0;
-INSERT INTO value_ledger_entry SELECT namespace, cycle_id, 'p', 'p', 'finished', '{}', 1, 1, 1, 0, 1,
+INSERT INTO value_ledger_entry SELECT namespace, cycle_id, 'p', 'p', 'finished', '{}', 1, 1, 1,
+    0, 1,
     1, 1 FROM filled WHERE n % 10 = 0;
-INSERT INTO schedule SELECT namespace, 'p-' || n, '', orbit_now(), orbit_now() + n * interval '1 s'
+INSERT INTO schedule SELECT namespace, 'p-' || n, '', orbit_now(), orbit_now() + n * interval
+    '1 s'
 FROM filled WHERE n % 10 = 0;
-INSERT INTO schedule_slot SELECT namespace, 'p', orbit_now() - n * interval '1 min', 'missed', '', NULL,
+INSERT INTO schedule_slot SELECT namespace, 'p', orbit_now() - n * interval '1 min', 'missed',
+    '', NULL,
     node_id FROM filled WHERE n % 10 = 0;
 INSERT INTO endpoint_snapshot SELECT namespace, 's' || n, 'e', '', 'POST', '', NULL, 1, '{}'
 FROM filled WHERE n % 10 = 0;

@@ -87,7 +87,9 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
         "cycle.insert_checkpoints": {**held, **checkpoints},
         "cycle.insert_records": {
             **held,
-            **keyed(sample, stage="s", step=0, attempt=1, name="n", outcome="succeeded", error=None),
+            **keyed(
+                sample, stage="s", step=0, attempt=1, name="n", outcome="succeeded", error=None
+            ),
             **keyed(sample, duration_seconds=1.0, input_size=1, output_size=1),
         },
         "cycle.insert_items": {

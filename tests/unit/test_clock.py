@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 
 from orbit.clock import DatabaseClock, derived_id, id_time, new_id
 
-INSTANTS = st.datetimes(datetime(1970, 1, 1), datetime(9999, 1, 1), timezones=st.just(UTC))
+INSTANTS = st.datetimes(
+    datetime(1970, 1, 1),  # noqa: DTZ001 - the zone is drawn apart
+    datetime(9999, 1, 1),  # noqa: DTZ001
+    timezones=st.just(UTC),
+)
 TEXTS = st.lists(st.text(max_size=20), max_size=4)
 
 
@@ -55,7 +59,9 @@ def test_derived_ids_differ_by_what_they_are_made_from(at: datetime, one: int, o
     """Another item, another endpoint or another parent is another id."""
     parent = new_id(at)
     if one != other:
-        assert derived_id(parent, "job", str(one), "a") != derived_id(parent, "job", str(other), "a")
+        assert derived_id(parent, "job", str(one), "a") != derived_id(
+            parent, "job", str(other), "a"
+        )
     assert derived_id(parent, "job", str(one), "a") != derived_id(new_id(at), "job", str(one), "a")
     assert derived_id(parent, "job", str(one), "a") != derived_id(parent, "job", str(one), "b")
     assert derived_id(parent, "a", "b") != derived_id(parent, "ab")

@@ -15,7 +15,11 @@ from orbit.execution.initiation import CycleRequest, new_traceparent, select_ini
 from orbit.payload import Payload
 
 KEYS = st.text("abc-", min_size=1, max_size=4)
-SLOTS = st.none() | st.datetimes(datetime(2020, 1, 1), datetime(2030, 1, 1), timezones=st.just(UTC))
+SLOTS = st.none() | st.datetimes(
+    datetime(2020, 1, 1),  # noqa: DTZ001 - the zone is drawn apart
+    datetime(2030, 1, 1),  # noqa: DTZ001
+    timezones=st.just(UTC),
+)
 
 
 @st.composite

@@ -13,13 +13,14 @@ def test_a_statement_is_found_by_its_name() -> None:
     """Statements are bytes, in the file's order, with their comments."""
     queries = load("node")
     assert queries.names()[0] == "enter_node"
-    assert queries.now.startswith(b"-- ") and queries.now.endswith(b"SELECT orbit_now() AS now;")
+    assert queries.now.startswith(b"-- ")
+    assert queries.now.endswith(b"SELECT orbit_now() AS now;")
     assert load("node") is queries
 
 
 def test_an_unknown_name_is_an_error_that_says_where() -> None:
     """A misspelt name fails with the file that it is not in."""
-    with pytest.raises(AttributeError, match="sql/node.sql has no statement nwo"):
+    with pytest.raises(AttributeError, match=r"sql/node\.sql has no statement nwo"):
         _ = load("node").nwo
     with pytest.raises(FileNotFoundError):
         load("nothing")

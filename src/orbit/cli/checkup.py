@@ -260,7 +260,8 @@ def _spans(given: Settings) -> Iterator[Finding]:
         )
     longest_timeout = max((e.timeout_seconds for e in given.dispatch_endpoints), default=0.0)
     beat = given.lease_seconds / 6
-    how = "longer" if given.lease_seconds > longest_timeout else "shorter, which the beat covers"
+    is_longer = given.lease_seconds > longest_timeout
+    how = "longer" if is_longer else "not longer, which its renewal covers"
     yield Finding(
         "leases",
         None,

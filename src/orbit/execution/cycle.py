@@ -32,7 +32,7 @@ from orbit.execution.context import (
     Step,
 )
 from orbit.execution.dispatch import INLINE_BYTES, Snapshots
-from orbit.execution.memory import PayloadMemory
+from orbit.execution.memory import PayloadMemory, Reservation
 from orbit.execution.normalization import Normalizer
 from orbit.execution.recorder import Checkpoint, Recorder, StageResult
 from orbit.execution.transformation import Transformer
@@ -92,11 +92,17 @@ class _Progress:
     plan: ExecutionPlan
     payload: Payload | None
     result: StageResult
+    memory: Reservation
 
     def is_past(self, stage: Stage) -> bool:
         """Whether the stage was checkpointed before this worker took over."""
         last = self.cycle.stage
         return last is not None and _ORDER.index(last) >= _ORDER.index(stage)
+
+    def hold(self, payload: Payload) -> None:
+        """Goes on with a stage's output."""
+        self.payload = payload
+        self.memory.resize(payload.size)
 
     def done(self, stage: Stage, payload: Payload | None, **detail: Any) -> None:
         self.result.checkpoints.append(Checkpoint(stage, payload, detail))
@@ -125,12 +131,12 @@ class Orchestrator:
 
         Raises LeaseLost if another worker has it meanwhile.
         """
-        async with self._memory.reserve(cycle.size or 0):
+        async with self._memory.reserve(cycle.size or 0) as memory:
             result = StageResult(cycle)
             try:
                 self._refuse_deadly(cycle)
                 plan = await self._plans.plan(cycle)
-                progress = _Progress(cycle, plan, await self._payload(cycle), result)
+                progress = _Progress(cycle, plan, await self._payload(cycle), result, memory)
                 return await self._advance(progress)
             except StepFailed as failure:
                 return await self._fail(cycle, result, failure)
@@ -185,8 +191,8 @@ class Orchestrator:
                 attempts=1,
             )
         where = _context(progress, Stage.CYCLE_STARTED, 0, initiation)
-        progress.payload = await self._transformer.initiate(
-            initiation, where, progress.result.records
+        progress.hold(
+            await self._transformer.initiate(initiation, where, progress.result.records)
         )
         progress.done(Stage.CYCLE_STARTED, progress.payload)
         await self._commit(progress)
@@ -202,7 +208,7 @@ class Orchestrator:
             payload = await self._transformer.transform(
                 step, payload, where, progress.result.records
             )
-        progress.payload = payload
+            progress.hold(payload)
         progress.done(stage, payload)
         if steps:
             await self._commit(progress)
@@ -215,6 +221,7 @@ class Orchestrator:
         items = await self._normalizer.normalize(
             normalization, _present(progress), where, progress.result.records
         )
+        progress.memory.resize(sum(item.size for item in items))
         jobs = await self._snapshots.jobs(progress.cycle, items, progress.plan.endpoint_keys)
         result = progress.result
         result.items, result.jobs, result.is_end = items, jobs, not jobs

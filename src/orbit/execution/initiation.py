@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from orbit import metrics
@@ -92,7 +92,7 @@ def select_initiation(request: CycleRequest) -> Initiation:
     """The initiation of a request: the same for the same slot, key or cycle id."""
     trigger: dict[str, Any] = {"kind": request.trigger}
     if request.slot_at is not None:
-        trigger = {"kind": "schedule", "slotAt": request.slot_at.isoformat()}
+        trigger = {"kind": "schedule", "slotAt": request.slot_at.astimezone(UTC).isoformat()}
     elif request.idempotency_key is not None:
         trigger = {"kind": "request", "idempotencyKey": request.idempotency_key}
     else:

@@ -2,6 +2,8 @@
 
 A cycle or a send reserves its payload's size before the bytes are read from the database; work
 that does not fit waits. One reservation is always granted, however large, so nothing starves.
+Work under way that grows takes what it needs at once (waiting could deadlock with its like), and
+nothing new begins until the budget has room again.
 """
 
 from __future__ import annotations
@@ -12,6 +14,18 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
+class Reservation:
+    """What one piece of work holds of the budget."""
+
+    def __init__(self, memory: PayloadMemory, size: int) -> None:
+        self._memory, self.size = memory, size
+
+    def resize(self, size: int) -> None:
+        """Holds `size` bytes from now on; never waits."""
+        self._memory.change(size - self.size)
+        self.size = size
+
+
 class PayloadMemory:
     """A budget of bytes, granted in the order of asking."""
 
@@ -20,17 +34,22 @@ class PayloadMemory:
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     @asynccontextmanager
-    async def reserve(self, size: int) -> AsyncIterator[None]:
+    async def reserve(self, size: int) -> AsyncIterator[Reservation]:
         """Holds `size` bytes of the budget; waits until they are free."""
         if self._waiting or not self._fits(size):
             await self._turn(size)
         else:
             self._used += size
+        reservation = Reservation(self, size)
         try:
-            yield
+            yield reservation
         finally:
-            self._used -= size
-            self._grant()
+            reservation.resize(0)
+
+    def change(self, size: int) -> None:
+        """Takes so many bytes more, or gives them back if negative."""
+        self._used += size
+        self._grant()
 
     def _fits(self, size: int) -> bool:
         return self._used == 0 or self._used + size <= self._limit

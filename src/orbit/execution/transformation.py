@@ -207,7 +207,7 @@ def _is_async(function: Callable[..., Any]) -> bool:
 
 
 def abandoned_steps() -> int:
-    """How many asynchronous steps go on although they were cancelled; no loop can be closed then."""
+    """How many async steps go on although they were cancelled; no loop can be closed then."""
     return len(_abandoned)
 
 
