@@ -81,7 +81,7 @@ def settings() -> Settings:
     (folder / "runProfiles.json").write_text(json.dumps({"run_profiles": [_RUN_PROFILE]}))
     in_flight = str(concurrency())
     endpoint = {"key": "sink", "url": sink_url(), "token": "t" * 40}
-    endpoint["max_concurrency"] = concurrency()  # type: ignore[assignment]
+    endpoint["max_concurrency"] = concurrency()
     return load_settings(
         {
             "DATABASE_URL": dsn(),

@@ -211,7 +211,10 @@ class Settings(BaseSettings):
         10 * _MIB, "The largest payload, in bytes; larger ones are refused.", 1, 1 << 30
     )
     payload_memory_bytes: int = _knob(
-        256 * _MIB, "Bytes of payloads in hand beyond which this node begins no further work.", 1, 1 << 40
+        256 * _MIB,
+        "Bytes of payloads in hand beyond which this node begins no further work.",
+        1,
+        1 << 40,
     )
     max_items_per_cycle: int = _knob(
         10_000, "Items that one cycle may be normalised into.", 1, 1_000_000

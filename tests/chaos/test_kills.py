@@ -66,7 +66,11 @@ async def test_a_hundred_kills_lose_nothing_and_double_nothing(
     assert kills >= 100
     unknown = sum(receipt["outcome"] == "unknown" for receipt in evidence.receipts)
     log.info(
-        f"{kills} kills, {len(evidence.cycles)} cycles, {len(evidence.jobs)} jobs, "
-        f"{len(evidence.receipts)} receipts ({unknown} unknown), "
-        f"{len(stage.receiver.arrivals)} arrivals",
+        "%d kills, %d cycles, %d jobs, %d receipts (%d unknown), %d arrivals",
+        kills,
+        len(evidence.cycles),
+        len(evidence.jobs),
+        len(evidence.receipts),
+        unknown,
+        len(stage.receiver.arrivals),
     )

@@ -57,4 +57,4 @@ async def test_repair_after_the_loss_of_all_leases(
         assert_exactly_once(owner_dsn, stage, is_lease_loss=True)
     assert rebuilt["configuration"] == _LOSSES
     assert min(rebuilt["jobs"], rebuilt["cycles"]) >= 10
-    log.info(f"{lost} leases lost, rebuilt {rebuilt}")
+    log.info("%d leases lost, rebuilt %s", lost, rebuilt)

@@ -102,4 +102,4 @@ async def test_a_commit_whose_answer_is_lost_takes_effect_once(
         await finished(owner_dsn, 40)
         assert_exactly_once(owner_dsn, stage)
     assert proxy.lost_commits >= 20
-    log.info(f"{proxy.lost_commits} commits and {proxy.lost_answers} other answers lost")
+    log.info("%d commits and %d other answers lost", proxy.lost_commits, proxy.lost_answers)

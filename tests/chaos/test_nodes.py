@@ -56,7 +56,7 @@ async def test_another_node_finishes_a_killed_nodes_cycles_within_the_lease_time
         owners.setdefault(checkpoint["cycle_id"], set()).add(checkpoint["node_id"])
     taken_over = sum(len(nodes) > 1 for nodes in owners.values())
     assert taken_over >= 10
-    log.info(f"{taken_over} cycles taken over, all ended {seconds:.1f} s after the kill")
+    log.info("%d cycles taken over, all ended %.1f s after the kill", taken_over, seconds)
 
 
 async def test_sigterm_amid_200_cycles_gives_them_back_at_once(
@@ -101,7 +101,7 @@ async def test_sigterm_amid_200_cycles_gives_them_back_at_once(
         stage.receiver.pause_seconds = 0
         await finished(owner_dsn, 20)
         assert_exactly_once(owner_dsn, stage)
-    log.info(f"exit after {seconds:.2f} s with {left} cycles given back")
+    log.info("exit after %.2f s with %d cycles given back", seconds, left)
 
 
 async def test_sigterm_lets_cycles_end_if_there_is_time(

@@ -191,9 +191,7 @@ class Orchestrator:
                 attempts=1,
             )
         where = _context(progress, Stage.CYCLE_STARTED, 0, initiation)
-        progress.hold(
-            await self._transformer.initiate(initiation, where, progress.result.records)
-        )
+        progress.hold(await self._transformer.initiate(initiation, where, progress.result.records))
         progress.done(Stage.CYCLE_STARTED, progress.payload)
         await self._commit(progress)
 
