@@ -238,7 +238,9 @@ class Node:
     def _runner(self, memory: PayloadMemory) -> Runner:
         settings = self.settings
         self._http = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(), cookie_jar=aiohttp.DummyCookieJar()
+            connector=aiohttp.TCPConnector(limit=0),  # the cycles in flight are the limit
+            timeout=aiohttp.ClientTimeout(),
+            cookie_jar=aiohttp.DummyCookieJar(),
         )
         transformer = Transformer(self._http, settings.max_payload_bytes)
         orchestrator = Orchestrator(
@@ -246,7 +248,7 @@ class Node:
             Recorder(self.database, self.node_id),
             Bridge(self.configuration, self.snapshots.keys),
             transformer,
-            Normalizer(transformer, settings.max_items_per_cycle),
+            Normalizer(transformer, settings.max_items_per_cycle, settings.payload_memory_bytes),
             self.snapshots,
             memory,
             settings.max_cycle_recoveries,

@@ -208,7 +208,7 @@ async def test_a_splitter_that_generates_runs_in_a_thread_to_its_end(
     transformer: Transformer,
 ) -> None:
     """The body of a generator is the user's code too: it never runs on the event loop."""
-    normalizer = Normalizer(transformer, max_items=10)
+    normalizer = Normalizer(transformer, max_items=10, max_bytes=1 << 20)
     items = await normalizer.normalize(
         Normalization(split=_step("_generates")), Payload(b"x"), CONTEXT, []
     )

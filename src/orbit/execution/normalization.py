@@ -24,10 +24,12 @@ class Normalizer:
 
     Args:
         max_items: more make the cycle fail before anything of it is stored.
+        max_bytes: likewise, of all items of a cycle together.
     """
 
-    def __init__(self, transformer: Transformer, max_items: int) -> None:
-        self._transformer, self._max_items = transformer, max_items
+    def __init__(self, transformer: Transformer, max_items: int, max_bytes: int) -> None:
+        self._transformer = transformer
+        self._max_items, self._max_bytes = max_items, max_bytes
 
     async def normalize(
         self,
@@ -88,9 +90,14 @@ class Normalizer:
         return result
 
     def _bounded(self, items: list[Payload], context: ExecutionContext) -> list[Payload]:
+        excess = None
         if len(items) > self._max_items:
+            excess = f"{self._max_items:,} items (ORBIT_MAX_ITEMS_PER_CYCLE)"
+        elif sum(item.size for item in items) > self._max_bytes:
+            excess = f"{self._max_bytes:,} bytes of items (ORBIT_PAYLOAD_MEMORY_BYTES)"
+        if excess is not None:
             raise StepFailed(
-                f"made more than {self._max_items:,} items (ORBIT_MAX_ITEMS_PER_CYCLE)",
+                f"made more than {excess}",
                 stage=context.stage,
                 step=context.step,
                 use="normalization",

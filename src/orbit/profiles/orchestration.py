@@ -203,6 +203,9 @@ class Orchestration:
         run_profile = revision.documents.run_profile(run_profile_id)
         if run_profile is None:
             raise NotRerunnable(f"run profile {run_profile_id} is not configured any more")
+        reason = why_not_runnable(revision.documents, run_profile)
+        if reason is not None:
+            raise NotRerunnable(reason)
         return revision, run_profile
 
     async def _copied(

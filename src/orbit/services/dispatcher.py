@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 
 from orbit.clock import Clock
@@ -197,7 +197,7 @@ class Dispatcher(Service):
         if self._clock.monotonic() >= sending.expires:
             return None, snapshot
         sending.is_begun = True
-        return _without_secrets(await self._wire.send(outgoing), snapshot), snapshot
+        return await self._wire.send(outgoing), snapshot
 
     async def _settle_cut_off(self, sending: _Sending) -> None:
         error = "the node was told to stop before an answer was seen"
@@ -248,12 +248,3 @@ def _outgoing(job: ClaimedJob, snapshot: Snapshot, content: bytes) -> Outgoing:
         snapshot.timeout_seconds,
         snapshot.secrets,
     )
-
-
-def _without_secrets(result: WireResult, snapshot: Snapshot) -> WireResult:
-    """The result, should the receiver have echoed what it was sent in confidence."""
-    answer = result.answer
-    for secret in (snapshot.token, *snapshot.headers.values()):
-        if secret:
-            answer = answer.replace(secret.encode(), b"[secret]")
-    return result if answer is result.answer else replace(result, answer=answer)
