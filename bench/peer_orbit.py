@@ -19,7 +19,7 @@ from typing import Any
 import structlog
 from common import Peer, chunks, concurrency, dsn, main, sink_url, step_work, wait_count
 
-from orbit.app import Node
+from orbit.app import Node, spare_the_collector
 from orbit.database.upgrade import upgrade
 from orbit.execution.context import ExecutionContext
 from orbit.execution.initiation import CycleRequest, accept
@@ -103,7 +103,7 @@ class OrbitPeer(Peer):
     packages = ("orbit-control-plane", "psycopg", "aiohttp")
     settings = {"all": "64 cycles and 64 requests in flight, defaults otherwise"}
     done_sql = "SELECT count(*) FROM delivery_receipt WHERE outcome = 'delivered'"
-    cycles_done_sql = "SELECT count(*) FROM cycle_checkpoint WHERE stage = 'cycle_finished'"
+    cycles_done_sql = "SELECT count(*) FROM value_ledger_entry WHERE state = 'finished'"
 
     def setup(self) -> None:
         upgrade(dsn())
@@ -138,6 +138,7 @@ class OrbitPeer(Peer):
     async def _open(self) -> Node:
         node = Node(settings(), frozenset({"worker"}))
         await node.open()
+        spare_the_collector()
         return node
 
     async def _accept(self, jobs: list[dict[str, Any]]) -> None:

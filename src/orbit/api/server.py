@@ -21,7 +21,7 @@ import structlog
 import uvicorn
 
 from orbit.api.application import create_application
-from orbit.app import Node
+from orbit.app import Node, spare_the_collector
 from orbit.database.pool import TRANSIENT, first_line
 from orbit.errors import AddressInUse, OrbitError, SettingInvalid
 from orbit.execution.transformation import abandoned_steps
@@ -137,6 +137,7 @@ async def _open(node: Node, address: str, settings: Settings, stopping: asyncio.
         await node.open()
         if not stopping.done():
             await node.start(address)
+            spare_the_collector()
     except OrbitError as error:
         if not stopping.done():
             raise

@@ -25,6 +25,7 @@ class GroupCommit(Generic[Entry, Result]):
 
     Args:
         flush: writes a batch in one transaction and gives a result per entry, in order.
+        lanes: flushes at once, so that the database writes one batch while the next forms.
         weigh: the bytes that an entry holds; a batch ends when they pass `batch_bytes`.
     """
 
@@ -33,41 +34,42 @@ class GroupCommit(Generic[Entry, Result]):
         database: Database,
         flush: Callable[[Sequence[Entry]], Awaitable[Sequence[Result]]],
         *,
+        lanes: int = 2,
         batch_size: int = 500,
         batch_bytes: int = 4 << 20,
         weigh: Callable[[Entry], int] = lambda _: 0,
     ) -> None:
         self._database, self._flush, self._weigh = database, flush, weigh
-        self._batch_size, self._batch_bytes = batch_size, batch_bytes
+        self._lanes, self._batch_size, self._batch_bytes = lanes, batch_size, batch_bytes
         self._waiting: list[tuple[Entry, asyncio.Future[Result]]] = []
-        self._task: asyncio.Task[None] | None = None
+        self._flushing: set[asyncio.Task[None]] = set()
 
     async def commit(self, entry: Entry) -> Result:
         """The entry's result, once it is committed; raises what the database refused."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((entry, future))
-        if self._task is None:
-            self._task = asyncio.create_task(self._run())
+        if len(self._flushing) < self._lanes:
+            task = asyncio.create_task(self._run())
+            self._flushing.add(task)
+            task.add_done_callback(self._flushing.discard)
         return await future
 
     async def drained(self) -> None:
         """Returns when nothing is waiting."""
-        while self._task is not None:
-            await asyncio.shield(self._task)
+        while self._flushing:
+            await asyncio.wait(self._flushing)
 
     async def _run(self) -> None:
-        try:
-            while self._waiting:
-                batch = self._take()
-                try:
-                    if batch:
-                        await self._write(batch)
-                except Exception as error:  # noqa: BLE001 - it is each waiting caller's
-                    for _, future in batch:
-                        if not future.done():
-                            future.set_exception(error)
-        finally:
-            self._task = None
+        while self._waiting:
+            await asyncio.sleep(0)  # whoever is about to commit as well comes along
+            batch = self._take()
+            try:
+                if batch:
+                    await self._write(batch)
+            except Exception as error:  # noqa: BLE001 - it is each waiting caller's
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
 
     def _take(self) -> list[tuple[Entry, asyncio.Future[Result]]]:
         # Who gave up waiting before the flush began is left out: nothing of it happens.

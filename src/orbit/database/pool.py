@@ -66,7 +66,7 @@ class Database:
             kwargs={
                 "autocommit": True,
                 "row_factory": dict_row,
-                "prepare_threshold": 2 if is_preparing else None,
+                "prepare_threshold": 0 if is_preparing else None,
                 "application_name": "orbit",
                 "connect_timeout": 5,
                 **_KEEPALIVE,
@@ -96,7 +96,7 @@ class Database:
         await self._pool.close()
 
     async def _configure(self, connection: Connection) -> None:
-        await connection.execute(_PLANNING)
+        await connection.execute(_PLANNING, prepare=False)
         limit = f"{max(1, round(self._transaction_seconds))}s"
         await connection.execute(_LETTING_GO, {"seconds": limit})
         connection.adapters.register_loader("uuid", TextLoader)
@@ -175,7 +175,8 @@ class _IdLoader(Loader):
 # that was empty when it last looked for one that still is: a plan made then would scan what has
 # grown to hundreds of thousands of rows, until the next ANALYZE.
 _PLANNING = b"""
-SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET jit = off
+SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET jit = off;
+SET plan_cache_mode = force_generic_plan
 """
 
 # A node that is suspended or cut off in the middle of a transaction must not keep its row locks:

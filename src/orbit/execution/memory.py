@@ -10,15 +10,22 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 
 class Reservation:
-    """What one piece of work holds of the budget."""
+    """What one piece of work holds of the budget while it is entered."""
+
+    __slots__ = ("_memory", "size")
 
     def __init__(self, memory: PayloadMemory, size: int) -> None:
         self._memory, self.size = memory, size
+
+    async def __aenter__(self) -> Reservation:
+        await self._memory.take(self.size)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.resize(0)
 
     def resize(self, size: int) -> None:
         """Holds `size` bytes from now on; never waits."""
@@ -33,18 +40,16 @@ class PayloadMemory:
         self._limit, self._used = limit_bytes, 0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
-    @asynccontextmanager
-    async def reserve(self, size: int) -> AsyncIterator[Reservation]:
-        """Holds `size` bytes of the budget; waits until they are free."""
+    def reserve(self, size: int) -> Reservation:
+        """To be entered: holds `size` bytes of the budget, after waiting until they are free."""
+        return Reservation(self, size)
+
+    async def take(self, size: int) -> None:
+        """Waits until so many bytes are free, and takes them."""
         if self._waiting or not self._fits(size):
             await self._turn(size)
         else:
             self._used += size
-        reservation = Reservation(self, size)
-        try:
-            yield reservation
-        finally:
-            reservation.resize(0)
 
     def change(self, size: int) -> None:
         """Takes so many bytes more, or gives them back if negative."""

@@ -156,9 +156,6 @@ class Dispatcher(Service):
 
     async def _deliver(self, sending: _Sending) -> None:
         job = sending.job
-        log = self._log.bind(
-            namespace=job.namespace, cycle=job.cycle_id, job=job.job_id, trace=job.traceparent
-        )
         try:
             async with self._memory.reserve(job.size):
                 sending.started_at = self._clock.now()
@@ -172,18 +169,24 @@ class Dispatcher(Service):
                     sending.started_at,
                     self._clock.now(),
                 )
-                log.info(
-                    "attempt_ended",
-                    outcome=result.outcome.value,
-                    attempt=job.attempt,
-                    status=result.status,
-                    cause=result.cause,
-                )
-        except Exception:
-            # The lease runs out, and the attempt is then settled as unknown.
-            log.exception("attempt_interrupted")
+                self._tell(job, result)
+        except Exception:  # noqa: BLE001 - whatever it is, the lease runs out
+            # The attempt is then settled as unknown.
+            self._log.exception("attempt_interrupted", **_named(job))
         finally:
             self._forget(sending)
+
+    def _tell(self, job: ClaimedJob, result: WireResult) -> None:
+        """Successes are for who looks closely; the facts have them all."""
+        is_delivered = result.outcome is Outcome.DELIVERED
+        (self._log.debug if is_delivered else self._log.warning)(
+            "attempt_ended",
+            outcome=result.outcome.value,
+            attempt=job.attempt,
+            status=result.status,
+            cause=result.cause,
+            **_named(job),
+        )
 
     async def _attempt(self, sending: _Sending) -> tuple[WireResult | None, Snapshot | None]:
         """Sends once; no result if the lease may be over, so that nothing was sent."""
@@ -248,3 +251,12 @@ def _outgoing(job: ClaimedJob, snapshot: Snapshot, content: bytes) -> Outgoing:
         snapshot.timeout_seconds,
         snapshot.secrets,
     )
+
+
+def _named(job: ClaimedJob) -> dict[str, str]:
+    return {
+        "namespace": job.namespace,
+        "cycle": job.cycle_id,
+        "job": job.job_id,
+        "trace": job.traceparent,
+    }

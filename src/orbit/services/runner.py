@@ -88,25 +88,31 @@ class Runner(Service):
                 await release(connection, self._node_id, [cycle for cycle, _ in rest])
 
     async def _carry(self, cycle: ClaimedCycle) -> None:
-        log = self._log.bind(
-            namespace=cycle.namespace, cycle=cycle.cycle_id, trace=cycle.traceparent
-        )
         try:
             stage = await self._orchestrator.run(cycle)
             if stage is Stage.DISPATCH_ENQUEUED:
                 self._on_enqueued()
-            log.info(
-                "cycle_failed" if stage is Stage.CYCLE_FAILED else "cycle_advanced", stage=stage
-            )
+            if stage is Stage.CYCLE_FAILED:
+                self._log.warning("cycle_failed", **_named(cycle))
+            else:
+                self._log.debug("cycle_advanced", stage=stage.value, **_named(cycle))
         except LeaseLost:
-            log.warning("lease_lost")
+            self._log.warning("lease_lost", **_named(cycle))
         except TRANSIENT:
-            log.warning("cycle_interrupted", exc_info=True)
-        except Exception:
-            # The lease runs out and the cycle is taken up again, at most max_recoveries times.
-            log.exception("cycle_interrupted")
+            self._log.warning("cycle_interrupted", exc_info=True, **_named(cycle))
+        except Exception:  # noqa: BLE001 - whatever it is, the lease runs out
+            # The cycle is taken up again then, at most max_recoveries times.
+            self._log.exception("cycle_interrupted", **_named(cycle))
         finally:
             entry = self._running.get(cycle.cycle_id)
             if entry is not None and entry[0] is cycle:
                 del self._running[cycle.cycle_id]
             self.wake()
+
+
+def _named(cycle: ClaimedCycle) -> dict[str, str]:
+    return {
+        "namespace": cycle.namespace,
+        "cycle": cycle.cycle_id,
+        "trace": cycle.traceparent,
+    }
