@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import psycopg
 
@@ -49,9 +49,7 @@ class GroupCommit(Generic[Entry, Result]):
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((entry, future))
         if len(self._flushing) < self._lanes:
-            task = asyncio.create_task(self._run())
-            self._flushing.add(task)
-            task.add_done_callback(self._flushing.discard)
+            self._flushing.add(asyncio.create_task(self._run()))
         return await future
 
     async def drained(self) -> None:
@@ -60,16 +58,22 @@ class GroupCommit(Generic[Entry, Result]):
             await asyncio.wait(self._flushing)
 
     async def _run(self) -> None:
-        while self._waiting:
-            await asyncio.sleep(0)  # whoever is about to commit as well comes along
-            batch = self._take()
-            try:
-                if batch:
-                    await self._write(batch)
-            except Exception as error:  # noqa: BLE001 - it is each waiting caller's
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
+        try:
+            while self._waiting:
+                await asyncio.sleep(0)  # whoever is about to commit as well comes along
+                await self._write_all(self._take())
+        finally:
+            # In the same step as the look at `_waiting`: an entry that comes later starts a lane.
+            self._flushing.discard(cast("asyncio.Task[None]", asyncio.current_task()))
+
+    async def _write_all(self, batch: list[tuple[Entry, asyncio.Future[Result]]]) -> None:
+        try:
+            if batch:
+                await self._write(batch)
+        except Exception as error:  # noqa: BLE001 - it is each waiting caller's
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
 
     def _take(self) -> list[tuple[Entry, asyncio.Future[Result]]]:
         # Who gave up waiting before the flush began is left out: nothing of it happens.
