@@ -11,6 +11,8 @@ import gc
 import os
 import random
 import socket
+from collections.abc import Coroutine, Mapping
+from typing import Any
 
 import aiohttp
 import structlog
@@ -34,6 +36,7 @@ from orbit.execution.wire import Wire
 from orbit.profiles.bridge import Bridge
 from orbit.profiles.orchestration import Orchestration
 from orbit.profiles.revision import Configuration
+from orbit.services.base import LAST_WORDS_SECONDS, within
 from orbit.services.dispatcher import Dispatcher
 from orbit.services.heartbeat import Heartbeat
 from orbit.services.janitor import Janitor
@@ -44,6 +47,8 @@ from orbit.vault import Vault, load_or_create_key_file
 
 NODE_SQL = load("node")
 _LEAST_TRANSACTION_SECONDS = 10.0
+_LEAVING_SECONDS = 0.5  # at the end of a drain: for the last services and the node's row
+_LAST_SECONDS = LAST_WORDS_SECONDS + 2 * _LEAVING_SECONDS  # kept back of the drain's time
 log = structlog.get_logger(__name__)
 
 
@@ -180,15 +185,30 @@ class Node:
         seconds = self.settings.drain_timeout_seconds
         log.info("draining", seconds=seconds)
         self._heartbeat.is_draining = True
+        seconds -= min(_LAST_SECONDS, seconds / 4)
+        parts = {}
         if self.scheduler is not None:
-            await self.scheduler.stop()
-        deadline = self.clock.monotonic() + seconds
+            parts["scheduler"] = self.scheduler.stop(seconds)
         if self.runner is not None:
-            await self.runner.drain(seconds)
+            self.runner.halt()
+            parts["runner"] = self.runner.drain(seconds)
         if self.dispatcher is not None:
-            await self.dispatcher.drain(deadline - self.clock.monotonic())
-        await asyncio.gather(self._heartbeat.stop(), self._janitor.stop())
-        await self.database.execute(NODE_SQL.leave_node, {"node_id": self.node_id})
+            self.dispatcher.halt()
+            parts["dispatcher"] = self.dispatcher.drain(seconds)
+        await _all_ended(parts)
+        await _all_ended(
+            {
+                "heartbeat": self._heartbeat.stop(_LEAVING_SECONDS),
+                "janitor": self._janitor.stop(_LEAVING_SECONDS),
+            }
+        )
+        await _all_ended({"node": self._leave()})
+
+    async def _leave(self) -> None:
+        node = {"node_id": self.node_id}
+        leaving = self.database.persist(lambda: self.database.execute(NODE_SQL.leave_node, node))
+        if not await within(_LEAVING_SECONDS, leaving):
+            log.warning("node_not_left")
 
     async def close(self) -> None:
         """Lets go of everything; safe at any point of opening."""
@@ -242,7 +262,7 @@ class Node:
             memory,
             self.clock,
             concurrency=settings.dispatch_concurrency,
-            lane_rooms={e.key: e.max_concurrency for e in settings.dispatch_endpoints},
+            rooms={e.key: e.max_concurrency for e in settings.dispatch_endpoints},
             lease_seconds=settings.lease_seconds,
             poll_seconds=settings.poll_seconds,
         )
@@ -296,6 +316,14 @@ class Node:
     def _wake_dispatcher(self) -> None:
         if self.dispatcher is not None:
             self.dispatcher.wake()
+
+
+async def _all_ended(parts: Mapping[str, Coroutine[Any, Any, None]]) -> None:
+    """Runs the parts of a drain at once; what one of them raises is logged and stops no other."""
+    results = await asyncio.gather(*parts.values(), return_exceptions=True)
+    for name, result in zip(parts, results, strict=True):
+        if isinstance(result, Exception):
+            log.error("drain_failed", part=name, exc_info=result)
 
 
 def _bring_up_to_date(owner_dsn: str) -> None:

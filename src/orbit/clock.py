@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Protocol
 from uuid import UUID
 
+_BOOTTIME: int | None = getattr(time, "CLOCK_BOOTTIME", None)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _VERSION_7 = 0x7 << 76
 _VARIANT = 0x2 << 62
@@ -27,7 +28,7 @@ class Clock(Protocol):
         """The time, UTC."""
 
     def monotonic(self) -> float:
-        """Seconds that never go back, from an arbitrary start."""
+        """Seconds that never go back, from an arbitrary start; a suspended machine's count too."""
 
 
 class SystemClock:
@@ -37,7 +38,7 @@ class SystemClock:
         return datetime.now(UTC)
 
     def monotonic(self) -> float:
-        return time.monotonic()
+        return _steady()
 
 
 class DatabaseClock:
@@ -48,13 +49,13 @@ class DatabaseClock:
 
     def anchor(self, at: datetime) -> None:
         """Takes `at`, just read from `orbit_now()`, as the present."""
-        self._at, self._monotonic = at, time.monotonic()
+        self._at, self._steady = at, _steady()
 
     def now(self) -> datetime:
-        return self._at + timedelta(seconds=time.monotonic() - self._monotonic)
+        return self._at + timedelta(seconds=_steady() - self._steady)
 
     def monotonic(self) -> float:
-        return time.monotonic()
+        return _steady()
 
 
 def new_id(at: datetime) -> str:
@@ -76,6 +77,11 @@ def derived_id(parent: str, *parts: str) -> str:
 def id_time(value: str) -> datetime:
     """When the id was made, to the millisecond."""
     return _EPOCH + timedelta(milliseconds=int(value[:8] + value[9:13], 16))
+
+
+def _steady() -> float:
+    # The usual monotonic clock stands still while a Linux machine is suspended; leases do not.
+    return time.clock_gettime(_BOOTTIME) if _BOOTTIME is not None else time.monotonic()
 
 
 def _milliseconds(at: datetime) -> int:

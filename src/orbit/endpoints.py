@@ -42,7 +42,7 @@ class Endpoint:
     """Where dispatch goes. Timeouts in seconds; `rate_per_second` None is unlimited."""
 
     key: str
-    url: str
+    url: str = field(repr=False)
     method: str = "POST"
     token: str | None = field(default=None, repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -52,6 +52,12 @@ class Endpoint:
     signing_secret: str | None = field(default=None, repr=False)
     permanent_statuses: frozenset[int] = frozenset()
     breaker: Mapping[str, Any] = field(default_factory=dict)
+
+
+def without_query(url: str) -> str:
+    """A URL as it may be kept and shown; `?…` stands for a query, since that often has keys."""
+    shown, mark, _ = url.partition("?")
+    return f"{shown}?…" if mark else url
 
 
 def parse_endpoints(text: str) -> tuple[Endpoint, ...]:

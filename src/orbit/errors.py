@@ -96,6 +96,12 @@ class StepFailed(OrbitError):
     code = "step_failed"
 
 
+class NotHere(OrbitError):
+    """A cycle needs what this node does not have, and another node may: code, or an endpoint."""
+
+    code = "unavailable_here"
+
+
 class SecretUnreadable(OrbitError):
     """A stored secret cannot be decrypted with the keys at hand."""
 

@@ -36,9 +36,10 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from orbit.cron import parse_cron, time_zone
 from orbit.endpoints import Endpoint, parse_endpoints, reason
 from orbit.errors import SettingInvalid
-from orbit.vocabulary import check_cron, check_time_zone, nearest
+from orbit.vocabulary import nearest
 
 __all__ = ["ROLES", "Endpoint", "Settings", "env_example", "load_settings"]
 
@@ -110,7 +111,13 @@ def _roles(value: object) -> object:
 
 
 def _schedule(expression: str) -> str:
-    return check_cron(expression.strip()) if expression.strip() else ""
+    if expression.strip():
+        parse_cron(expression.strip(), "UTC")
+    return expression.strip()
+
+
+def _time_zone(name: str) -> str:
+    return time_zone(name).key
 
 
 def _lower(value: object) -> object:
@@ -187,7 +194,7 @@ class Settings(BaseSettings):
     run_profile_cron_schedule: _Schedule = _knob(
         "", "When all enabled run profiles start, besides their own schedules; empty: never."
     )
-    timezone: Annotated[str, AfterValidator(check_time_zone)] = _knob(
+    timezone: Annotated[str, AfterValidator(_time_zone)] = _knob(
         "UTC", "The time zone of the two schedules."
     )
     misfire_grace_seconds: float = _knob(

@@ -12,6 +12,7 @@ import psycopg
 
 from tests.chaos.harness import NodeProcess, RunProfileShape, Scene, eventually, scene
 from tests.chaos.proof import assert_exactly_once, finished
+from tests.scenario.test_drain import hanging
 
 log = logging.getLogger(__name__)  # figures: pytest --log-cli-level=info
 
@@ -107,7 +108,7 @@ async def test_sigterm_amid_200_cycles_gives_them_back_at_once(
 async def test_sigterm_lets_cycles_end_if_there_is_time(
     dsn: str, owner_dsn: str, tmp_path: Path
 ) -> None:
-    """With time enough a node that is told to stop ends what it has begun, jobs included."""
+    """With time enough a node that is told to stop ends its cycles; jobs may be left to others."""
     async with scene(tmp_path, [_SLOW], dsn, ORBIT_LEASE_SECONDS="600") as stage:
         node = await stage.nodes.start()
         await _start_cycles(stage, 10)
@@ -178,6 +179,28 @@ async def test_an_attempt_that_a_drain_cuts_off_is_settled_at_once(
         evidence = assert_exactly_once(owner_dsn, stage)
     first = {row["outcome"] for row in evidence.receipts if row["attempt"] == 1}
     assert first == {"unknown"}
+
+
+async def test_sigterm_while_the_database_hangs_ends_in_time(dsn: str, tmp_path: Path) -> None:
+    """With cycles, sends and statements in hand the program ends in its time, with exit code 0."""
+    drain_seconds = 2
+    stuck = RunProfileShape("stuck", pause_seconds=60)
+    quick = RunProfileShape("quick", items=5)
+    given = {"ORBIT_DRAIN_TIMEOUT_SECONDS": str(drain_seconds)}
+    async with hanging(dsn) as (proxy, url), scene(tmp_path, [stuck, quick], url, **given) as stage:
+        stage.receiver.pause_seconds = 1
+        node = await stage.nodes.start()
+        await stage.client.trigger("both", ["stuck", "quick"])
+
+        async def are_sent() -> bool:
+            return len(stage.receiver.arrivals) == 10
+
+        await eventually(are_sent, "attempts on the wire")
+        proxy.is_open.clear()
+        node.signal(signal.SIGTERM)
+        told_at = time.monotonic()
+        assert await node.ended(25) == 0, node.tail()
+        assert time.monotonic() - told_at < drain_seconds + 4, node.tail()
 
 
 async def _freeze(stage: Scene, owner_dsn: str, node: NodeProcess) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+import psycopg
 import pytest
 
 from orbit.clock import DatabaseClock
 from orbit.database.pool import Database
 from orbit.database.queries import load
-from orbit.errors import CyclesActive
+from orbit.errors import CyclesActive, DatabaseUnavailable
 from orbit.execution.initiation import RevisionReplaced
 from orbit.profiles.model import Documents
 from orbit.profiles.revision import Configuration, revision_of
@@ -58,9 +59,36 @@ async def test_going_back_is_an_activation_of_the_stored_revision(
 ) -> None:
     """A revision is stored once, and may come into force more than once."""
     for name in ("one", "two", "one"):
-        assert await configuration.propose(documents(name))
+        assert await configuration.replace(documents(name))
     assert await count(database, "config_revision") == 2
     assert await count(database, "config_activation") == 3
+
+
+async def test_old_files_at_boot_do_not_undo_newer_ones(
+    configuration: Configuration, database: Database, clock: DatabaseClock, node_id: str
+) -> None:
+    """What was in force before stays past at a boot, and is visible; a reload goes back to it."""
+    for name in ("one", "two"):
+        assert await configuration.propose(documents(name))
+    restarted = Configuration(database, node_id, clock)
+    assert not await restarted.propose(documents("one"))
+    assert restarted.active.documents == documents("two")
+    assert not restarted.is_in_step
+    assert await count(database, "config_activation") == 2
+    assert await restarted.replace(documents("one"))
+    assert restarted.is_in_step
+
+
+async def test_a_request_that_waits_for_a_lost_configuration_is_told_so(
+    configuration: Configuration, owner_dsn: str
+) -> None:
+    """Without its one row the database cannot say what is in force; repair can."""
+    await configuration.propose(documents("one"))
+    await configuration.catch_up()
+    with psycopg.connect(owner_dsn) as connection:
+        connection.execute("DELETE FROM config_active")
+    with pytest.raises(DatabaseUnavailable, match="run `orbit db repair`"):
+        await configuration.catch_up()
 
 
 async def test_another_node_sees_the_new_revision(

@@ -303,13 +303,25 @@ async def test_a_repeated_stage_changes_nothing(worker: Worker) -> None:
 
 
 async def test_repeated_jobs_are_not_queued_again(worker: Worker) -> None:
-    """A job that was queued and settled is not revived by a repeated batch."""
+    """A batch whose answer was lost is still ours; a repetition revives none of its jobs."""
     cycle = await worker.begin()
     result = enqueued(cycle, ["one", "two"])
     assert await worker.recorder._flush([result]) == [True]
-    assert await worker.recorder._flush([result]) == [False]
+    await worker.database.execute(b"DELETE FROM dispatch_lease WHERE endpoint_key = 'one'")
+    assert await worker.recorder._flush([result]) == [True]
     assert await count(worker.database, "dispatch_job") == 2
-    assert await count(worker.database, "dispatch_lease") == 2
+    assert await count(worker.database, "dispatch_lease") == 1
+
+
+async def test_a_repeated_end_is_still_ours_and_nobody_elses(worker: Worker, other: Worker) -> None:
+    """Whose lease ended the cycle is told so again; another number or node lost it."""
+    cycle = await worker.begin()
+    result = StageResult(cycle, [Checkpoint(Stage.CYCLE_FAILED)], is_end=True)
+    assert await worker.recorder._flush([result]) == [True]
+    assert await worker.recorder._flush([result]) == [True]
+    assert await other.recorder._flush([result]) == [False]
+    late = replace(cycle, lease_number=cycle.lease_number + 1)
+    assert await worker.recorder._flush([replace(result, cycle=late)]) == [False]
 
 
 async def test_progress_begins_the_count_of_takeovers_anew(worker: Worker) -> None:

@@ -90,6 +90,49 @@ async def test_a_refused_entry_fails_alone(ledger: Ledger) -> None:
     assert await numbers(ledger.database) == [11, 12, 14]
 
 
+async def test_an_entry_that_the_database_gives_up_again_and_again_fails_alone(
+    ledger: Ledger,
+) -> None:
+    """A batch that always times out is not repeated for ever: the others of it are committed."""
+
+    async def slow(entries: Sequence[int]) -> Sequence[int]:
+        async with ledger.database.transaction() as connection:
+            await connection.execute("SET LOCAL statement_timeout = '50ms'")
+            if 7 in entries:
+                await connection.execute("SELECT pg_sleep(5)")
+        return await ledger.flush(entries)
+
+    group = GroupCommit(ledger.database, slow)
+    answers = await asyncio.gather(*map(group.commit, [6, 7, 8]), return_exceptions=True)
+    assert [answers[0], answers[2]] == [36, 64]
+    assert isinstance(answers[1], psycopg.errors.QueryCanceled)
+    assert ledger.batches == [[6], [8]]
+
+
+async def test_nobody_is_stranded_when_two_flushes_end_at_once(database: Database) -> None:
+    """Who commits again in the very step in which all lanes end is taken along, not forgotten."""
+    gate, both = asyncio.Event(), asyncio.Event()
+    entered: list[int] = []
+
+    async def flush(entries: Sequence[int]) -> Sequence[int]:
+        entered.extend(entries)
+        if len(entered) == 2:
+            both.set()
+        await gate.wait()
+        return entries
+
+    group = GroupCommit(database, flush, lanes=2, batch_size=1)
+
+    async def commit_twice() -> int:
+        return await group.commit(1) + await group.commit(3)
+
+    async with asyncio.timeout(10):
+        tasks = [asyncio.create_task(commit_twice()), asyncio.create_task(group.commit(2))]
+        await both.wait()
+        gate.set()
+        assert await asyncio.gather(*tasks) == [4, 2]
+
+
 async def test_a_cancelled_caller_leaves_the_others_alone(ledger: Ledger) -> None:
     """Who no longer waits, even for a refusal, does not take the batch with it."""
     group = GroupCommit(ledger.database, ledger.flush)

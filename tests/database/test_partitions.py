@@ -11,6 +11,7 @@ import pytest
 from psycopg import Connection
 
 from orbit.clock import new_id
+from orbit.services.janitor import RETAINED_FACTS
 
 WEEK = timedelta(days=7)
 OLD = datetime(2020, 1, 6, 12, tzinfo=UTC)  # a Monday
@@ -47,6 +48,10 @@ def old(owner: Connection) -> Connection:
         f" PARALLEL SAFE RETURN '{OLD.isoformat()}'::timestamptz"
     )
     owner.execute("SELECT orbit_create_partitions(orbit_now() + interval '14 days')")
+    owner.execute(
+        "CREATE OR REPLACE FUNCTION orbit_now() RETURNS timestamptz LANGUAGE sql STABLE"
+        " PARALLEL SAFE RETURN statement_timestamp()"
+    )
     return owner
 
 
@@ -165,6 +170,38 @@ def test_dropping_does_not_wait_behind_a_reader(old: Connection, dsn: str) -> No
     assert drop(old, datetime(2020, 1, 20, tzinfo=UTC)) == ["20200106", "20200113"]
 
 
-def test_only_partitioned_facts_are_dropped(old: Connection) -> None:
-    """A plain table has no partitions, so nothing of it can be dropped by this way."""
-    assert drop(old, datetime(2024, 1, 1, tzinfo=UTC), "config_revision") == []
+def test_only_what_retention_names_is_dropped(old: Connection, dsn: str) -> None:
+    """Ledgers, dead letters and audit stay, whoever asks: the list is the janitor's own."""
+    rows = old.execute(
+        "SELECT relname FROM pg_class WHERE relkind IN ('r', 'p')"
+        " AND NOT relispartition AND relnamespace = current_schema()::regnamespace"
+    ).fetchall()
+    permitted = set()
+    with psycopg.connect(dsn, autocommit=True) as application:
+        for (name,) in rows:
+            try:
+                drop(application, datetime(2020, 1, 13, tzinfo=UTC), f"{name}")
+            except psycopg.errors.InsufficientPrivilege:
+                continue
+            permitted.add(name)
+    assert permitted == set(RETAINED_FACTS)
+
+
+@pytest.mark.parametrize(
+    "before", ["orbit_now() - interval '23 hours'", "orbit_now() + interval '60 days'", "NULL"]
+)
+def test_what_is_recent_is_not_dropped(dsn: str, before: str) -> None:
+    """The application's role cannot drop what is in use, by whatever time it gives."""
+    with psycopg.connect(dsn, autocommit=True) as application:
+        found = partitions(application)
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="of the last day"):
+            application.execute(f"SELECT orbit_drop_partitions('cycle_run', {before})".encode())
+        assert partitions(application) == found
+
+
+def test_partitions_are_not_made_without_bound(dsn: str) -> None:
+    """A year ahead is the most that anyone can ask for."""
+    with psycopg.connect(dsn, autocommit=True) as application:
+        for through in ("orbit_now() + interval '13 months'", "'infinity'"):
+            with pytest.raises(psycopg.errors.InvalidParameterValue, match="a year ahead"):
+                application.execute(f"SELECT orbit_create_partitions({through})".encode())

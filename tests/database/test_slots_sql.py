@@ -26,6 +26,7 @@ async def sync(database: Database, *schedules: tuple[str, str, datetime | str]) 
     await database.execute(
         SQL.sync_schedules,
         {
+            "is_new": True,
             "namespace": array("brand-a" for _ in schedules),
             "run_profile_id": array(name for name, *_ in schedules),
             "definition": array(definition for _, definition, _ in schedules),

@@ -20,6 +20,7 @@ from psycopg.conninfo import make_conninfo
 
 from orbit.database import embedded_place, upgrade
 from orbit.database.embedded import APPLICATION_ROLE, EmbeddedServer, erase
+from orbit.database.pool import session_settings
 from orbit.database.upgrade import SchemaStatus
 from orbit.errors import DatabaseUnavailable, SchemaMismatch
 
@@ -124,6 +125,36 @@ def test_the_application_role_reads_and_adds_but_owns_nothing(empty: str) -> Non
         ):
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 connection.execute(statement.encode())
+
+
+def test_the_application_role_has_its_sessions_settings(empty: str) -> None:
+    """Also those sessions that a pooler opens, which a node cannot set up itself."""
+    upgrade.upgrade(empty, APPLICATION_ROLE)
+    with psycopg.connect(as_application(empty)) as connection:
+        query = "SELECT name, source FROM pg_settings WHERE name = ANY(%s)"
+        rows: dict[str, str] = dict(
+            connection.execute(query, (list(session_settings()),)).fetchall()
+        )
+        (seqscan,) = connection.execute("SHOW enable_seqscan").fetchone() or ("",)
+    assert set(rows.values()) == {"database user"}
+    assert len(rows) >= 6
+    assert seqscan == "off"
+
+
+def test_an_owner_who_may_not_alter_roles_upgrades_all_the_same(empty: str) -> None:
+    """The settings are left to whoever may; the schema and the rights are there."""
+    with psycopg.connect(empty, autocommit=True) as connection:
+        connection.execute("CREATE ROLE reader")
+        owner, database = sql.Identifier(APPLICATION_ROLE), sql.Identifier(connection.info.dbname)
+        connection.execute(sql.SQL("ALTER DATABASE {} OWNER TO {}").format(database, owner))
+        connection.execute(sql.SQL("ALTER SCHEMA public OWNER TO {}").format(owner))
+        upgrade.upgrade(as_application(empty), "reader")
+        granted = connection.execute("SELECT has_table_privilege('reader', 'cycle_run', 'INSERT')")
+        assert granted.fetchone() == (True,)
+        settings = "SELECT FROM pg_db_role_setting WHERE setrole = 'reader'::regrole"
+        assert connection.execute(settings).fetchall() == []
+        connection.execute("DROP OWNED BY reader")
+        connection.execute("DROP ROLE reader")
 
 
 def test_the_check_imports_neither_alembic_nor_sqlalchemy(empty: str) -> None:

@@ -80,7 +80,7 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
         },
         "cycle.release_waiting": {},
         "cycle.renew_cycles": {**held, "lease_seconds": 30.0},
-        "cycle.release_cycles": held,
+        "cycle.release_cycles": {**held, "delay_seconds": 0.0, "error": None},
         "cycle.hold_cycles": held,
         "cycle.note_progress": held,
         "cycle.insert_payloads": {**held, **keyed(sample, digest="d"), "content": contents},

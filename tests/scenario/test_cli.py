@@ -515,6 +515,8 @@ def test_ctrl_c_is_quiet(project: Project) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A test run in the background has SIGINT ignored, and its children too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )
     assert child.stdout is not None
     started, following = child.stdout.readline(), child.stdout.readline()

@@ -35,6 +35,7 @@ MIB = 1 << 20
 HERE = __name__
 TOKEN = "tok_never-to-be-seen_7Qx2"
 HEADER_SECRET = "key_never-to-be-seen_9Zb4"
+QUERY_SECRET = "sig_never+to-be-seen_3Kd8"
 BOUNDARY = 'multipart/mixed; boundary="a b=c"; charset=utf-8'
 
 
@@ -206,7 +207,7 @@ async def test_a_raw_delivery_names_no_profile(
 async def echo(arrival: Arrival) -> web.Response:
     """A receiver that repeats everything that it was sent, in its answer and its type."""
     text = "\n".join(f"{name}: {value}" for name, value in arrival.headers.items())
-    body = (text + "\n").encode()
+    body = f"{text}\n{arrival.request.rel_url}\n{arrival.request.query}\n".encode()
     body += b"." * (4096 - len(body) - len(TOKEN) // 2) + TOKEN.encode()
     return web.Response(
         status=500, body=body, headers={"Content-Type": f"text/plain; x={TOKEN}"}, reason=TOKEN
@@ -229,10 +230,10 @@ async def test_a_token_is_nowhere_in_clear_text(
     secrets: dict[str, Any] = {"token": TOKEN, "headers": {"X-Api-Key": HEADER_SECRET}}
     node = await make_node(
         dispatch_endpoints=(
-            receiver.endpoint("out", **secrets),
+            receiver.endpoint("out", f"/out?key={QUERY_SECRET}", **secrets),
             # Nothing listens there: an attempt without an answer has an error text of its own.
             receiver.endpoint("gone", **secrets).__class__(
-                key="gone", url="http://127.0.0.1:1/x", **secrets
+                key="gone", url=f"http://127.0.0.1:1/x?key={QUERY_SECRET}", **secrets
             ),
         ),
         max_dispatch_retries=1,
@@ -244,12 +245,13 @@ async def test_a_token_is_nowhere_in_clear_text(
     values = list(_everything(owner_dsn))
     assert any(b"Orbit-Job-Id" in value for value in values), "the receiver's answer is kept"
     assert any(b"fernet" not in value and value.startswith(b"gAAAA") for value in values)
-    for part in (TOKEN, TOKEN[:12], HEADER_SECRET):
+    assert receiver.at("/out")[-1].request.raw_path == f"/out?key={QUERY_SECRET}"
+    for part in (TOKEN, TOKEN[:12], HEADER_SECRET, QUERY_SECRET, QUERY_SECRET.replace("+", " ")):
         found = [value[:200] for value in values if part.encode() in value]
         assert not found
     out, err = capfd.readouterr()
     assert "status=500" in out + err, "the attempts are logged"
-    for part in (TOKEN[:12], HEADER_SECRET):
+    for part in (TOKEN[:12], HEADER_SECRET, QUERY_SECRET):
         assert part not in out + err
         assert part not in repr(node.settings) + repr(node.settings.dispatch_endpoints)
 

@@ -336,6 +336,62 @@ async def test_slots_missed_while_no_node_ran_are_noticed(
     ]
 
 
+async def test_a_schedule_whose_row_is_lost_goes_on_where_it_was(
+    configure: Configure, make_node: MakeNode, set_time: SetTime, facts: Facts
+) -> None:
+    """Within a minute a node that knew it brings it back; no slot is passed over or doubled."""
+    configure(scheduled("0 * * * *"), scheduled("0 0 1 1 *", "yearly"))
+    began = await begin(make_node, set_time, NOON - MINUTE)
+    await move(began, set_time, NOON + SECOND)
+    facts("DELETE FROM schedule WHERE run_profile_id = 'daily' RETURNING 1")
+    await move(began, set_time, NOON + 40 * SECOND)
+    assert facts("SELECT FROM schedule WHERE run_profile_id = 'daily'") == []
+    await move(began, set_time, NOON + 2 * HOUR + SECOND)
+    await decide_all(began[1])
+    assert [at for at, _ in slots(facts)] == [NOON, NOON + HOUR, NOON + 2 * HOUR]
+    facts("DELETE FROM schedule WHERE run_profile_id = 'daily' RETURNING 1")
+    await move(began, set_time, NOON + 2 * HOUR + 2 * MINUTE)
+    await decide_all(began[1])
+    [row] = facts("SELECT decided_until FROM schedule WHERE run_profile_id = 'daily'")
+    assert row["decided_until"] == NOON + 2 * HOUR
+    assert len(slots(facts)) == 3
+
+
+async def test_nodes_with_different_settings_pass_over_no_slot(
+    configure: Configure, make_node: MakeNode, set_time: SetTime, facts: Facts
+) -> None:
+    """In a rolling change each takes the schedule over, at most once a minute, where it stands."""
+    configure()
+    old = await begin(make_node, set_time, NOON - 10 * MINUTE, cron_schedule="0 * * * *")
+    new = await begin(make_node, set_time, NOON - 9 * MINUTE, cron_schedule="30 * * * *")
+    await move(old, set_time, NOON + SECOND)
+    await decide_all(old[1])
+    assert slots(facts) == [(NOON, "fired")]
+    await move(new, set_time, NOON + 20 * SECOND)
+    held = facts("SELECT definition, due_at FROM schedule")
+    await move(old, set_time, NOON + 25 * SECOND)
+    assert facts("SELECT definition, due_at FROM schedule") == held
+    assert held[0]["due_at"] == NOON + HOUR / 2
+    for both in (new, old):
+        await move(both, set_time, NOON + HOUR + 5 * SECOND)
+        await decide_all(both[1])
+    assert [at for at, _ in slots(facts)] == [NOON, NOON + HOUR / 2, NOON + HOUR]
+
+
+async def test_a_row_of_no_node_goes_when_nobody_decides_it(
+    configure: Configure, make_node: MakeNode, set_time: SetTime, facts: Facts
+) -> None:
+    """Another node may still want it until it is overdue by a minute; then it stands for nobody."""
+    configure(scheduled("0 0 1 1 *", "yearly"))
+    began = await begin(make_node, set_time, NOON - MINUTE)
+    facts("INSERT INTO schedule VALUES ('x', '', 'other', %s, %s) RETURNING 1", NOON, NOON + HOUR)
+    others = "SELECT namespace FROM schedule WHERE definition = 'other'"
+    await move(began, set_time, NOON + HOUR + SECOND)
+    assert len(facts(others)) == 1
+    await move(began, set_time, NOON + HOUR + 2 * MINUTE)
+    assert facts(others) == []
+
+
 @pytest.mark.parametrize("hours", [-7, 7])
 async def test_a_node_whose_own_clock_is_wrong_changes_nothing(
     configure: Configure, make_node: MakeNode, set_time: SetTime, facts: Facts, hours: int

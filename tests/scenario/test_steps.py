@@ -20,11 +20,12 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
+import psycopg
 import pytest
 from aiohttp import web
 
 from orbit.app import Node
-from orbit.errors import NotFound, NotRerunnable
+from orbit.errors import IdempotencyKeyReused, NotFound, NotRerunnable
 from orbit.execution.context import ExecutionContext
 from orbit.payload import Payload
 from tests.scenario.conftest import (
@@ -398,6 +399,30 @@ async def answers_bad_type(arrival: Arrival) -> web.Response:
     return web.Response(body=b"x", headers={"Content-Type": "text/" + "x" * 300})
 
 
+async def test_a_key_in_an_http_steps_url_is_not_shown(
+    configure: Configure, make_node: MakeNode, facts: Facts
+) -> None:
+    """The step is called with its query; records, reasons and errors are without it."""
+    asked: list[bytes] = []
+
+    async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readline())
+        writer.write(b"this is no HTTP\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(babble, "127.0.0.1", 0) as server:
+        address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/do"
+        one = {"use": "http", "url": f"{address}?key=hush"}
+        configure(run_profile(execution_policy=policy(tier1=[one]), distribution_targets=[]))
+        cycle = await run(await make_node())
+    assert asked[0].startswith(b"POST /do?key=hush ")
+    assert cycle["detail"]["use"] == f"http {address}?…"
+    assert f"{address}?…" in cycle["detail"]["reason"]
+    [record] = facts("SELECT name, error FROM execution_record")
+    assert record == {"name": f"http {address}?…", "error": cycle["detail"]["reason"]}
+
+
 BAD_ANSWERS = [
     (redirects, 20, "answered 307 Temporary Redirect"),
     (never_answers, 0.3, "took longer than 0.3 s"),
@@ -638,17 +663,22 @@ async def test_a_module_that_vanished_after_the_configuration_was_read(
     receiver: Receiver,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The next cycle fails at once, naming the module; it is not tried again."""
+    """Another node may have it, so the cycle is given back; at the bound it fails, naming it."""
     module = types.ModuleType("vanishing_steps")
     module.shout = shout  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vanishing_steps", module)
     tiers = policy(tier1=[{"use": "vanishing_steps:shout", "retry": {"max_attempts": 5}}])
     configure(run_profile(execution_policy=tiers))
-    node = await make_node(dispatch_endpoints=(receiver.endpoint("out"),))
+    node = await make_node(
+        dispatch_endpoints=(receiver.endpoint("out"),), max_cycle_recoveries=1, lease_seconds=1
+    )
     monkeypatch.delitem(sys.modules, "vanishing_steps")
     cycle = await run(node)
-    assert cycle["detail"]["reason"] == "there is no module vanishing_steps on the import path"
-    assert cycle["detail"]["attempts"] == 1
+    assert cycle["detail"]["reason"] == (
+        "there is no module vanishing_steps on the import path "
+        "(given up after 2 tries in a row at this point; ORBIT_MAX_CYCLE_RECOVERIES)"
+    )
+    assert cycle["detail"]["attempts"] == 2
 
 
 async def test_a_failing_step_is_called_as_often_as_it_may_be(
@@ -695,6 +725,16 @@ async def test_a_stubborn_step_is_abandoned_and_its_result_ignored(
 
 
 # --- after a failure ----------------------------------------------------------------------
+
+
+def _drop_payloads(owner_dsn: str) -> None:
+    """What retention does to a fact: it drops the partitions."""
+    with psycopg.connect(owner_dsn) as connection:
+        connection.execute(
+            "DO $$ DECLARE part text; BEGIN FOR part IN SELECT inhrelid::regclass::text "
+            "FROM pg_inherits WHERE inhparent = 'payload'::regclass "
+            "LOOP EXECUTE 'DROP TABLE ' || part; END LOOP; END $$"
+        )
 
 
 is_mended = False
@@ -744,6 +784,33 @@ async def test_a_rerun_begins_at_the_failed_stage_or_at_the_start(
     assert len(copied) == (1 if is_from_start else 2)
 
 
+@pytest.mark.parametrize("is_from_start", [False, True])
+async def test_a_cycle_whose_payload_retention_has_dropped_does_not_run_again(
+    configure: Configure,
+    make_node: MakeNode,
+    receiver: Receiver,
+    owner_dsn: str,
+    is_from_start: bool,
+) -> None:
+    """A re-run without the old bytes would send others, so it is refused."""
+    node, failed = await _failed_cycle(configure, make_node, receiver)
+    _drop_payloads(owner_dsn)
+    with pytest.raises(NotRerunnable, match="dropped by retention"):
+        await node.orchestration.rerun(failed, is_from_start=is_from_start)
+
+
+async def test_a_rerun_from_elsewhere_is_another_request(
+    configure: Configure, make_node: MakeNode, receiver: Receiver
+) -> None:
+    """One Idempotency-Key cannot mean both the failed stage and the start."""
+    node, failed = await _failed_cycle(configure, make_node, receiver)
+    first = await node.orchestration.rerun(failed, idempotency_key="k")
+    again = await node.orchestration.rerun(failed, idempotency_key="k")
+    assert (again.cycle_id, again.is_new) == (first.cycle_id, False)
+    with pytest.raises(IdempotencyKeyReused):
+        await node.orchestration.rerun(failed, idempotency_key="k", is_from_start=True)
+
+
 async def test_only_a_failed_cycle_runs_again(
     configure: Configure, make_node: MakeNode, receiver: Receiver
 ) -> None:
@@ -783,25 +850,69 @@ async def test_a_cycle_that_loses_every_worker_fails_at_a_bound(
     assert not calls["shout"], "the fifth worker does not run what killed four"
 
 
-async def test_an_endpoint_that_this_node_does_not_know_fails_the_cycle(
-    configure: Configure, make_node: MakeNode, receiver: Receiver, dsn: str
-) -> None:
-    """A node with other endpoints than its configuration's names the missing one."""
+async def _accepted_here_and_unknown_there(
+    configure: Configure, make_node: MakeNode, receiver: Receiver, **given: Any
+) -> tuple[Node, str]:
+    """A worker without the endpoint of a cycle that another node has accepted."""
     configure(run_profile())
     first = await make_node(
         dispatch_endpoints=(receiver.endpoint("out"),), roles=frozenset({"api"})
     )
     [answer] = await first.orchestration.trigger_run_profiles()
+    assert answer.cycle_id is not None
     configure()
     second = await make_node(
-        is_started=False,
-        dispatch_endpoints=(receiver.endpoint("elsewhere"),),
-        roles=frozenset({"worker"}),
+        dispatch_endpoints=(receiver.endpoint("elsewhere"),), roles=frozenset({"worker"}), **given
     )
-    await second.start()
-    assert answer.cycle_id is not None
-    cycle = await ended(second, answer.cycle_id)
+    return second, answer.cycle_id
+
+
+async def test_an_endpoint_that_no_node_knows_fails_the_cycle_at_the_bound(
+    configure: Configure, make_node: MakeNode, receiver: Receiver
+) -> None:
+    """A node with other endpoints than its configuration's names the missing one."""
+    node, cycle_id = await _accepted_here_and_unknown_there(
+        configure, make_node, receiver, max_cycle_recoveries=1, lease_seconds=1
+    )
+    cycle = await ended(node, cycle_id)
     assert cycle["state"] == "failed"
     assert cycle["detail"]["reason"].startswith(
         "endpoint 'out' is not configured on this node (known: elsewhere"
+    )
+
+
+async def test_an_endpoint_that_another_node_knows_does_not_fail_the_cycle(
+    configure: Configure, make_node: MakeNode, receiver: Receiver, facts: Facts
+) -> None:
+    """In a rolling deploy the old node gives the cycle back, and the new one finishes it."""
+    node, cycle_id = await _accepted_here_and_unknown_there(
+        configure, make_node, receiver, lease_seconds=3
+    )
+    query = "SELECT recoveries, node_id, last_error FROM cycle_lease"
+    await until(lambda: facts(f"{query} WHERE recoveries > 0 AND node_id IS NULL"), "its return")
+    await node.drain()
+    knowing = await make_node(dispatch_endpoints=(receiver.endpoint("out"),))
+    assert (await ended(knowing, cycle_id))["state"] == "finished"
+    assert len(receiver.arrivals) == 1
+
+
+async def test_an_unexpected_failure_is_given_back_at_once_and_named_at_the_end(
+    configure: Configure, make_node: MakeNode, receiver: Receiver, owner_dsn: str
+) -> None:
+    """Long before any lease is over the cycle fails, with the error and not with a lost worker."""
+    configure()
+    node = await make_node(
+        is_started=False,
+        dispatch_endpoints=(receiver.endpoint("out"),),
+        max_cycle_recoveries=2,
+        lease_seconds=3600,
+    )
+    accepted = await node.orchestration.trigger_raw(payload=Payload(b"x"), endpoint_keys=["out"])
+    _drop_payloads(owner_dsn)
+    await node.start()
+    cycle = await ended(node, accepted.cycle_id)
+    assert cycle["state"] == "failed"
+    assert re.fullmatch(
+        r"LookupError: the payload \w+ of \S+ is not stored \(given up after 3 tries in a row .*",
+        cycle["detail"]["reason"],
     )

@@ -98,7 +98,16 @@ def test_a_requests_digest_is_of_what_it_asks_for(one: bytes, other: bytes) -> N
     base = CycleRequest(cycle_id="c", namespace="a", trigger="api", payload=Payload(one))
     again = replace(base, cycle_id="d", payload=Payload(other))
     assert (base.digest() == again.digest()) == (one == other)
-    assert base.digest() != replace(base, endpoint_keys=("x",)).digest()
+    asked = [
+        base,
+        replace(base, endpoint_keys=()),
+        replace(base, endpoint_keys=("x",)),
+        replace(base, endpoint_keys=("x", "y")),
+        replace(base, rerun_from="start"),
+        replace(base, rerun_from="stage"),
+        replace(base, payload=None),
+    ]
+    assert len({one.digest() for one in asked}) == len(asked)
     assert base.digest() != replace(base, payload=Payload(one, "text/plain")).digest()
 
 

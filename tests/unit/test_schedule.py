@@ -19,6 +19,7 @@ from croniter import croniter
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from orbit.cron import in_zone, parse_cron
 from orbit.profiles.schedule import (
     MAX_CATCH_UP_LIMIT,
     Misfire,
@@ -28,10 +29,8 @@ from orbit.profiles.schedule import (
     SlotOutcome,
     Verdict,
     decide,
-    in_zone,
     jitter,
     next_slot,
-    parse_cron,
     plan,
     slots_between,
 )

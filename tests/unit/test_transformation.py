@@ -179,6 +179,24 @@ async def test_what_is_abandoned_is_counted_until_it_ends(transformer: Transform
     await _until(lambda: abandoned_steps() == before)
 
 
+async def test_threads_that_hang_are_bounded(
+    transformer: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the bound a step is not begun and says why; when a hanging call ends it may be again."""
+    monkeypatch.setattr("orbit.execution.transformation._MAX_HANGING", 2)
+    hanging = _step("_blocks", timeout_seconds=0.05, max_attempts=2)
+    with pytest.raises(StepFailed, match="took longer"):
+        await transformer.transform(hanging, Payload(b"x"), CONTEXT, [])
+    short = _step("_thread_name", max_attempts=1)
+    with pytest.raises(StepFailed, match="2 earlier calls of steps still hang"):
+        await transformer.transform(short, Payload(b"x"), CONTEXT, [])
+    assert len(seen) == 2
+    released.set()
+    await _until(lambda: not any(one.name == "orbit-step" for one in threading.enumerate()))
+    result = await transformer.transform(short, Payload(b"x"), CONTEXT, [])
+    assert result.content == b"orbit-step"
+
+
 async def test_a_cancelled_cycle_cancels_its_step() -> None:
     """When a lease is lost the step is told to stop, and the cancellation goes on upwards."""
     task = asyncio.create_task(invoke(f"{HERE}:_stays", Payload(b"x"), CONTEXT))

@@ -30,6 +30,7 @@ from orbit.settings import Settings
 
 __all__ = ["create_application", "serve", "serve_node"]
 
+_CUT_SHORT_SECONDS = 0.2
 _BACKLOG = 2048
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -184,4 +185,15 @@ def _run(main: Coroutine[Any, Any, int]) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+        runner.run(_cut_short())
         return code
+
+
+async def _cut_short() -> None:
+    """Cancels what is left, twice: after the first time a statement still waits for its server."""
+    for _ in range(2):
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        if rest:
+            await asyncio.wait(rest, timeout=_CUT_SHORT_SECONDS)

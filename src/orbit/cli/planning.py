@@ -18,7 +18,8 @@ from orbit.cli.terminal import duration, note, print_json, say, show, table, utc
 
 if TYPE_CHECKING:
     from orbit.profiles.model import Documents
-    from orbit.services.scheduler import Key, Planned
+    from orbit.services.schedule_rows import Key
+    from orbit.services.scheduler import Planned
     from orbit.settings import Settings
 
 _RAW = "(raw cycle)"

@@ -3,7 +3,7 @@
 Batches form by themselves and never wait for a timer: alone, an entry commits at once; under
 load, hundreds share a commit. A flush must be idempotent, since it is repeated when the
 connection breaks and nobody knows whether the commit had happened. An entry that the database
-refuses fails alone: its batch is flushed again one by one.
+refuses, or gives up again and again, fails alone: its batch is flushed again one by one.
 """
 
 from __future__ import annotations

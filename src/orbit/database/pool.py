@@ -2,7 +2,8 @@
 
 Every connection autocommits; who needs more says `connection.transaction()`. Ids come back as
 text. A statement that fails because the connection or the server went away raises one of
-TRANSIENT: its effect is unknown, so what is repeated must be idempotent.
+TRANSIENT: its effect is unknown, so what is repeated must be idempotent. Only a server that takes
+writes is connected to; a session on one that no longer does is closed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import structlog
 from psycopg import AsyncConnection, pq
 from psycopg.abc import Buffer
 from psycopg.adapt import Loader
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import DictRow, dict_row
 from psycopg.types.string import TextLoader
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
@@ -33,7 +35,15 @@ TRANSIENT = (
     PoolTimeout,
     psycopg.errors.IdleInTransactionSessionTimeout,
     psycopg.errors.TransactionTimeout,
+    psycopg.errors.ReadOnlySqlTransaction,  # the server was the primary, and is no longer
 )
+# What a server that is well answers to what asks too much of it, now or at every repetition.
+_EXHAUSTED = (
+    psycopg.errors.TransactionTimeout,
+    psycopg.errors.QueryCanceled,
+    psycopg.errors.OutOfMemory,
+)
+_EXHAUSTED_TRIES = 5
 _FIRST_DELAY, _LAST_DELAY = 0.05, 1.0
 _PROGRAM_LIMIT = "54"  # an OperationalError that no repetition mends
 
@@ -60,6 +70,7 @@ class Database:
     ) -> None:
         self.dsn, self._transaction_seconds = dsn, transaction_seconds
         self._revive = revive
+        self._options = _options(dsn)
         self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
             dsn,
             connection_class=AsyncConnection[DictRow],
@@ -68,8 +79,7 @@ class Database:
                 "row_factory": dict_row,
                 "prepare_threshold": 0 if is_preparing else None,
                 "application_name": "orbit",
-                "connect_timeout": 5,
-                **_KEEPALIVE,
+                **self._options,
             },
             min_size=minimum,
             max_size=maximum,
@@ -84,7 +94,7 @@ class Database:
     async def open(self) -> None:
         """Connects; raises DatabaseUnavailable with the server's own words."""
         try:
-            connection = await AsyncConnection.connect(self.dsn, connect_timeout=5)
+            connection = await AsyncConnection.connect(self.dsn, **self._options)
             await connection.close()
         except psycopg.Error as error:
             raise DatabaseUnavailable(
@@ -96,9 +106,8 @@ class Database:
         await self._pool.close()
 
     async def _configure(self, connection: Connection) -> None:
-        await connection.execute(_PLANNING, prepare=False)
-        limit = f"{max(1, round(self._transaction_seconds))}s"
-        await connection.execute(_LETTING_GO, {"seconds": limit})
+        wanted = session_settings(self._transaction_seconds) | _NOTICING
+        await connection.execute(_SET, (list(wanted), list(wanted.values())), prepare=False)
         connection.adapters.register_loader("uuid", TextLoader)
         connection.adapters.register_loader("uuid", _IdLoader)
 
@@ -106,39 +115,49 @@ class Database:
     async def connection(self) -> AsyncIterator[Connection]:
         """A connection from the pool, autocommitting."""
         async with self._pool.connection() as connection:
-            yield connection
+            try:
+                yield connection
+            except psycopg.errors.ReadOnlySqlTransaction:
+                await connection.close()  # so that the pool looks for the new primary
+                raise
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
         """A connection with a transaction open, committed at the end."""
-        async with self._pool.connection() as connection, connection.transaction():
+        async with self.connection() as connection, connection.transaction():
             yield connection
 
     async def fetch_all(self, query: bytes, params: Any = None) -> list[DictRow]:
         """The rows of one statement, with bytes in binary."""
-        async with self._pool.connection() as connection:
+        async with self.connection() as connection:
             cursor = await connection.execute(query, params, binary=True)
             return await cursor.fetchall()
 
     async def fetch_one(self, query: bytes, params: Any = None) -> DictRow | None:
         """The first row of one statement, or None."""
-        async with self._pool.connection() as connection:
+        async with self.connection() as connection:
             cursor = await connection.execute(query, params, binary=True)
             return await cursor.fetchone()
 
     async def execute(self, query: bytes, params: Any = None) -> int:
         """Runs one statement; the number of rows it touched."""
-        async with self._pool.connection() as connection:
+        async with self.connection() as connection:
             return (await connection.execute(query, params)).rowcount
 
     async def persist(self, work: Callable[[], Awaitable[Result]]) -> Result:
-        """Repeats `work`, which must be idempotent, until the database takes it."""
-        delay = _FIRST_DELAY
+        """Repeats `work`, which must be idempotent, until the database takes it.
+
+        Connections may be lost without bound. What is answered five times in a row by a timeout
+        or for want of memory may never succeed: the answer is raised. So is the end of the pool.
+        """
+        delay, exhausted = _FIRST_DELAY, 0
         while True:
             try:
                 return await work()
             except TRANSIENT as error:
-                if (getattr(error, "sqlstate", None) or "").startswith(_PROGRAM_LIMIT):
+                exhausted = exhausted + 1 if isinstance(error, _EXHAUSTED) else 0
+                is_hopeless = (getattr(error, "sqlstate", None) or "").startswith(_PROGRAM_LIMIT)
+                if is_hopeless or exhausted == _EXHAUSTED_TRIES or self._pool.closed:
                     raise
                 log.warning("database_unavailable", error=first_line(error), retry_seconds=delay)
                 await self.revive()
@@ -174,19 +193,54 @@ class _IdLoader(Loader):
 # Every statement finds its rows by an index, a few at a time. The planner must not take a table
 # that was empty when it last looked for one that still is: a plan made then would scan what has
 # grown to hundreds of thousands of rows, until the next ANALYZE.
-_PLANNING = b"""
-SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET jit = off;
-SET plan_cache_mode = force_generic_plan
-"""
+_PLANNING = {
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "jit": "off",
+    "plan_cache_mode": "force_generic_plan",
+}
 
-# A node that is suspended or cut off in the middle of a transaction must not keep its row locks:
-# whoever claims skips locked rows, so nobody could take that work over. What a server does not
-# know is left out.
-_LETTING_GO = b"""
-SELECT set_config(name, wanted.value, false) FROM (VALUES
-    ('idle_in_transaction_session_timeout', %(seconds)s), ('transaction_timeout', %(seconds)s),
-    ('tcp_keepalives_idle', '10'), ('tcp_keepalives_interval', '5'), ('tcp_keepalives_count', '3')
-) AS wanted (name, value) JOIN pg_settings USING (name)
+
+def session_settings(transaction_seconds: float = 30) -> dict[str, str]:
+    """What each session needs, by name; an older server may not know all of it.
+
+    A node that is suspended or cut off in the middle of a transaction must not keep its row
+    locks: whoever claims skips locked rows, so nobody could take that work over.
+    """
+    limit = f"{max(1, round(transaction_seconds))}s"
+    timeouts = ("idle_in_transaction_session_timeout", "transaction_timeout")
+    return _PLANNING | dict.fromkeys(timeouts, limit)
+
+
+# What a server does not know is left out.
+_SET = b"""
+SELECT set_config(name, wanted.value, false)
+FROM unnest(%s::text[], %s::text[]) AS wanted (name, value) JOIN pg_settings USING (name)
 """
-# The same from this side: a server that is gone without a word is noticed in half a minute.
-_KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+# A peer that is gone without a word is noticed in half a minute. While something sent is
+# unacknowledged no keepalive goes out: the user timeout (ms) is for that.
+_NOTICING = {
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "20000",
+}
+# The same from this side.
+_OPTIONS = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+    "target_session_attrs": "read-write",
+}
+
+
+def _options(dsn: str) -> dict[str, Any]:
+    """How to connect, where the connection string does not say otherwise."""
+    try:
+        given = conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError:
+        given = {}  # connecting says what is wrong with it
+    return {name: value for name, value in _OPTIONS.items() if name not in given}

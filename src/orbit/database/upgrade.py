@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
@@ -24,7 +24,7 @@ import psycopg
 from psycopg import Connection, sql
 from psycopg.conninfo import conninfo_to_dict
 
-from orbit.database.pool import first_line
+from orbit.database.pool import first_line, session_settings
 from orbit.errors import DatabaseUnavailable, SchemaMismatch
 
 if TYPE_CHECKING:
@@ -112,7 +112,9 @@ def upgrade(
     lock_timeout: timedelta = timedelta(seconds=3),
     patience: timedelta = timedelta(seconds=60),
 ) -> SchemaState:
-    """Brings the schema to HEAD and grants `app_role` what it needs; returns the state before.
+    """Brings the schema to HEAD and gives `app_role` what it needs; returns the state before.
+
+    That is rights and, if the owner may do so, the settings of its sessions in this database.
 
     `lock_timeout` bounds the wait for any one table, three times over; `patience` the wait for
     another session that is upgrading. Raises SchemaMismatch if the schema is newer than this
@@ -239,7 +241,7 @@ def _read_state(connection: Connection[Any]) -> SchemaState:
 
 
 def _grant(connection: Connection[Any], app_role: str | None) -> None:
-    """What the schema's own `orbit_grant` says, and reading the revision."""
+    """What the schema's own `orbit_grant` says, reading the revision, and sessions' settings."""
     if app_role is None or app_role == connection.info.user:
         return
     role = sql.Identifier(app_role)
@@ -247,6 +249,18 @@ def _grant(connection: Connection[Any], app_role: str | None) -> None:
     row = connection.execute("SELECT to_regprocedure('orbit_grant(name)') IS NOT NULL").fetchone()
     if row is not None and row[0]:
         connection.execute("SELECT orbit_grant(%s::name)", (app_role,))
+    with suppress(psycopg.errors.InsufficientPrivilege), connection.transaction():
+        _set_on_role(connection, role)
+
+
+def _set_on_role(connection: Connection[Any], role: sql.Identifier) -> None:
+    """What each session needs: a pooler hands sessions around, whoever had set what in them."""
+    wanted = session_settings()
+    query = "SELECT current_database(), name FROM pg_settings WHERE name = ANY(%s)"
+    command = sql.SQL("ALTER ROLE {} IN DATABASE {} SET {} = {}")
+    for database, name in connection.execute(query, (list(wanted),)).fetchall():
+        place, setting = sql.Identifier(database), sql.Identifier(name)
+        connection.execute(command.format(role, place, setting, sql.Literal(wanted[name])))
 
 
 def _connect(dsn: str) -> Connection[Any]:

@@ -95,6 +95,7 @@ class ClaimedCycle:
     """A cycle whose lease this node holds, as it stands at its last checkpoint.
 
     `content` is None where there is no output yet, or it is too large to come with the claim.
+    `last_error` is why it was given back the last time without having got further.
     """
 
     namespace: str
@@ -113,6 +114,7 @@ class ClaimedCycle:
     content_type: str | None
     size: int | None
     content: bytes | None
+    last_error: str | None = None
 
 
 class PlanSource(Protocol):

@@ -8,8 +8,8 @@ tier, the no-op normaliser, the enqueueing) need no commit of their own: their c
 with the next one, in the same transaction.
 
 Once its jobs are queued, nobody holds the cycle: the batch that settles its last job ends it. A
-cycle that is taken over again and again without a new checkpoint fails at a bound, since
-something in it kills its workers.
+cycle that is taken over or given back again and again without a new checkpoint fails at a
+bound, since something in it kills its workers, or nobody has what it needs.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def _claimed(row: dict[str, Any]) -> ClaimedCycle:
         cycle_id=row["cycle_id"],
         lease_number=row["lease_number"],
         recoveries=row["recoveries"],
+        last_error=row["last_error"],
         profile_id=row["profile_id"],
         run_profile_id=row["run_profile_id"],
         revision=row["revision"],
@@ -129,7 +130,8 @@ class Orchestrator:
     async def run(self, cycle: ClaimedCycle) -> Stage:
         """Carries the cycle on; its last stage when it needs no worker any more.
 
-        Raises LeaseLost if another worker has it meanwhile.
+        Raises LeaseLost if another worker has it meanwhile, and NotHere if another node may be
+        able to carry it on.
         """
         async with self._memory.reserve(cycle.size or 0) as memory:
             result = StageResult(cycle)
@@ -143,9 +145,13 @@ class Orchestrator:
 
     def _refuse_deadly(self, cycle: ClaimedCycle) -> None:
         if cycle.recoveries > self._max_recoveries:
+            count, error = cycle.recoveries, cycle.last_error
             raise StepFailed(
-                f"its worker was lost {cycle.recoveries} times in a row at this point "
-                "(ORBIT_MAX_CYCLE_RECOVERIES)",
+                f"its worker was lost {count} times in a row at this point "
+                "(ORBIT_MAX_CYCLE_RECOVERIES)"
+                if error is None
+                else f"{error} (given up after {count} tries in a row at this point; "
+                "ORBIT_MAX_CYCLE_RECOVERIES)",
                 stage=cycle.stage.value if cycle.stage else Stage.CYCLE_STARTED.value,
                 step=0,
                 use="",

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
+from urllib.parse import unquote_plus, urlsplit
 
 from orbit import metrics
 from orbit.canonical import canonical_digest
@@ -23,9 +24,9 @@ from orbit.clock import derived_id
 from orbit.database.group_commit import GroupCommit
 from orbit.database.pool import Connection, Database
 from orbit.database.queries import array, load
-from orbit.endpoints import Endpoint
-from orbit.errors import StepFailed
-from orbit.execution.context import ClaimedCycle, Stage
+from orbit.endpoints import Endpoint, without_query
+from orbit.errors import NotHere
+from orbit.execution.context import ClaimedCycle
 from orbit.execution.recorder import NewJob
 from orbit.execution.retry import Backoff, full_jitter, parse_retry_after, with_retry_after
 from orbit.execution.wire import Outcome, WireResult
@@ -43,7 +44,7 @@ class Snapshot:
     """An endpoint as it stood when a job was enqueued."""
 
     endpoint_key: str
-    url: str
+    url: str = field(repr=False)
     method: str
     token: str | None = field(repr=False)
     headers: Mapping[str, str] = field(repr=False)
@@ -52,8 +53,11 @@ class Snapshot:
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """What must not be kept of an answer; short header values are no secrets."""
-        values = [value for value in self.headers.values() if len(value) >= _SECRET_CHARACTERS]
+        """What must not be kept of an answer; short values of headers and queries are none."""
+        query = urlsplit(self.url).query
+        raw = [pair.partition("=")[2] for pair in query.split("&")]
+        given = [query, *raw, *map(unquote_plus, raw), *self.headers.values()]
+        values = [value for value in given if len(value) >= _SECRET_CHARACTERS]
         return (*values, *([self.token] if self.token else []))
 
 
@@ -160,7 +164,7 @@ class Snapshots:
     ) -> list[NewJob]:
         """One job per item and endpoint, with ids that are the same each time.
 
-        Raises StepFailed for an endpoint that this node does not know.
+        Raises NotHere for an endpoint that this node does not know.
         """
         for key in endpoint_keys if items else ():
             await self.store(cycle.namespace, key)
@@ -177,17 +181,13 @@ class Snapshots:
         ]
 
     async def store(self, namespace: str, key: str) -> str:
-        """Makes sure that the endpoint's snapshot is stored; its id."""
+        """Makes sure that the endpoint's snapshot is stored; its id. Raises NotHere."""
         endpoint = self._endpoints.get(key)
         if endpoint is None:
             known = ", ".join(sorted(self._endpoints)) or "none"
-            raise StepFailed(
+            raise NotHere(
                 f"endpoint {key!r} is not configured on this node (known: {known}; "
-                "ORBIT_DISPATCH_ENDPOINTS)",
-                stage=Stage.DISPATCH_ENQUEUED.value,
-                step=0,
-                use=key,
-                attempts=1,
+                "ORBIT_DISPATCH_ENDPOINTS)"
             )
         snapshot_id = self._ids[key]
         if (namespace, snapshot_id) not in self._stored:
@@ -208,7 +208,7 @@ class Snapshots:
             secrets = json.loads(self._vault.decrypt(row["secrets_encrypted"]))
             found = Snapshot(
                 endpoint_key=row["endpoint_key"],
-                url=row["url"],
+                url=secrets["url"],
                 method=row["method"],
                 token=secrets["token"],
                 headers=secrets["headers"],
@@ -222,7 +222,7 @@ class Snapshots:
         return canonical_digest(
             {
                 "key": endpoint.key,
-                "url": endpoint.url,
+                "url": without_query(endpoint.url),
                 "method": endpoint.method,
                 "secrets": fingerprint(_secrets(endpoint)),
                 "timeoutSeconds": endpoint.timeout_seconds,
@@ -236,7 +236,7 @@ class Snapshots:
             "namespace": namespace,
             "snapshot_id": snapshot_id,
             "endpoint_key": endpoint.key,
-            "url": endpoint.url,
+            "url": without_query(endpoint.url),
             "method": endpoint.method,
             "secrets_encrypted": self._vault.encrypt(_secrets(endpoint)),
             "token_fingerprint": None if token is None else fingerprint(token),
@@ -406,7 +406,9 @@ def _count(settlements: Sequence[Settlement], ended: int) -> None:
 
 
 def _secrets(endpoint: Endpoint) -> str:
-    return json.dumps({"token": endpoint.token, "headers": dict(endpoint.headers)}, sort_keys=True)
+    """What is kept encrypted; the URL is among it since its query may hold a key."""
+    secrets = {"token": endpoint.token, "headers": dict(endpoint.headers), "url": endpoint.url}
+    return json.dumps(secrets, sort_keys=True)
 
 
 def _receipt_rows(settlements: Sequence[Settlement]) -> dict[str, Any]:

@@ -66,14 +66,19 @@ class CycleRequest:
     revision: str | None = None
     value_tags: Mapping[str, Any] = field(default_factory=dict)
     rerun_of: str | None = None
+    rerun_from: str | None = None
     copied: Sequence[CopiedCheckpoint] = ()
     is_waiting: bool = False
 
     def digest(self) -> str:
         """What the request asks for, so that a key used for something else is noticed."""
-        payload = self.payload
-        parts = [payload.digest, payload.content_type] if payload else []
-        return sha256_hex("\x1f".join([*parts, *(self.endpoint_keys or ())]).encode())
+        payload, keys = self.payload, self.endpoint_keys
+        asked = {
+            "payload": None if payload is None else [payload.digest, payload.content_type],
+            "endpointKeys": None if keys is None else list(keys),
+            "rerunFrom": self.rerun_from,
+        }
+        return sha256_hex(canonical_json(asked))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,12 @@ from importlib import import_module, invalidate_caches
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar
 
-from orbit.errors import OrbitError
+from orbit.errors import NotHere
 
 ENTRY_POINT_GROUP = "orbit.steps"
 
 
-class PluginUnusable(OrbitError):
+class PluginUnusable(NotHere):
     """A `use` names nothing that can be called; the message says what is missing."""
 
     code: ClassVar[str] = "plugin_unusable"

@@ -2,7 +2,8 @@
 
 The stages of many cycles share a commit. Each is fenced by its cycle's lease number: the leases
 are locked first, and every insert joins them, so a worker that lost its lease writes nothing.
-A batch may be repeated after a broken connection: what is there already stays as it is.
+A batch may be repeated after a broken connection: what is there already stays as it is. If its
+commit had succeeded, and with it the lease was given up, its own checkpoints say so.
 """
 
 from __future__ import annotations
@@ -90,19 +91,36 @@ class Recorder:
             raise LeaseLost(f"cycle {result.cycle.cycle_id} is held by another worker")
 
     async def _flush(self, results: Sequence[StageResult]) -> Sequence[bool]:
-        async with self._database.transaction() as connection, connection.pipeline():
-            cursor = await connection.execute(
-                SQL.hold_cycles, _columns(self._node_id, [(r.cycle, r) for r in results])
-            )
-            for query, rows, columns in _plan(results):
-                await connection.execute(query, _columns(self._node_id, rows, **columns))
-            held = {(row["cycle_id"], row["lease_number"]) for row in await cursor.fetchall()}
+        async with self._database.transaction() as connection:
+            async with connection.pipeline():
+                cursor = await connection.execute(
+                    SQL.hold_cycles, _columns(self._node_id, [(r.cycle, r) for r in results])
+                )
+                for query, rows, columns in _plan(results):
+                    await connection.execute(query, _columns(self._node_id, rows, **columns))
+                held = {(row["cycle_id"], row["lease_number"]) for row in await cursor.fetchall()}
+            held |= await self._written_before(connection, results, held)
         are_held = [(r.cycle.cycle_id, r.cycle.lease_number) in held for r in results]
         metrics.commit_entries.labels("stages").observe(len(results))
         for result, is_held in zip(results, are_held, strict=True):
             if result.is_end and is_held:
                 metrics.cycles_ended.labels(_END["state"](result)).inc()
         return are_held
+
+    async def _written_before(
+        self, connection: Connection, results: Sequence[StageResult], held: set[tuple[str, int]]
+    ) -> set[tuple[str, int]]:
+        """Of the results that give up their lease and do not hold it: those committed before."""
+        rows: list[_Row] = [
+            (r.cycle, r.checkpoints[-1])
+            for r in results
+            if (r.jobs or r.is_end) and (r.cycle.cycle_id, r.cycle.lease_number) not in held
+        ]
+        if not rows:
+            return set()
+        given = _columns(self._node_id, rows, stage=lambda c: c.stage.value)
+        cursor = await connection.execute(SQL.written_before, given)
+        return {(row["cycle_id"], row["lease_number"]) for row in await cursor.fetchall()}
 
 
 _Row = tuple[ClaimedCycle, Any]
@@ -201,9 +219,21 @@ def _columns(node_id: str, rows: Sequence[_Row], **columns: Callable[[Any], Any]
     return named
 
 
-async def release(connection: Connection, node_id: str, cycles: Sequence[ClaimedCycle]) -> None:
-    """Gives the leases of cycles back, so that any node may go on at once."""
-    await connection.execute(SQL.release_cycles, _columns(node_id, [(c, c) for c in cycles]))
+async def release(
+    connection: Connection,
+    node_id: str,
+    cycles: Sequence[ClaimedCycle],
+    *,
+    delay_seconds: float = 0.0,
+    error: str | None = None,
+) -> None:
+    """Gives the leases of cycles back, so that any node may go on after the delay.
+
+    With an error it counts as a recovery, and the error is what the cycle fails with at the last.
+    """
+    rows = _columns(node_id, [(c, c) for c in cycles])
+    given = {**rows, "delay_seconds": delay_seconds, "error": error}
+    await connection.execute(SQL.release_cycles, given)
 
 
 async def renew(

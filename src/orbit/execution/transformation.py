@@ -4,7 +4,8 @@ A step is called at least once and may be called again, after a failure or a cra
 the same idempotency key. Whatever it does wrong (raises, hangs, returns another type or too
 much) is its failure, never the node's. Breaking the contract is not retried; failing is.
 An asynchronous function runs in a task of its own, a synchronous one in a thread; what hangs is
-abandoned, not waited for, and no exit or cancellation of its making reaches the node.
+abandoned, not waited for, and no exit or cancellation of its making reaches the node. So many
+threads may hang at most; from then on no call begins that needs one, until one of them ends.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import functools
 import inspect
 import random
+import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -22,9 +24,10 @@ from typing import Any, Protocol
 
 import aiohttp
 
-from orbit.errors import OrbitError, PayloadTooLarge, StepFailed
+from orbit.endpoints import without_query
+from orbit.errors import NotHere, OrbitError, PayloadTooLarge, StepFailed
 from orbit.execution.context import ExecutionContext, Stage, Step
-from orbit.execution.plugin import PluginUnusable, resolve
+from orbit.execution.plugin import resolve
 from orbit.execution.recorder import StepRecord
 from orbit.execution.retry import full_jitter
 from orbit.execution.wire import request_body
@@ -32,7 +35,10 @@ from orbit.payload import DEFAULT_CONTENT_TYPE, Payload
 from orbit.vocabulary import printable
 
 _ERROR_CHARACTERS = 2000
+_QUERY = re.compile(r"(?<=\S)\?[^\s'\"]+")  # the client's errors name URLs, and keys with them
 _abandoned: set[asyncio.Task[Any]] = set()  # the loop itself would not keep them
+_MAX_HANGING = 128
+_hanging: set[threading.Thread] = set()
 
 
 class ContractBroken(Exception):
@@ -66,7 +72,8 @@ class Transformer:
     ) -> Payload:
         """The payload that the step makes of `payload`.
 
-        Appends a record per call to `records`. Raises StepFailed after the last attempt.
+        Appends a record per call to `records`. Raises StepFailed after the last attempt, and
+        NotHere if this node does not have the step's code.
         """
 
         async def call(context: ExecutionContext) -> Payload:
@@ -103,11 +110,13 @@ class Transformer:
             started = time.monotonic()
             where = context if attempt == 1 else replace(context, attempt=attempt)
             error, is_final, result = await _outcome(step, call, where)
+            if error is not None and step.url is not None:
+                error = _QUERY.sub("?…", error)
             record = StepRecord(
                 stage=Stage(context.stage),
                 step=context.step,
                 attempt=attempt,
-                name=step.use if step.url is None else f"http {step.url}",
+                name=step.use if step.url is None else f"http {without_query(step.url)}",
                 error=error,
                 duration_seconds=time.monotonic() - started,
                 input_size=input_size,
@@ -235,6 +244,7 @@ async def _contained(awaitable: Awaitable[Any]) -> tuple[Any, Exception | None]:
 
 async def in_thread(function: Callable[[], Any]) -> Any:
     """A thread of its own and not of a pool: one that hangs must not starve the others."""
+    _refuse_too_many()
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
 
@@ -254,8 +264,21 @@ async def in_thread(function: Callable[[], Any]) -> Any:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the step was abandoned
             loop.call_soon_threadsafe(settle, *outcome)
 
-    threading.Thread(target=run, name="orbit-step", daemon=True).start()
-    return await future
+    thread = threading.Thread(target=run, name="orbit-step", daemon=True)
+    thread.start()
+    try:
+        return await future
+    except asyncio.CancelledError:
+        _hanging.add(thread)
+        raise
+
+
+def _refuse_too_many() -> None:
+    _hanging.difference_update([thread for thread in _hanging if not thread.is_alive()])
+    if len(_hanging) >= _MAX_HANGING:
+        raise RuntimeError(
+            f"was not called: {len(_hanging)} earlier calls of steps still hang in their threads"
+        )
 
 
 def _as_exception(error: BaseException) -> Exception:
@@ -277,7 +300,9 @@ async def _outcome(
         if limit.expired():
             return f"took longer than {step.timeout_seconds:g} s", False, None
         return _described(error), False, None
-    except (ContractBroken, PayloadTooLarge, PluginUnusable) as error:
+    except NotHere:
+        raise
+    except (ContractBroken, PayloadTooLarge) as error:
         return _described(error), True, None
     except Exception as error:  # noqa: BLE001 - a step may raise anything
         return _described(error), False, None

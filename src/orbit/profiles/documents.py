@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from orbit.cron import parse_cron, time_zone
 from orbit.errors import ConfigurationInvalid
 from orbit.execution.plugin import PluginUnusable, resolve
 from orbit.profiles.complaints import SchemaName, complaints, schema
@@ -28,9 +29,8 @@ from orbit.profiles.model import (
     document_body,
     documents_from_body,
 )
-from orbit.profiles.schedule import parse_cron
 from orbit.profiles.source import Place, SourceFile
-from orbit.vocabulary import check_time_zone, nearest
+from orbit.vocabulary import nearest
 
 __all__ = [
     "PROFILES_FILE",
@@ -140,9 +140,9 @@ def _check_schedules(file: SourceFile) -> None:
         if not isinstance(zone, str):
             continue
         try:
-            check_time_zone(zone)
+            time_zone(zone)
         except ValueError as error:
-            file.report((*place, "timezone"), f"expected {error}")
+            file.report((*place, "timezone"), str(error))
             zone = "UTC"
         if isinstance(expression, str) and expression.strip():
             try:

@@ -103,7 +103,8 @@ class Orchestration:
     ) -> list[TriggerAnswer]:
         """Starts each run profile once, or those named; an answer for each, why not included.
 
-        Raises GlobalPause, and NotFound if a name is unknown (then nothing is started).
+        Raises GlobalPause, NotFound if a name is unknown (then nothing is started), and
+        DatabaseUnavailable if the database does not know which configuration is in force.
         """
         self._refuse_while_paused()
         try:
@@ -120,7 +121,7 @@ class Orchestration:
     ) -> Accepted:
         """A new cycle in place of a failed one: from the failed stage, or from the start.
 
-        Raises GlobalPause, NotFound or NotRerunnable.
+        Raises GlobalPause, NotFound, NotRerunnable, and DatabaseUnavailable as a trigger does.
         """
         self._refuse_while_paused()
         row = await self._database.fetch_one(SQL.failed_cycle, {"cycle_id": cycle_id})
@@ -135,6 +136,7 @@ class Orchestration:
             endpoint_keys=row["endpoint_keys"],
             idempotency_key=idempotency_key,
             rerun_of=cycle_id,
+            rerun_from="start" if is_from_start else "stage",
             copied=await self._copied(row["namespace"], cycle_id, is_from_start=is_from_start),
         )
         if not row["run_profile_id"]:
@@ -146,10 +148,15 @@ class Orchestration:
             )
             try:
                 return await self._intake.accept(
-                    replace(base, rerun_of=cycle_id, copied=request.copied)
+                    replace(
+                        base,
+                        rerun_of=cycle_id,
+                        rerun_from=request.rerun_from,
+                        copied=request.copied,
+                    )
                 )
             except RevisionReplaced:
-                await self._configuration.refresh()
+                await self._configuration.catch_up()
 
     def read_files(self, config_dir: Path | None = None) -> Documents:
         """The configuration files, checked whole. Raises ConfigurationInvalid."""
@@ -184,7 +191,7 @@ class Orchestration:
             try:
                 accepted = await self._intake.accept(request)
             except RevisionReplaced:
-                await self._configuration.refresh()
+                await self._configuration.catch_up()
                 continue
             return replace(answer, cycle_id=accepted.cycle_id, is_new=accepted.is_new)
 
@@ -220,6 +227,8 @@ class Orchestration:
                 "stages": [stage.value for stage in stages],
             },
         )
+        if any(row["content"] is None for row in rows):
+            raise NotRerunnable(f"the payload of cycle {cycle_id} was dropped by retention")
         return [
             CopiedCheckpoint(
                 Stage(row["stage"]),

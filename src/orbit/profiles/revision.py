@@ -2,7 +2,8 @@
 
 Files only propose. A revision comes into force in one transaction that no acceptance of a cycle
 can overlap, and a cycle stays pinned to the one with which it began. At boot a changed file
-takes effect for new cycles; a reload is refused while cycles are active.
+takes effect for new cycles, unless that would go back to what was in force before: old files on
+one node must not undo the others' newer ones. A reload may, and is refused while cycles are active.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+import structlog
+
 from orbit.canonical import canonical_json, sha256_hex
 from orbit.clock import Clock, new_id
 from orbit.database.pool import Connection, Database
 from orbit.database.queries import load
-from orbit.errors import CyclesActive
+from orbit.errors import CyclesActive, DatabaseUnavailable
 from orbit.profiles.model import Documents, document_body, documents_from_body
 
 SQL = load("configuration")
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +52,18 @@ class Configuration:
         return self.proposed is None or self.proposed.revision == self.active.revision
 
     async def propose(self, documents: Documents) -> bool:
-        """Puts files read at boot into force for new cycles; whether that changed anything."""
-        return await self._put(documents, "files at boot", is_waiting_for_cycles=False)
+        """Puts files read at boot into force for new cycles; whether that changed anything.
+
+        Files that were in force before, and are not now, change nothing; that is logged.
+        """
+        return await self._put(documents, "files at boot", is_boot=True)
 
     async def replace(self, documents: Documents) -> bool:
         """Puts files into force if no cycle is active; whether that changed anything.
 
         Raises CyclesActive, naming them, otherwise; then nothing is changed.
         """
-        return await self._put(documents, "reload", is_waiting_for_cycles=True)
+        return await self._put(documents, "reload", is_boot=False)
 
     async def refresh(self) -> bool:
         """Looks which revision is in force; whether it is another than before."""
@@ -65,6 +72,17 @@ class Configuration:
             return False
         self.active = await self.read(row["revision"])
         return True
+
+    async def catch_up(self) -> None:
+        """Looks which revision is in force, for a request that came too late for the last.
+
+        Raises DatabaseUnavailable if the database does not know: asking again would not help.
+        """
+        if await self._database.fetch_one(SQL.active_revision) is None:
+            raise DatabaseUnavailable(
+                "no configuration is in force (config_active has no row); run `orbit db repair`"
+            )
+        await self.refresh()
 
     async def read(self, revision: str) -> Revision:
         """A stored revision. Raises LookupError if it is not there."""
@@ -77,21 +95,35 @@ class Configuration:
             self._known[revision] = found
         return found
 
-    async def _put(self, documents: Documents, reason: str, *, is_waiting_for_cycles: bool) -> bool:
+    async def _put(self, documents: Documents, reason: str, *, is_boot: bool) -> bool:
         new = revision_of(documents)
         async with self._database.transaction() as connection:
             await connection.execute(SQL.bound_wait)
             await connection.execute(SQL.lock_configuration)
             cursor = await connection.execute(SQL.active_revision)
             row = await cursor.fetchone()
-            is_changed = row is None or row["revision"] != new.revision
+            is_same = row is not None and row["revision"] == new.revision
+            is_past = is_boot and row is not None and await _was_in_force(connection, new)
+            is_changed = not (is_same or is_past)
             if is_changed:
-                if is_waiting_for_cycles:
+                if not is_boot:
                     await _refuse_while_active(connection)
                 await self._activate(connection, new, reason)
-        self._known[new.revision] = new
-        self.active = self.proposed = new
+        self._known[new.revision] = self.proposed = new
+        if is_same or is_changed:
+            self.active = new
+        else:
+            await self._keep(new)
         return is_changed
+
+    async def _keep(self, past: Revision) -> None:
+        await self.refresh()
+        log.warning(
+            "configuration_differs",
+            files=past.revision[:12],
+            active=self.active.revision[:12],
+            hint="the files were in force before; a reload puts them into force again",
+        )
 
     async def _activate(self, connection: Connection, new: Revision, reason: str) -> None:
         row = {
@@ -104,6 +136,12 @@ class Configuration:
         await connection.execute(SQL.insert_revision, row)
         await connection.execute(SQL.insert_activation, row)
         await connection.execute(SQL.activate, row)
+
+
+async def _was_in_force(connection: Connection, revision: Revision) -> bool:
+    cursor = await connection.execute(SQL.was_in_force, {"revision": revision.revision})
+    row = await cursor.fetchone()
+    return row is not None and bool(row["was_in_force"])
 
 
 async def _refuse_while_active(connection: Connection) -> None:

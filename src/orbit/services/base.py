@@ -1,20 +1,23 @@
 """The one loop. A service supplies what one pass does; the loop repeats it until told to stop.
 
 A pass answers how long the loop may rest; `wake()` ends the rest early. A pass that fails is
-logged and repeated after a growing pause: a service never dies of an error. Tests call
-`run_once()` and need no loop.
+logged and repeated after a growing pause: a service never dies of an error. Stopping is bounded,
+whatever the database does. Tests call `run_once()` and need no loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections.abc import Coroutine
+from typing import Any
 
 import structlog
 
 from orbit.database.pool import TRANSIENT, Database, first_line
 
 _FIRST_PAUSE, _LAST_PAUSE = 0.1, 5.0
+LAST_WORDS_SECONDS = 1.5  # after a drain's time: for giving leases back and for last settlements
 
 
 class Service(ABC):
@@ -41,12 +44,20 @@ class Service(ABC):
         """Ends the loop's rest: there is something to do."""
         self._wake.set()
 
-    async def stop(self) -> None:
-        """Ends the loop after the pass that is under way."""
+    def halt(self) -> None:
+        """Lets no further pass begin."""
         self._stopping.set()
         self._wake.set()
-        if self._task is not None:
-            await self._task
+
+    async def stop(self, seconds: float = LAST_WORDS_SECONDS) -> None:
+        """Ends the loop after the pass that is under way; one that takes longer is cancelled."""
+        self.halt()
+        if self._task is None:
+            return
+        _, late = await asyncio.wait({self._task}, timeout=max(seconds, 0))
+        if late:
+            self._log.warning("pass_given_up", service=self.name)
+            self._task.cancel()
 
     @property
     def is_stopping(self) -> bool:
@@ -75,3 +86,18 @@ class Service(ABC):
                 await self._wake.wait()
         except TimeoutError:
             pass
+
+
+async def within(seconds: float, work: Coroutine[Any, Any, object]) -> bool:
+    """Whether the work ended in time; raises what it raised.
+
+    Late work is cancelled and not waited for: a database that hangs holds up even the
+    cancellation of a statement.
+    """
+    task = asyncio.create_task(work)
+    _, late = await asyncio.wait({task}, timeout=max(seconds, 0))
+    if late:
+        task.cancel()
+        return False
+    task.result()
+    return True

@@ -1,29 +1,28 @@
 """The dispatcher: claims due jobs lane by lane, sends them, settles what became of them.
 
-Each lane (namespace and endpoint) has its own room, so that a slow endpoint never holds up
-another. An attempt is sent only while its lease is certainly ours by this machine's monotonic
-clock; otherwise it is left to whoever takes it over.
+Each endpoint has its own room, over all namespaces, so that a slow one does not hold up the
+others. An attempt is sent only while its lease is certainly ours by this machine's monotonic
+clock. One that has not begun is given back, and its number with it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections import Counter, deque
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from orbit.clock import Clock
-from orbit.database.pool import Database
+from orbit.database.pool import TRANSIENT, Database, first_line
 from orbit.errors import SecretUnreadable
-from orbit.execution.dispatch import ClaimedJob, DispatchQueue, Snapshot, Snapshots
+from orbit.execution.dispatch import ClaimedJob, DispatchQueue, Lane, Snapshot, Snapshots
 from orbit.execution.memory import PayloadMemory
 from orbit.execution.wire import Outcome, Outgoing, Wire, WireResult, request_headers
-from orbit.services.base import Service
+from orbit.services.base import LAST_WORDS_SECONDS, Service, within
 
-_DEFAULT_LANE_ROOM = 16
+_DEFAULT_ROOM = 16
 _RECOVERY_SHARE = 6  # expired attempts are looked for this many times in a lease length
-_LAST_WORDS_SECONDS = 5.0  # for settling at the very end, if the database is slow or gone
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +43,14 @@ class _Sending:
 
 
 class Dispatcher(Service):
-    """Sends jobs, up to a number in flight in all and per lane."""
+    """Sends jobs, up to a number in flight in all and per endpoint.
+
+    An endpoint has its `max_concurrency` on this node, whatever the number of namespaces, and at
+    most half of all places (at least one) while other endpoints have jobs due or in flight. So
+    one endpoint that hangs holds up no other, unless it had filled the node before they had work.
+    It cannot, nor can several, where what they are allowed together is less than all there is.
+    Free places go first to the endpoint, then to the namespace, that has the fewest.
+    """
 
     name = "dispatcher"
 
@@ -58,17 +64,18 @@ class Dispatcher(Service):
         clock: Clock,
         *,
         concurrency: int,
-        lane_rooms: Mapping[str, int],
+        rooms: Mapping[str, int],
         lease_seconds: float,
         poll_seconds: float,
     ) -> None:
         super().__init__(database)
         self._queue, self._snapshots, self._wire = queue, snapshots, wire
         self._memory, self._clock = memory, clock
-        self._concurrency, self._lane_rooms = concurrency, lane_rooms
+        self._concurrency, self._endpoint_rooms = concurrency, rooms
         self._lease_seconds, self._poll_seconds = lease_seconds, poll_seconds
         self._sending: dict[tuple[str, int], _Sending] = {}
         self._lanes: Counter[tuple[str, str]] = Counter()
+        self._endpoints: Counter[str] = Counter()
         self._recover_at = 0.0
 
     async def run_once(self) -> float:
@@ -76,18 +83,11 @@ class Dispatcher(Service):
         await self._recover()
         if len(self._sending) >= self._concurrency:
             return self._poll_seconds
-        lanes = sorted(await self._queue.lanes(), key=lambda lane: lane.due_in_seconds)
-        rooms = {}
-        rest = self._poll_seconds
-        for lane in lanes:
-            room = self._room((lane.namespace, lane.endpoint_key))
-            if lane.due_in_seconds > 0:
-                rest = min(rest, lane.due_in_seconds)
-            elif room > 0:
-                rooms[lane.namespace, lane.endpoint_key] = room
-        if not rooms:
-            return rest
-        return 0 if await self._claim(self._shared(rooms)) else rest
+        lanes = await self._queue.lanes()
+        later = [lane.due_in_seconds for lane in lanes if lane.due_in_seconds > 0]
+        rest = min(later, default=self._poll_seconds)
+        rooms = self._shared([lane for lane in lanes if lane.due_in_seconds <= 0])
+        return 0 if rooms and await self._claim(rooms) else min(rest, self._poll_seconds)
 
     async def beat(self) -> None:
         """Prolongs the leases of attempts under way."""
@@ -105,21 +105,13 @@ class Dispatcher(Service):
 
         An attempt that is cut off is settled as unknown.
         """
-        await self.stop()
+        deadline = self._clock.monotonic() + seconds
+        await self.stop(seconds)
         unbegun = [one for one in self._sending.values() if not (one.is_begun or one.is_over)]
-        await _cancel(unbegun)
-        if unbegun:
-            await self._queue.release([sending.job for sending in unbegun])
-        if tasks := _tasks(self._sending.values()):
-            await asyncio.wait(tasks, timeout=max(seconds, 0.01))
-        rest = list(self._sending.values())
-        cut_off = [sending for sending in rest if not sending.is_over]
-        await _cancel(rest)
-        try:
-            async with asyncio.timeout(_LAST_WORDS_SECONDS):
-                await asyncio.gather(*map(self._settle_cut_off, cut_off))
-                await self._queue.drained()
-        except TimeoutError:
+        giving_back = asyncio.create_task(self._cancel_and_give_back(unbegun))
+        tasks = {giving_back, *_tasks(self._sending.values())}
+        await asyncio.wait(tasks, timeout=max(deadline - self._clock.monotonic(), 0))
+        if not await within(LAST_WORDS_SECONDS, self._last_words(giving_back)):
             self._log.warning("settlements_abandoned")  # their leases run out
 
     @property
@@ -127,21 +119,42 @@ class Dispatcher(Service):
         """Attempts under way."""
         return len(self._sending)
 
-    def _room(self, lane: tuple[str, str]) -> int:
-        return self._lane_rooms.get(lane[1], _DEFAULT_LANE_ROOM) - self._lanes[lane]
+    def _room(self, endpoint_key: str, others: Collection[str]) -> int:
+        room = self._endpoint_rooms.get(endpoint_key, _DEFAULT_ROOM)
+        if others:
+            room = min(room, max(1, self._concurrency // 2))
+        return room - self._endpoints[endpoint_key]
 
-    def _shared(self, rooms: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
-        """The node's free places shared out among the lanes, evenly, none left without."""
+    def _shared(self, due: Sequence[Lane]) -> dict[tuple[str, str], int]:
+        """The node's free places, dealt out one by one among the lanes with jobs due."""
+        busy = {lane.endpoint_key for lane in due} | set(self._endpoints)
+        rooms = {
+            lane.endpoint_key: self._room(lane.endpoint_key, busy - {lane.endpoint_key})
+            for lane in due
+        }
+        turns = deque((one.namespace, one.endpoint_key) for one in sorted(due, key=self._load))
+        shares: Counter[tuple[str, str]] = Counter()
         free = self._concurrency - len(self._sending)
-        share = max(1, free // len(rooms))
-        return {lane: min(room, share) for lane, room in list(rooms.items())[:free]}
+        while turns and free > 0:
+            lane = turns.popleft()
+            if rooms[lane[1]] > 0:
+                shares[lane] += 1
+                rooms[lane[1]] -= 1
+                free -= 1
+                turns.append(lane)
+        return dict(shares)
 
-    async def _claim(self, rooms: dict[tuple[str, str], int]) -> int:
+    def _load(self, lane: Lane) -> tuple[int, int, float]:
+        held = self._lanes[lane.namespace, lane.endpoint_key]
+        return self._endpoints[lane.endpoint_key], held, lane.due_in_seconds
+
+    async def _claim(self, rooms: Mapping[tuple[str, str], int]) -> int:
         asked_at = self._clock.monotonic()
         jobs = await self._queue.claim(rooms)
         for job in jobs:
             sending = _Sending(job, asked_at + self._lease_seconds, self._clock.now())
             self._lanes[job.namespace, job.endpoint_key] += 1
+            self._endpoints[job.endpoint_key] += 1
             self._sending[sending.key] = sending
             sending.task = asyncio.create_task(self._deliver(sending), name=f"job-{job.job_id}")
         return len(jobs)
@@ -161,20 +174,26 @@ class Dispatcher(Service):
                 sending.started_at = self._clock.now()
                 result, snapshot = await self._attempt(sending)
             sending.is_over = True
-            if result is not None:
-                await self._queue.settle(
-                    job,
-                    result,
-                    snapshot.permanent_statuses if snapshot else (),
-                    sending.started_at,
-                    self._clock.now(),
-                )
-                self._tell(job, result)
+            if result is None:
+                await within(self._lease_seconds, self._give_back([job]))
+                return
+            permanent = snapshot.permanent_statuses if snapshot else ()
+            await self._queue.settle(job, result, permanent, sending.started_at, self._clock.now())
+            self._tell(job, result)
         except Exception:  # noqa: BLE001 - whatever it is, the lease runs out
             # The attempt is then settled as unknown.
             self._log.exception("attempt_interrupted", **_named(job))
         finally:
             self._forget(sending)
+
+    async def _give_back(self, jobs: Sequence[ClaimedJob]) -> None:
+        await self._database.persist(lambda: self._queue.release(jobs))
+
+    async def _cancel_and_give_back(self, unbegun: Collection[_Sending]) -> None:
+        tasks = _cancelled(unbegun)
+        if tasks:
+            await asyncio.wait(tasks, timeout=LAST_WORDS_SECONDS)
+            await self._give_back([sending.job for sending in unbegun])
 
     def _tell(self, job: ClaimedJob, result: WireResult) -> None:
         """Successes are for who looks closely; the facts have them all."""
@@ -189,18 +208,33 @@ class Dispatcher(Service):
         )
 
     async def _attempt(self, sending: _Sending) -> tuple[WireResult | None, Snapshot | None]:
-        """Sends once; no result if the lease may be over, so that nothing was sent."""
+        """Sends once; no result if nothing was sent, for want of the database or of the lease."""
         job = sending.job
         try:
             snapshot = await self._snapshots.read(job.namespace, job.snapshot_id)
+            content = await self._queue.content(job)
         except SecretUnreadable as error:
             return WireResult(Outcome.NOT_SENT, cause="secret unreadable", error=str(error)), None
-        content = await self._queue.content(job)
+        except TRANSIENT as error:
+            self._log.warning("attempt_not_begun", error=first_line(error), **_named(job))
+            await asyncio.sleep(self._poll_seconds)  # given back, it is due at once
+            return None, None
         outgoing = _outgoing(job, snapshot, content)
         if self._clock.monotonic() >= sending.expires:
             return None, snapshot
         sending.is_begun = True
         return await self._wire.send(outgoing), snapshot
+
+    async def _last_words(self, giving_back: asyncio.Task[None]) -> None:
+        """Settles what is cut off; waits for what is over and only has to be committed."""
+        under_way = list(self._sending.values())
+        cut_off = [one for one in under_way if one.is_begun and not one.is_over]
+        _cancelled(cut_off)
+        ends = [giving_back, *_tasks(under_way), *map(self._settle_cut_off, cut_off)]
+        for result in await asyncio.gather(*ends, return_exceptions=True):
+            if isinstance(result, Exception):
+                self._log.error("settlement_failed", exc_info=result)
+        await self._queue.drained()
 
     async def _settle_cut_off(self, sending: _Sending) -> None:
         error = "the node was told to stop before an answer was seen"
@@ -213,6 +247,9 @@ class Dispatcher(Service):
         self._lanes[job.namespace, job.endpoint_key] -= 1
         if not self._lanes[job.namespace, job.endpoint_key]:
             del self._lanes[job.namespace, job.endpoint_key]
+        self._endpoints[job.endpoint_key] -= 1
+        if not self._endpoints[job.endpoint_key]:
+            del self._endpoints[job.endpoint_key]
         self.wake()
 
 
@@ -220,11 +257,11 @@ def _tasks(attempts: Collection[_Sending]) -> list[asyncio.Task[None]]:
     return [sending.task for sending in attempts if sending.task is not None]
 
 
-async def _cancel(attempts: Collection[_Sending]) -> None:
+def _cancelled(attempts: Collection[_Sending]) -> list[asyncio.Task[None]]:
     tasks = _tasks(attempts)
     for task in tasks:
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    return tasks
 
 
 def _outgoing(job: ClaimedJob, snapshot: Snapshot, content: bytes) -> Outgoing:

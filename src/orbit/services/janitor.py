@@ -13,7 +13,7 @@ from orbit.services.base import Service
 SQL = load("node")
 _REST_SECONDS = 3600.0
 
-# What a cycle and its jobs leave behind; ledgers and dead letters are not among it.
+# What a cycle and its jobs leave behind; the database refuses to drop of any other fact.
 RETAINED_FACTS = (
     "payload",
     "cycle_checkpoint",

@@ -1,20 +1,25 @@
 """The runner: claims due cycles and carries many of them on at once.
 
 It holds what it has claimed until the cycle needs no worker, its lease is lost, or the node
-drains: then it gives the leases back, so that any node goes on at once.
+drains: then it gives the leases back, so that any node goes on at once. A cycle that cannot go on
+here, for want of its code or for an error that nobody expected, is given back with a delay.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
-from orbit.database.pool import TRANSIENT, Database
-from orbit.errors import LeaseLost
+from orbit.database.pool import TRANSIENT, Database, first_line
+from orbit.errors import LeaseLost, NotHere, OrbitError
 from orbit.execution.context import ClaimedCycle, Stage
 from orbit.execution.cycle import Orchestrator, claim
 from orbit.execution.recorder import release, renew
-from orbit.services.base import Service
+from orbit.services.base import LAST_WORDS_SECONDS, Service, within
+from orbit.vocabulary import printable
+
+_FIRST_DELAY_SECONDS = 0.1
+_ERROR_CHARACTERS = 500
 
 
 class Runner(Service):
@@ -74,18 +79,26 @@ class Runner(Service):
 
     async def drain(self, seconds: float) -> None:
         """Lets cycles go on for so long, then gives back the leases of the rest."""
-        await self.stop()
-        tasks = [task for _, task in self._running.values()]
-        if tasks and seconds > 0:
-            await asyncio.wait(tasks, timeout=seconds)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        await self.stop(seconds)
+        if tasks := [task for _, task in self._running.values()]:
+            await asyncio.wait(tasks, timeout=max(deadline - loop.time(), 0))
         rest = [(cycle, task) for cycle, task in self._running.values() if not task.done()]
+        if rest and not await within(LAST_WORDS_SECONDS, self._give_back_all(rest)):
+            self._log.warning("cycles_abandoned", count=len(rest))  # their leases run out
+
+    async def _give_back_all(self, rest: Sequence[tuple[ClaimedCycle, asyncio.Task[None]]]) -> None:
         for _, task in rest:
             task.cancel()
-        await asyncio.gather(*(task for _, task in rest), return_exceptions=True)
-        if rest:
-            self._log.info("cycles_released", count=len(rest))
-            async with self._database.connection() as connection:
-                await release(connection, self._node_id, [cycle for cycle, _ in rest])
+        await asyncio.wait([task for _, task in rest], timeout=LAST_WORDS_SECONDS / 3)
+        cycles = [cycle for cycle, _ in rest]
+        await self._database.persist(lambda: self._release(cycles))
+        self._log.info("cycles_released", count=len(rest))
+
+    async def _release(self, cycles: Sequence[ClaimedCycle]) -> None:
+        async with self._database.connection() as connection:
+            await release(connection, self._node_id, cycles)
 
     async def _carry(self, cycle: ClaimedCycle) -> None:
         try:
@@ -100,14 +113,31 @@ class Runner(Service):
             self._log.warning("lease_lost", **_named(cycle))
         except TRANSIENT:
             self._log.warning("cycle_interrupted", exc_info=True, **_named(cycle))
-        except Exception:  # noqa: BLE001 - whatever it is, the lease runs out
-            # The cycle is taken up again then, at most max_recoveries times.
+        except NotHere as error:
+            self._log.warning("cycle_unavailable_here", error=str(error), **_named(cycle))
+            await self._give_back(cycle, error, self._lease_seconds / 6)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the cycle fails at a bound
             self._log.exception("cycle_interrupted", **_named(cycle))
+            delay = _FIRST_DELAY_SECONDS * 2 ** min(cycle.recoveries, 30)
+            await self._give_back(cycle, error, min(delay, self._lease_seconds))
         finally:
             entry = self._running.get(cycle.cycle_id)
             if entry is not None and entry[0] is cycle:
                 del self._running[cycle.cycle_id]
             self.wake()
+
+    async def _give_back(self, cycle: ClaimedCycle, error: Exception, delay_seconds: float) -> None:
+        text = first_line(error)
+        if not isinstance(error, OrbitError):
+            text = f"{type(error).__name__}: {text}"
+        reason = printable(text[:_ERROR_CHARACTERS])
+        try:
+            async with self._database.connection() as connection:
+                await release(
+                    connection, self._node_id, [cycle], delay_seconds=delay_seconds, error=reason
+                )
+        except TRANSIENT:
+            self._log.warning("lease_not_given_back", exc_info=True, **_named(cycle))
 
 
 def _named(cycle: ClaimedCycle) -> dict[str, str]:

@@ -3,18 +3,20 @@
 Design note. A schedule's row says up to when its slots are decided. Whoever locks it decides the
 next ones by the database's clock: the slot's row, the cycle it starts and the schedule's new
 place commit together. So two nodes cannot fire a slot twice, a crash cannot lose one, and a
-node's own clock plays no part. A backlog is decided page by page.
+node's own clock plays no part. A backlog is decided page by page. The rows are leases: once a
+minute each node looks whether they are still there and as its own settings want them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from orbit import metrics
-from orbit.canonical import canonical_digest
 from orbit.clock import Clock, new_id
+from orbit.cron import in_zone
 from orbit.database.pool import Connection, Database
 from orbit.database.queries import array, load
 from orbit.execution.initiation import Accepted, CycleRequest, RevisionReplaced, accept
@@ -29,21 +31,17 @@ from orbit.profiles.schedule import (
     SlotOutcome,
     Verdict,
     decide,
-    in_zone,
-    jitter,
-    next_slot,
     slots_between,
 )
 from orbit.services.base import Service
+from orbit.services.schedule_rows import Key, definition_of, due_at, jitter_of, place_of
 from orbit.settings import Settings
 
 SQL = load("slots")
 _SCHEDULES_PER_PASS = 100
 _SLOTS_PER_PAGE = 200
-_NEVER = "infinity"
 _MILLISECOND = timedelta(milliseconds=1)
-
-Key = tuple[str, str]
+_SYNC_INTERVAL = timedelta(minutes=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +116,10 @@ class Scheduler(Service):
         self._configuration, self._clock = configuration, clock
         self._settings, self._node_id = settings, node_id
         self._planned: dict[Key, Planned] = {}
+        self._definitions: dict[Key, str] = {}
+        self._places: dict[Key, datetime] = {}  # up to when each was decided at the last sync
         self._synced: str | None = None
+        self._synced_at = datetime.min.replace(tzinfo=UTC)
         self._last_id_at = clock.now()
 
     async def run_once(self) -> float:
@@ -126,36 +127,72 @@ class Scheduler(Service):
         row = await self._database.fetch_one(SQL.next_due)
         assert row is not None
         poll, due_in = self._settings.poll_seconds, row["due_in_seconds"]
+        now = row["now"].astimezone(UTC)
         if row["revision"] != self._synced:
             await self._configuration.refresh()
-            await self._sync(row["now"].astimezone(UTC))
+            await self._sync(now)
             return 0 if row["revision"] == self._synced else poll
+        is_recent = timedelta(0) <= now - self._synced_at < _SYNC_INTERVAL
+        if not is_recent or (due_in is None and self._planned):
+            await self._sync(now)
         if due_in is None:
-            if self._planned:  # their rows are leases, and leases may be lost
-                await self._sync(row["now"].astimezone(UTC))
             return poll
         if due_in > 0:
             return min(poll, float(due_in))
         return 0 if await self._decide_due() else poll
 
     async def _sync(self, now: datetime) -> None:
-        """Makes the schedules in the database those of the configuration in force, from `now`."""
+        """Makes the schedules in the database those of the configuration in force.
+
+        What is new to this node, by its start or by a revision, begins with its next slot. What
+        it knows keeps its place: a row that is gone comes back where it was, and one that a node
+        with other settings wrote is taken over as far as it is decided. No slot is passed over.
+        """
         active = self._configuration.active
-        self._planned = planned_schedules(active, self._settings)
-        keys = list(self._planned)
-        due = [_due_at(key, self._planned[key].schedule, now) for key in keys]
-        await self._database.execute(
-            SQL.sync_schedules,
-            {
-                "namespace": array(namespace for namespace, _ in keys),
-                "run_profile_id": array(run_profile_id for _, run_profile_id in keys),
-                "definition": array(_definition(self._planned[key].schedule) for key in keys),
-                "decided_until": array([now] * len(keys)),
-                "due_at": array(due),
-            },
+        is_new = active.revision != self._synced
+        planned, definitions = self._planned, self._definitions
+        if is_new:
+            planned = planned_schedules(active, self._settings)
+            definitions = {key: definition_of(one.schedule) for key, one in planned.items()}
+        known = {
+            key: at
+            for key, at in self._places.items()
+            if self._definitions[key] == definitions.get(key)
+        }
+        rows = await self._database.fetch_all(SQL.schedules)
+        stored = {(row["namespace"], row["run_profile_id"]): row for row in rows}
+        places = {
+            key: place_of(stored.get(key), definition, known.get(key), now)
+            for key, definition in definitions.items()
+        }
+        is_amiss = self._is_amiss(known, definitions, stored)
+        if is_new or is_amiss:
+            await self._database.execute(
+                SQL.sync_schedules, _rows(planned, definitions, places, is_new=is_new)
+            )
+            self._log.info("schedules_synced", count=len(planned), revision=active.revision[:12])
+        self._planned, self._definitions, self._places = planned, definitions, places
+        self._synced, self._synced_at = active.revision, now
+
+    def _is_amiss(
+        self,
+        known: Iterable[Key],
+        definitions: Mapping[Key, str],
+        stored: Mapping[Key, Mapping[str, Any]],
+    ) -> bool:
+        """Whether rows that this node knew are gone or another's, or some belong to nobody."""
+        lost = [key for key in known if key not in stored]
+        foreign = [
+            key for key in known if key in stored and stored[key]["definition"] != definitions[key]
+        ]
+        for event, keys in (("schedule_lost", lost), ("schedule_foreign", foreign)):
+            if keys:
+                first = {"namespace": keys[0][0], "run_profile_id": keys[0][1]}
+                self._log.warning(event, count=len(keys), **first)
+        is_forsaken = any(
+            row["is_overdue"] for key, row in stored.items() if key not in definitions
         )
-        self._synced = active.revision
-        self._log.info("schedules_synced", count=len(keys), revision=active.revision[:12])
+        return bool(lost or foreign or is_forsaken)
 
     async def _decide_due(self) -> int:
         """One transaction over a number of due schedules; how many there were."""
@@ -191,12 +228,9 @@ class Scheduler(Service):
         return pages
 
     def _ours(self, row: Mapping[str, str]) -> Planned | None:
-        """The schedule as configured; None if another definition of it is stored."""
-        planned = self._planned.get((row["namespace"], row["run_profile_id"]))
-        if planned is None or _definition(planned.schedule) != row["definition"]:
-            self._synced = None
-            return None
-        return planned
+        """The schedule as configured; None if another definition is stored, until the next sync."""
+        key = row["namespace"], row["run_profile_id"]
+        return self._planned[key] if self._definitions.get(key) == row["definition"] else None
 
     def _page(self, key: Key, planned: Planned, row: Mapping[str, datetime]) -> _Page:
         """The slots that are due, the oldest first, up to a bound."""
@@ -204,7 +238,7 @@ class Scheduler(Service):
         found = slots_between(schedule, row["decided_until"], now, _SLOTS_PER_PAGE + 1)
         due = []
         for slot_at in found[:_SLOTS_PER_PAGE]:
-            if slot_at + _jitter(key, slot_at, schedule) > now:
+            if slot_at + jitter_of(key, slot_at, schedule) > now:
                 break
             due.append(slot_at)
         grace = timedelta(seconds=self._settings.misfire_grace_seconds)
@@ -314,32 +348,23 @@ class Scheduler(Service):
             "run_profile_id": array(page.key[1] for page in pages),
             "decided_until": array(page.decided_until for page in pages),
             "due_at": array(
-                _due_at(page.key, page.planned.schedule, page.decided_until) for page in pages
+                due_at(page.key, page.planned.schedule, page.decided_until) for page in pages
             ),
         }
 
 
-def _definition(schedule: Schedule) -> str:
-    """What a schedule is, so that a change of it is noticed."""
-    return canonical_digest(
-        {
-            "expressions": list(schedule.expressions),
-            "timezone": schedule.timezone,
-            "misfire": schedule.misfire.value,
-            "catchUpLimit": schedule.catch_up_limit,
-            "overlap": schedule.overlap.value,
-            "jitterSeconds": schedule.jitter_seconds,
-        }
-    )
-
-
-def _due_at(key: Key, schedule: Schedule, after: datetime) -> datetime | str:
-    """When the first slot later than `after` is to be decided: the slot and its jitter."""
-    slot_at = next_slot(schedule, after)
-    if slot_at is None:
-        return _NEVER
-    return slot_at + _jitter(key, slot_at, schedule)
-
-
-def _jitter(key: Key, slot_at: datetime, schedule: Schedule) -> timedelta:
-    return jitter("\x1f".join(key), slot_at, schedule.jitter_seconds)
+def _rows(
+    planned: Mapping[Key, Planned],
+    definitions: Mapping[Key, str],
+    places: Mapping[Key, datetime],
+    *,
+    is_new: bool,
+) -> dict[str, Any]:
+    return {
+        "is_new": is_new,
+        "namespace": array(namespace for namespace, _ in planned),
+        "run_profile_id": array(run_profile_id for _, run_profile_id in planned),
+        "definition": array(definitions[key] for key in planned),
+        "decided_until": array(places[key] for key in planned),
+        "due_at": array(due_at(key, one.schedule, places[key]) for key, one in planned.items()),
+    }

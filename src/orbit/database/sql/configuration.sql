@@ -25,6 +25,10 @@ VALUES (%(revision)s, %(body)s, %(node_id)s) ON CONFLICT DO NOTHING;
 INSERT INTO config_activation (activation_id, revision, reason, node_id)
 VALUES (%(activation_id)s, %(revision)s, %(reason)s, %(node_id)s);
 
+-- name: was_in_force
+-- Whether a revision has ever come into force.
+SELECT EXISTS (SELECT FROM config_activation WHERE revision = %(revision)s) AS was_in_force;
+
 -- name: activate
 -- What all nodes go by from now on.
 INSERT INTO config_active (revision) VALUES (%(revision)s)

@@ -120,7 +120,7 @@ WITH RECURSIVE namespaces AS (
         node_id = %(node_id)s::uuid
     FROM due WHERE cycle_lease.namespace = due.namespace AND cycle_lease.cycle_id = due.cycle_id
     RETURNING cycle_lease.namespace, cycle_lease.cycle_id, cycle_lease.lease_number,
-        cycle_lease.recoveries
+        cycle_lease.recoveries, cycle_lease.last_error
 )
 SELECT claimed.*, run.profile_id, run.run_profile_id, run.slot_at, run.idempotency_key,
     run.revision, run.endpoint_keys, run.traceparent, initiation.context,
@@ -173,7 +173,8 @@ WHERE cycle_lease.namespace = mine.namespace AND cycle_lease.cycle_id = mine.cyc
 RETURNING cycle_lease.cycle_id;
 
 -- name: release_cycles
--- Gives leases back, so that any node may go on at once. Locks in key order.
+-- Gives leases back, so that any node may go on after the delay; with the error that stopped it
+-- that counts as a recovery. Locks in key order.
 WITH mine AS MATERIALIZED (
     SELECT lease.namespace, lease.cycle_id FROM cycle_lease lease
     JOIN unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(lease_number)s::int[])
@@ -184,7 +185,9 @@ WITH mine AS MATERIALIZED (
     ORDER BY lease.namespace, lease.cycle_id
     FOR NO KEY UPDATE OF lease
 )
-UPDATE cycle_lease SET due_at = orbit_now(), node_id = NULL
+UPDATE cycle_lease SET due_at = orbit_now() + %(delay_seconds)s * interval '1 second',
+    node_id = NULL, recoveries = recoveries + (%(error)s::text IS NOT NULL)::int,
+    last_error = COALESCE(%(error)s::text, last_error)
 FROM mine
 WHERE cycle_lease.namespace = mine.namespace AND cycle_lease.cycle_id = mine.cycle_id;
 
@@ -199,6 +202,14 @@ JOIN unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(lease_number)s::int[]
 WHERE lease.node_id = %(node_id)s
 ORDER BY lease.namespace, lease.cycle_id
 FOR NO KEY UPDATE OF lease;
+
+-- name: written_before
+-- Which stages these very leases have checkpointed already.
+SELECT done.cycle_id, done.lease_number FROM cycle_checkpoint done
+JOIN unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(lease_number)s::int[],
+    %(stage)s::text[]) AS last (namespace, cycle_id, lease_number, stage)
+    USING (namespace, cycle_id, lease_number, stage)
+WHERE done.node_id = %(node_id)s;
 
 -- name: insert_payloads
 -- The outputs of stages; bytes that the cycle has already stay as they are.
@@ -277,7 +288,7 @@ SELECT namespace, job_id, endpoint_key, cycle_id, orbit_now() FROM job;
 
 -- name: note_progress
 -- A cycle that moved on after a takeover has its count of takeovers begin anew.
-UPDATE cycle_lease SET recoveries = 0
+UPDATE cycle_lease SET recoveries = 0, last_error = NULL
 FROM unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(lease_number)s::int[])
     AS held (namespace, cycle_id, lease_number)
 WHERE cycle_lease.namespace = held.namespace AND cycle_lease.cycle_id = held.cycle_id

@@ -8,10 +8,10 @@ JOIN cycle_run run ON run.namespace = status.namespace AND run.cycle_id = status
 WHERE status.cycle_id = %(cycle_id)s;
 
 -- name: copied_checkpoints
--- Its checkpoints with their payloads, in order.
+-- Its checkpoints with their payloads, in order; no content where retention has dropped it.
 SELECT checkpoint.stage, checkpoint.content_type, checkpoint.detail, payload.content
 FROM cycle_checkpoint checkpoint
-JOIN payload ON payload.namespace = checkpoint.namespace
+LEFT JOIN payload ON payload.namespace = checkpoint.namespace
     AND payload.cycle_id = checkpoint.cycle_id AND payload.digest = checkpoint.digest
 WHERE checkpoint.namespace = %(namespace)s AND checkpoint.cycle_id = %(cycle_id)s
     AND checkpoint.stage = ANY (%(stages)s::text[])

@@ -1,9 +1,15 @@
 -- Schedules and their slots. The schedule's row is a lease: whoever locks it decides its slots,
 -- writes one row for each and moves on to the next, all in one transaction.
 
+-- name: schedules
+-- All schedules, once a minute; whoever has one's definition would have decided it when overdue.
+SELECT namespace, run_profile_id, definition, decided_until,
+    due_at < orbit_now() - interval '1 minute' AS is_overdue FROM schedule;
+
 -- name: sync_schedules
--- Makes the schedules those of the configuration: what is new or changed starts with its next
--- slot, what is the same keeps its place (so that slots missed meanwhile are noticed).
+-- Makes the schedules those of the configuration: what is new or changed starts at the place
+-- given, what is the same keeps its own; none goes back behind a slot that was decided. What is
+-- not wanted goes if the configuration is new, else when nobody decides it.
 WITH wanted AS MATERIALIZED (
     SELECT * FROM unnest(%(namespace)s::text[], %(run_profile_id)s::text[],
         %(definition)s::text[], %(decided_until)s::timestamptz[], %(due_at)s::timestamptz[])
@@ -12,12 +18,16 @@ WITH wanted AS MATERIALIZED (
     DELETE FROM schedule WHERE NOT EXISTS (SELECT FROM wanted
         WHERE wanted.namespace = schedule.namespace
             AND wanted.run_profile_id = schedule.run_profile_id)
+        AND (%(is_new)s OR due_at < orbit_now() - interval '1 minute')
 )
 INSERT INTO schedule (namespace, run_profile_id, definition, decided_until, due_at)
-SELECT namespace, run_profile_id, definition, decided_until, due_at FROM wanted
+SELECT namespace, run_profile_id, definition, GREATEST(decided_until, (
+        SELECT max(slot_at) FROM schedule_slot WHERE schedule_slot.namespace = wanted.namespace
+            AND schedule_slot.run_profile_id = wanted.run_profile_id)), due_at FROM wanted
 ORDER BY namespace, run_profile_id
 ON CONFLICT (namespace, run_profile_id) DO UPDATE SET definition = excluded.definition,
-    decided_until = excluded.decided_until, due_at = excluded.due_at
+    decided_until = GREATEST(schedule.decided_until, excluded.decided_until),
+    due_at = excluded.due_at
 WHERE schedule.definition <> excluded.definition;
 
 -- name: next_due

@@ -91,7 +91,7 @@ CREATE TABLE endpoint_snapshot (
     created_at          timestamptz NOT NULL DEFAULT orbit_now(),
     PRIMARY KEY (namespace, snapshot_id)
 );
-COMMENT ON TABLE endpoint_snapshot IS 'An endpoint as it stood when a job was enqueued, under the digest of its definition. Token and headers are encrypted together.';
+COMMENT ON TABLE endpoint_snapshot IS 'An endpoint as it stood when a job was enqueued, under the digest of its definition. Token, headers and the URL with its query are encrypted together; url is without it.';
 
 -- ---------------------------------------------------------------- facts: cycles
 
@@ -341,6 +341,7 @@ CREATE TABLE cycle_lease (
     due_at         timestamptz NOT NULL,
     lease_number   int NOT NULL DEFAULT 0,
     recoveries     int NOT NULL DEFAULT 0,
+    last_error     text,
     node_id        uuid,
     is_waiting     boolean NOT NULL DEFAULT false,
     items          int NOT NULL DEFAULT 0,
@@ -441,6 +442,10 @@ DECLARE
     partition text;
     made int := 0;
 BEGIN
+    IF through > orbit_now() + interval '1 year' THEN
+        RAISE EXCEPTION 'partitions are made at most a year ahead, not to %', through
+            USING ERRCODE = 'invalid_parameter_value';
+    END IF;
     PERFORM pg_advisory_xact_lock(hashtext('orbit.partitions'));
     FOR fact IN SELECT partrelid FROM pg_partitioned_table
         JOIN pg_class ON pg_class.oid = partrelid
@@ -464,7 +469,7 @@ BEGIN
     RETURN made;
 END
 $$;
-COMMENT ON FUNCTION orbit_create_partitions(timestamptz) IS 'Makes the weekly partitions from this week through the given time; returns how many were missing.';
+COMMENT ON FUNCTION orbit_create_partitions(timestamptz) IS 'Makes the weekly partitions from this week through the given time, at most a year ahead; returns how many were missing.';
 
 CREATE FUNCTION orbit_drop_partitions(fact regclass, before timestamptz) RETURNS text[]
     LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT SET lock_timeout = '2s' AS $$
@@ -472,6 +477,16 @@ DECLARE
     partition record;
     dropped text[] := '{}';
 BEGIN
+    -- Runs with the owner's rights, so it is here that facts which stay for ever are kept.
+    IF (fact = ANY (ARRAY['payload', 'cycle_checkpoint', 'normalized_item', 'execution_record',
+            'delivery_receipt', 'dispatch_job', 'initiation', 'cycle_run']::regclass[])) IS NOT TRUE THEN
+        RAISE EXCEPTION '% stays for ever: its partitions are not dropped', fact
+            USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    IF (before <= orbit_now() - interval '1 day') IS NOT TRUE THEN
+        RAISE EXCEPTION 'facts of the last day are not dropped: % is too late', before
+            USING ERRCODE = 'insufficient_privilege';
+    END IF;
     PERFORM pg_advisory_xact_lock(hashtext('orbit.partitions'));
     FOR partition IN
         SELECT child.relname, to_date(right(child.relname, 8), 'YYYYMMDD') + 7 AS until
@@ -498,7 +513,7 @@ BEGIN
     RETURN dropped;
 END
 $$;
-COMMENT ON FUNCTION orbit_drop_partitions(regclass, timestamptz) IS 'Drops a fact''s partitions that end before the given time, oldest first; stops at what live work needs, or somebody reads for longer than 2 s.';
+COMMENT ON FUNCTION orbit_drop_partitions(regclass, timestamptz) IS 'Drops a retained fact''s partitions that end before the given time (a day ago or earlier), oldest first; refuses the facts that stay for ever; stops at what live work needs, or somebody reads for longer than 2 s.';
 
 -- ---------------------------------------------------------------- statistics
 
