@@ -303,9 +303,12 @@ def test_db_verbs_upgrade_check_and_print_the_schema(alone: Project) -> None:
 
 def test_doctor_says_what_to_do(alone: Project) -> None:
     """`doctor` names what is not good and what to do; code 1 then, 0 when all is well."""
-    ill = alone.run("doctor")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        closed = f"127.0.0.1:{listener.getsockname()[1]}"
+    endpoints = json.dumps([{"key": "default-endpoint", "url": f"http://{closed}/"}])
+    ill = alone.run("doctor", ORBIT_DISPATCH_ENDPOINTS=endpoints)
     assert ill.returncode == 1
-    assert "✗ endpoint default-endpoint: 127.0.0.1:8787 does not accept connections" in ill.stdout
+    assert f"✗ endpoint default-endpoint: {closed} does not accept connections" in ill.stdout
     assert "→ start it" in ill.stdout
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://localhost:{listener.getsockname()[1]}/"
