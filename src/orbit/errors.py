@@ -132,8 +132,14 @@ class AlreadyRequeued(Refused):
     code = "already_requeued"
 
 
+class MayHaveArrived(Refused):
+    """An attempt of the dead letter may have arrived; sent again, it would be another item."""
+
+    code = "may_have_arrived"
+
+
 class NotRerunnable(Refused):
-    """Only a failed cycle can be run again."""
+    """Only a failed cycle can be run again, and only while no re-run of it has taken over."""
 
     code = "not_rerunnable"
 

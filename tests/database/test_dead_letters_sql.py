@@ -10,6 +10,7 @@ import pytest
 from orbit.clock import DatabaseClock, derived_id
 from orbit.database.pool import Database
 from orbit.database.queries import array, load
+from orbit.execution.wire import Outcome, WireResult
 from tests.database.engine import FAILED, SNAPSHOT_ID, Worker, add_snapshot, count, only
 
 SQL = load("dead_letters")
@@ -91,3 +92,20 @@ async def test_only_open_dead_letters_of_the_namespace_are_found(worker: Worker)
     await worker.database.fetch_all(SQL.requeue, asked(await dead(worker.database)))
     assert await worker.database.fetch_all(SQL.open_dead_letters, base) == []
     assert (await dead(worker.database))["decision"] == "requeued"
+
+
+async def test_what_may_have_arrived_is_left_out(database: Database, clock: DatabaseClock) -> None:
+    """An unknown attempt keeps a dead letter out of a bulk requeue, and is counted apart."""
+    await add_snapshot(database)
+    made = Worker.new(database, clock)
+    await made.begin_dispatch(max_attempts=2)
+    (first,) = await made.take("one")
+    await made.settle(first, WireResult(Outcome.UNKNOWN, cause="worker lost"))
+    await database.execute(b"UPDATE dispatch_lease SET due_at = orbit_now()")
+    (second,) = await made.take("one")
+    await made.settle(second, FAILED)
+    assert (await dead(database))["unknown_attempt"] == 1
+    base = {"namespace": "brand-a", "endpoint_key": None, "cause": None, "limit": 9}
+    assert await database.fetch_all(SQL.open_dead_letters, base) == []
+    found = await database.fetch_one(SQL.count_open_dead_letters, base)
+    assert found == {"matching": 0, "may_have_arrived": 1}

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
 from aiohttp import web
 from cryptography.fernet import Fernet
 
 from orbit.api.application import create_application
 from orbit.app import Node
+from orbit.cli.status import why_not_running
 from orbit.settings import Endpoint, Settings
 
 UNKNOWN = "01890000-0000-7000-8000-000000000000"
@@ -392,6 +394,12 @@ async def test_a_failed_cycle_runs_again(
     assert reruns == [new["cycle"]["cycleRunId"]]
     refused = await api.post(f"/cycles/{new['cycle']['cycleRunId']}/rerun", json={"from": "start"})
     assert_problem(refused, 409, "not_rerunnable")
+    second = assert_problem(await api.post(path), 409, "not_rerunnable")
+    assert second["cycleRunId"] == new["cycle"]["cycleRunId"]
+    assert new["cycle"]["cycleRunId"] in second["detail"]
+    forced = await api.post(path, json={"force": True})
+    assert forced.status_code == 202
+    assert forced.json()["isNew"]
 
 
 async def test_too_large_is_refused_before_anything_is_stored(
@@ -548,6 +556,57 @@ async def test_a_reload_waits_for_active_cycles(
         await made.close()
 
 
+async def test_status_tells_of_failed_cycles(api: httpx.AsyncClient) -> None:
+    """Failed cycles of the last day are counted, and the newest named with the reason."""
+    assert (await api.get("/status")).json()["failedCycles"] == {"count": 0, "newest": []}
+    cycle: dict[str, Any] = {}
+    for _ in range(6):
+        asked = {"runProfileIds": ["broken"]}
+        [item] = (await api.post("/run-profiles/trigger", json=asked)).json()["items"]
+        cycle = (await ended(api, item["cycleRunId"]))["cycle"]
+    found = (await api.get("/status")).json()["failedCycles"]
+    assert found["count"] == 6
+    assert len(found["newest"]) == 5
+    assert found["newest"][0]["cycleRunId"] == cycle["cycleRunId"]
+    assert found["newest"][0]["runProfileId"] == "broken"
+    assert found["newest"][0]["reason"] == cycle["reason"]
+
+
+async def test_status_why_sees_an_older_cycle_that_is_active(
+    settings: Settings, receiver: tuple[Receiver, str], owner_dsn: str
+) -> None:
+    """A run profile whose newest cycle has ended still runs while an older one does."""
+    write_configuration(settings.config_dir, receiver[1], overlap="allow")
+    made = Node(settings, roles=frozenset({"api"}))
+    await made.open()
+    await made.start()
+    try:
+        async with client_of(made) as client:
+            asked = {"runProfileIds": ["daily"]}
+            older, newer = [
+                (await client.post("/run-profiles/trigger", json=asked)).json()["items"][0]
+                for _ in range(2)
+            ]
+            with psycopg.connect(owner_dsn) as connection:
+                connection.execute(
+                    "DELETE FROM cycle_lease WHERE cycle_id = %s", (newer["cycleRunId"],)
+                )
+                connection.execute(
+                    "INSERT INTO cycle_checkpoint (namespace, cycle_id, stage, lease_number, "
+                    "node_id) VALUES ('brand-a', %s, 'cycle_finished', 0, %s)",
+                    (newer["cycleRunId"], made.node_id),
+                )
+            items = (await client.get("/run-profiles")).json()["items"]
+            daily = next(one for one in items if one["runProfileId"] == "daily")
+            now = (await client.get("/status")).json()
+            last = daily["lastCycle"]
+            assert (last["cycleRunId"], last["state"]) == (newer["cycleRunId"], "finished")
+            assert why_not_running(daily, now).startswith(f"it runs: {older['cycleRunId']}")
+    finally:
+        await made.drain()
+        await made.close()
+
+
 async def test_slots_are_listed(api: httpx.AsyncClient, owner_dsn: str, node: Node) -> None:
     """Slots come newest first, page by page and filtered."""
     await node.database.execute(
@@ -639,16 +698,38 @@ async def test_many_dead_letters_come_back_at_once(api: httpx.AsyncClient) -> No
     await dead_letter(api, namespace="land")
     asked = {"namespace": "sea", "endpointKey": "bad", "cause": "status 500", "limit": 2}
     dry = await api.post("/dead-letters/requeue", json={**asked, "dryRun": True})
-    assert dry.json() == {"isDryRun": True, "matching": 3, "items": []}
+    assert dry.json() == {"isDryRun": True, "matching": 3, "mayHaveArrived": 0, "items": []}
     assert_problem(await api.post("/dead-letters/requeue", json=asked), 400, "request_invalid")
     done = (await api.post("/dead-letters/requeue", json={**asked, "reason": "up"})).json()
     assert done["matching"] == 3
     assert sorted(one["requeuedFrom"] for one in done["items"]) == sorted(made)[:2]
     other = {**asked, "cause": "status 404", "reason": "up"}
     none = (await api.post("/dead-letters/requeue", json=other)).json()
-    assert none == {"isDryRun": False, "matching": 0, "items": []}
+    assert none == {"isDryRun": False, "matching": 0, "mayHaveArrived": 0, "items": []}
     filters = {"namespace": "land", "endpointKey": "bad", "cause": "status 500"}
     assert len((await api.get("/dead-letters", params=filters)).json()["items"]) == 1
+
+
+async def test_what_may_have_arrived_comes_back_by_force_alone(
+    api: httpx.AsyncClient, node: Node
+) -> None:
+    """A requeue has a new id, so a receiver that had the old one could not tell."""
+    job_id = await dead_letter(api)
+    await node.database.execute(
+        b"INSERT INTO delivery_receipt (namespace, job_id, attempt, outcome, digest, size, "
+        b"lease_number, node_id) SELECT namespace, job_id, 9, 'unknown', digest, size, 9, node_id "
+        b"FROM delivery_receipt WHERE job_id = %s",
+        (job_id,),
+    )
+    (listed,) = (await api.get("/dead-letters")).json()["items"]
+    assert listed["mayHaveArrived"] is True
+    many = {"namespace": "sea", "reason": "up"}
+    done = (await api.post("/dead-letters/requeue", json=many)).json()
+    assert done == {"isDryRun": False, "matching": 0, "mayHaveArrived": 1, "items": []}
+    path = f"/dead-letters/{job_id}/requeue"
+    problem = assert_problem(await api.post(path, json={"reason": "x"}), 409, "may_have_arrived")
+    assert problem["detail"] == "attempt 9 may have arrived; ask the receiver, then force"
+    assert (await api.post(path, json={"reason": "x", "force": True})).status_code == 202
 
 
 # --- the gate, and what is no request ----------------------------------------------------

@@ -374,6 +374,8 @@ def test_a_failed_cycle_is_code_1_and_runs_again(project: Project) -> None:
     rerun = project.json("trigger", "--rerun", cycle_id, "--from", "start", "--watch", code=1)
     assert rerun["cycles"][0]["cycle"]["rerunOf"] == cycle_id
     assert f"re-run as       {rerun['cycleRunId']}" in project.ok("trace", cycle_id)
+    project.json("trigger", "--rerun", cycle_id, "--force", "--watch", code=1)
+    assert project.run("trigger", "nova-daily", "--force").returncode == 2
     finished = project.json("trigger", "nova-daily", "--watch")["cycles"][0]["cycle"]["cycleRunId"]
     refused = project.run("trigger", "--rerun", finished)
     assert refused.returncode == 3
@@ -422,7 +424,8 @@ def test_cycles_filters(project: Project) -> None:
 
 def test_dead_letters_are_shown_requeued_and_discarded(project: Project) -> None:
     """A dead letter is listed and shown; requeued once, not twice unless forced; discarded."""
-    watched = project.json("trigger", "nova-nowhere", "--watch")
+    watched = project.json("trigger", "nova-nowhere", "--watch", code=1)
+    assert watched["cycles"][0]["cycle"]["state"] == "finished", "it is 1 for the dead letter"
     (job,) = watched["cycles"][0]["jobs"]
     job_id = job["jobId"]
     assert job["state"] == "dead_lettered"
@@ -450,6 +453,7 @@ def test_status_and_profiles(project: Project) -> None:
     """`status` shows the node; `--why` says why a run profile isn't running; `profiles` lists."""
     text = project.ok("status", "--why")
     assert re.search(r"^paused +no$", text, re.MULTILINE)
+    assert re.search(r"^failed cycles +\d+ in 24 h", text, re.MULTILINE)
     assert re.search(r"alive +api, scheduler, worker", text)
     assert re.search(r"nova-off +run profile nova-off is disabled", text)
     assert re.search(r"nova-daily +it has no schedule: only when triggered", text)

@@ -23,10 +23,12 @@ from typing import Any
 import psycopg
 import pytest
 from aiohttp import web
+from structlog.testing import capture_logs
 
 from orbit.app import Node
 from orbit.errors import IdempotencyKeyReused, NotFound, NotRerunnable
 from orbit.execution.context import ExecutionContext
+from orbit.execution.initiation import Accepted
 from orbit.payload import Payload
 from tests.scenario.conftest import (
     Arrival,
@@ -811,6 +813,56 @@ async def test_a_rerun_from_elsewhere_is_another_request(
         await node.orchestration.rerun(failed, idempotency_key="k", is_from_start=True)
 
 
+async def test_a_failed_rerun_runs_again_and_a_finished_one_ends_its_family(
+    configure: Configure,
+    make_node: MakeNode,
+    receiver: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By its own id or the first one's until one has finished; then none of them, unless forced."""
+    node, first = await _failed_cycle(configure, make_node, receiver)
+    failed = [first]
+    for asked in (0, 1, 0):
+        accepted = await node.orchestration.rerun(failed[asked])
+        assert (await ended(node, accepted.cycle_id))["state"] == "failed"
+        failed.append(accepted.cycle_id)
+    monkeypatch.setattr(sys.modules[HERE], "is_mended", True)
+    good = await node.orchestration.rerun(failed[2])
+    assert (await ended(node, good.cycle_id))["state"] == "finished"
+    for one in failed:
+        with pytest.raises(NotRerunnable, match=good.cycle_id):
+            await node.orchestration.rerun(one)
+    assert len(receiver.arrivals) == 1
+    assert (await node.orchestration.rerun(first, is_forced=True)).is_new
+
+
+async def test_reruns_at_once_are_one(
+    configure: Configure,
+    make_node: MakeNode,
+    receiver: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
+    facts: Facts,
+) -> None:
+    """Whoever comes second gets the first one's id or is refused; keys of their own do not help."""
+    node, failed = await _failed_cycle(configure, make_node, receiver)
+    monkeypatch.setattr(sys.modules[HERE], "is_mended", True)
+    other = await make_node(dispatch_endpoints=(receiver.endpoint("out"),), is_started=False)
+    keys = (None, "a", "b", None)
+    answers = await asyncio.gather(
+        *(
+            one.orchestration.rerun(failed, idempotency_key=key)
+            for one in (node, other)
+            for key in keys
+        ),
+        return_exceptions=True,
+    )
+    accepted = [one for one in answers if not isinstance(one, BaseException)]
+    assert all(isinstance(one, Accepted | NotRerunnable) for one in answers), answers
+    assert len({one.cycle_id for one in accepted}) == 1
+    assert sum(one.is_new for one in accepted) == 1
+    assert len(facts("SELECT FROM cycle_run WHERE rerun_of = %s", failed)) == 1
+
+
 async def test_only_a_failed_cycle_runs_again(
     configure: Configure, make_node: MakeNode, receiver: Receiver
 ) -> None:
@@ -848,6 +900,27 @@ async def test_a_cycle_that_loses_every_worker_fails_at_a_bound(
     assert cycle["state"] == "failed"
     assert "its worker was lost 4 times in a row" in cycle["detail"]["reason"]
     assert not calls["shout"], "the fifth worker does not run what killed four"
+
+
+async def test_the_log_tells_of_a_takeover_and_why_the_cycle_failed(
+    configure: Configure, make_node: MakeNode, receiver: Receiver, facts: Facts
+) -> None:
+    """A lost worker's cycle is named once; a failure with its run profile, stage, step, reason."""
+    configure(run_profile(execution_policy=policy(tier2=[step(raises)])))
+    node = await make_node(is_started=False, dispatch_endpoints=(receiver.endpoint("out"),))
+    await node.configuration.propose(node.orchestration.read_files())
+    [answer] = await node.orchestration.trigger_run_profiles()
+    facts("UPDATE cycle_lease SET node_id = %s RETURNING cycle_id", node.node_id)
+    with capture_logs() as logs:
+        await node.start()
+        cycle = await ended(node, answer.cycle_id or "")
+        await node.drain()
+    [taken] = [one for one in logs if one["event"] == "cycle_taken_over"]
+    assert (taken["cycle"], taken["recoveries"]) == (answer.cycle_id, 1)
+    [failed] = [one for one in logs if one["event"] == "cycle_failed"]
+    assert (failed["cycle"], failed["run_profile"]) == (answer.cycle_id, "daily")
+    assert (failed["stage"], failed["step"]) == ("tier2_complete", 0)
+    assert failed["reason"] == cycle["detail"]["reason"]
 
 
 async def _accepted_here_and_unknown_there(

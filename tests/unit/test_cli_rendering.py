@@ -271,7 +271,13 @@ def node(**given: Any) -> dict[str, Any]:
         ({"nextDueAt": AT}, [node(roles=["scheduler"])], "no node that is up has the role worker"),
         ({"nextDueAt": AT}, [node()], "its next slot is 2026-05-01T06:00:00.123Z"),
         (
-            {"lastCycle": {"state": "running", "cycleRunId": CYCLE_ID, "stage": "tier1_complete"}},
+            {
+                "activeCycle": {
+                    "state": "running",
+                    "cycleRunId": CYCLE_ID,
+                    "stage": "tier1_complete",
+                }
+            },
             [node()],
             f"it runs: {CYCLE_ID}, at tier1_complete",
         ),

@@ -118,6 +118,16 @@ def test_each_cycle_has_a_trace_of_its_own() -> None:
     assert all([len(part) for part in one.split("-")] == [2, 32, 16, 2] for one in found)
 
 
+def test_reruns_of_one_slot_are_one_whatever_their_keys() -> None:
+    """The first failed cycle and the number of re-runs decide; neither id nor key does."""
+    base = CycleRequest(
+        cycle_id="c", namespace="a", trigger="rerun", rerun_of="b", rerun_slot=("a", 1)
+    )
+    same = replace(base, cycle_id="d", idempotency_key="k", rerun_of="a")
+    assert select_initiation(base) == select_initiation(same)
+    assert select_initiation(base) != select_initiation(replace(base, rerun_slot=("a", 2)))
+
+
 def test_a_slot_in_another_zone_is_the_same_moment() -> None:
     """The scheduler hands slots over in UTC; a zone would make another text of the same slot."""
     at = datetime(2026, 1, 1, tzinfo=UTC)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -68,6 +69,30 @@ async def _succeeds_third(payload: Payload, context: ExecutionContext) -> Payloa
     return Payload(payload.content * 2)
 
 
+def _looks_up(values: dict[str, Any]) -> Any:
+    return values["nope"]
+
+
+def _lacks_a_key(payload: Payload, context: ExecutionContext) -> Payload:
+    return Payload.of_json(_looks_up({}))
+
+
+async def _reads_no_json(payload: Payload, context: ExecutionContext) -> Payload:
+    return Payload.of_json(json.loads("{"))
+
+
+def _exits(payload: Payload, context: ExecutionContext) -> Payload:
+    raise SystemExit(3)
+
+
+def _says_too_much(payload: Payload, context: ExecutionContext) -> Payload:
+    raise ValueError("\n" * 5000)
+
+
+def _returns_none(payload: Payload, context: ExecutionContext) -> None:
+    return None
+
+
 async def _grows(payload: Payload, context: ExecutionContext) -> Payload:
     return Payload(payload.content * 100)
 
@@ -126,12 +151,46 @@ async def test_an_attempt_that_succeeds_ends_the_trying(transformer: Transformer
     assert result.content == b"abab"
     assert [one.attempt for one in seen] == [1, 2, 3]
     assert {one.idempotency_key for one in seen} == {CONTEXT.idempotency_key}
+    line = _succeeds_third.__code__.co_firstlineno + 3
+    busy = f"OSError: busy (test_transformation.py:{line} in _succeeds_third)"
     assert [(one.attempt, one.error, one.input_size, one.output_size) for one in records] == [
-        (1, "OSError: busy", 2, None),
-        (2, "OSError: busy", 2, None),
+        (1, busy, 2, None),
+        (2, busy, 2, None),
         (3, None, 2, 4),
     ]
     assert all(one.duration_seconds >= 0 for one in records)
+
+
+@pytest.mark.parametrize(
+    ("use", "begin", "place"),
+    [
+        ("_lacks_a_key", "KeyError: 'nope'", "_looks_up"),
+        ("_reads_no_json", "JSONDecodeError: ", "_reads_no_json"),
+        ("_exits", "raised SystemExit: 3", "_exits"),
+        ("_says_too_much", "ValueError: \\n", "_says_too_much"),
+    ],
+)
+async def test_an_error_has_its_place_in_the_users_code(
+    transformer: Transformer, use: str, begin: str, place: str
+) -> None:
+    """File, line and function of the innermost frame that is the user's, on one short line."""
+    with pytest.raises(StepFailed) as failed:
+        await transformer.transform(_step(use, max_attempts=1), Payload(b""), CONTEXT, [])
+    reason = str(failed.value)
+    line = globals()[place].__code__.co_firstlineno + 1
+    assert reason.startswith(begin)
+    assert reason.endswith(f" (test_transformation.py:{line} in {place})")
+    assert len(reason) <= 2000
+    assert reason.isprintable()
+
+
+async def test_what_is_not_raised_by_the_users_code_has_no_place(transformer: Transformer) -> None:
+    """A broken contract and an address that nobody listens at have no line in the user's code."""
+    nobody = Step("http", url="http://127.0.0.1:9/", backoff=QUICK, max_attempts=1)
+    for step in (_step("_returns_none", max_attempts=1), nobody):
+        with pytest.raises(StepFailed) as failed:
+            await transformer.transform(step, Payload(b""), CONTEXT, [])
+        assert ".py:" not in str(failed.value)
 
 
 async def test_the_pause_between_attempts_follows_the_backoff(transformer: Transformer) -> None:

@@ -58,9 +58,13 @@ class TriggerBody(Body):
 
 
 class RerunBody(Body):
-    """From where a failed cycle is run again: the stage that failed, or the start."""
+    """From where a failed cycle is run again: the stage that failed, or the start.
+
+    `force` even if a re-run of it is running or has finished.
+    """
 
     from_: Literal["failed", "start"] = Field("failed", alias="from")
+    force: bool = False
 
 
 class CycleFilter(PageFilter):
@@ -136,12 +140,16 @@ def cycles_router(node: Node, bodies: Bodies) -> APIRouter:
         cycleRunId: str,  # noqa: N803 - as above
         body: RerunBody = read_rerun,
     ) -> Triggered:
-        """A new cycle, which names the old one; `Idempotency-Key` is honoured."""
+        """A new cycle, which names the old one; `Idempotency-Key` is honoured.
+
+        409 `not_rerunnable` while a re-run is running or has finished, unless forced.
+        """
         asked = known_id(cycleRunId, "cycle")
         accepted = await answered(
             node.orchestration.rerun(
                 asked,
                 is_from_start=body.from_ == "start",
+                is_forced=body.force,
                 idempotency_key=idempotency_key(request),
             )
         )

@@ -19,7 +19,7 @@ Snapshot = Literal["current", "old"]
 
 
 class RequeueBody(Body):
-    """Why a dead letter is sent again; `force` even if that was decided before.
+    """Why a dead letter is sent again; `force` even if that was decided, or it may have arrived.
 
     `snapshot`: to the endpoint as it is now, or as it stood for the old job.
     """
@@ -69,10 +69,14 @@ class RequeuedView(View):
 
 @dataclass(frozen=True, slots=True)
 class RequeuedMany(View):
-    """How many open dead letters matched, and the jobs that came of them."""
+    """How many open dead letters matched, and the jobs that came of them.
+
+    `may_have_arrived`: how many were left out, since an attempt ended unknown.
+    """
 
     is_dry_run: bool
     matching: int
+    may_have_arrived: int
     items: list[RequeuedView]
 
 
@@ -104,16 +108,17 @@ def dead_letters_router(node: Node, bodies: Bodies) -> APIRouter:
         """All or none of those selected; `matching` counts before the limit."""
         desk = node.dead_letters
         selection = Selection(body.namespace, body.endpoint_key, body.cause)
-        matching = await desk.count(selection)
+        found = await desk.count(selection)
         if body.dry_run:
-            return RequeuedMany(True, matching, [])
+            return RequeuedMany(True, found.matching, found.may_have_arrived, [])
         requeued = await desk.requeue_many(
             selection,
             body.reason or "",
             limit=body.limit,
             snapshot=SnapshotChoice(body.snapshot),
         )
-        return RequeuedMany(False, matching, [_requeued(one) for one in requeued])
+        items = [_requeued(one) for one in requeued]
+        return RequeuedMany(False, found.matching, found.may_have_arrived, items)
 
     _add_single(router, node, bodies)
     return router
@@ -136,7 +141,7 @@ def _add_single(router: APIRouter, node: Node, bodies: Bodies) -> None:
         jobId: str,  # noqa: N803 - as above
         body: RequeueBody = read_requeue,
     ) -> RequeuedView:
-        """409 `already_requeued` for one that has been decided on, unless forced."""
+        """409 `already_requeued` or `may_have_arrived`, unless forced."""
         requeued = await node.dead_letters.requeue(
             known_id(jobId, "dead letter"),
             body.reason,

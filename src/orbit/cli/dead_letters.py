@@ -60,7 +60,7 @@ def list_letters(
             one.get("attempts"),
             when(one.get("createdAt")),
             (one.get("decision") or {}).get("decision"),
-            one.get("cause"),
+            _cause(one),
         )
         for one in answer["items"]
     ]
@@ -85,7 +85,7 @@ def requeue(
     job_id: JobId,
     reason: Annotated[str, typer.Option(help="Why; stored with the decision.")] = _ON_THE_SPOT,
     is_forced: Annotated[
-        bool, typer.Option("--force", help="Even if it was requeued before.")
+        bool, typer.Option("--force", help="Even if it was requeued before, or may have arrived.")
     ] = False,
     snapshot: Annotated[
         Snapshot, typer.Option(help="To the endpoint as it is now, or as it stood.")
@@ -124,7 +124,7 @@ def letter_lines(answer: Any) -> list[str]:
     letter = answer["deadLetter"]
     content = (cell(letter.get("contentType")), size(letter.get("size")))
     facts = {
-        "cause": letter.get("cause"),
+        "cause": _cause(letter),
         "since": when(letter.get("createdAt")),
         "cycle": f"{letter.get('cycleRunId')} in {letter.get('namespace')}",
         "endpoint": f"{letter['endpointKey']}: {letter.get('method')} {letter.get('url')}",
@@ -137,6 +137,11 @@ def letter_lines(answer: Any) -> list[str]:
     lines += [f"  {receipt_line(receipt)}" for receipt in answer["receipts"]]
     lines += [f"  {_decision(decision)}" for decision in answer["decisions"]]
     return lines
+
+
+def _cause(letter: Any) -> str:
+    doubt = " (may have arrived)" if letter.get("mayHaveArrived") else ""
+    return f"{cell(letter.get('cause'))}{doubt}"
 
 
 def _decision(decision: Any) -> str:

@@ -48,10 +48,11 @@ def why_not_running(run_profile: Any, now: Any) -> str:
 
 def _waits_for(run_profile: Any, now: Any) -> Iterator[str]:
     """The reasons, the most telling first; the last one always holds."""
-    last = run_profile.get("lastCycle") or {}
-    if last.get("state") == "running":
-        waits = "waits for the one before it" if last.get("isWaiting") else f"at {last['stage']}"
-        yield f"it runs: {last['cycleRunId']}, {waits}"
+    active = run_profile.get("activeCycle") or {}
+    if active.get("state") == "running":
+        waits = "waits for the one before it"
+        where = waits if active.get("isWaiting") else f"at {active['stage']}"
+        yield f"it runs: {active['cycleRunId']}, {where}"
     if run_profile.get("reason"):
         yield str(run_profile["reason"])
     if now.get("isPaused"):
@@ -85,6 +86,7 @@ def _overview(now: Any) -> None:
         "configuration": now["revision"] or "none yet",
         "database": f"PostgreSQL {store['serverVersion']}, schema {store['schemaRevision']}",
         "active cycles": _cycles_text(cycles),
+        "failed cycles": _failed_text(now["failedCycles"]["count"]),
         "on the wire": f"{now['attemptsInFlight']} attempts",
         "dead letters": f"{now['openDeadLetters']} open",
     }
@@ -114,6 +116,10 @@ def _cycles_text(cycles: Mapping[str, Any]) -> str:
     stages = ", ".join(f"{count} at {stage}" for stage, count in cycles["byStage"].items())
     waiting = f", {cycles['waiting']} waiting for another" if cycles["waiting"] else ""
     return f"{cycles['active']}{f' ({stages})' if stages else ''}{waiting}"
+
+
+def _failed_text(count: int) -> str:
+    return f"{count} in 24 h{' (orbit cycles --state failed)' if count else ''}"
 
 
 def _node_row(node: Any) -> tuple[Any, ...]:

@@ -52,8 +52,14 @@ def trigger(
     origin: Annotated[
         Origin, typer.Option("--from", help="With --rerun: from the failed stage or the start.")
     ] = Origin.FAILED,
+    is_forced: Annotated[
+        bool, typer.Option("--force", help="With --rerun: even if it was run again before.")
+    ] = False,
     is_watching: Annotated[
-        bool, typer.Option("--watch", help="Follow to the end; exit code 1 if any fails.")
+        bool,
+        typer.Option(
+            "--watch", help="Follow to the end; exit code 1 if any fails or has dead letters."
+        ),
     ] = False,
     is_json: Json = False,
 ) -> None:
@@ -61,6 +67,8 @@ def trigger(
     given = {"--payload": payload, "--content-type": content_type, "--namespace": namespace}
     given["--endpoint"] = endpoint[0] if endpoint else None
     _check(run_profile_ids, is_raw=is_raw, rerun=rerun, for_raw=given)
+    if is_forced and rerun is None:
+        raise RequestInvalid("--force goes with --rerun only")
     body = _raw_body(payload, content_type, namespace, endpoint) if is_raw else {}
     headers = {} if idempotency_key is None else {"Idempotency_Key": idempotency_key}
     with connected(settings()) as api:
@@ -69,7 +77,8 @@ def trigger(
             started = [answer]
         elif rerun is not None:
             path = f"/cycles/{rerun}/rerun"
-            answer = api.post(path, {"from": origin.value}, **headers)
+            asked = {"from": origin.value, "force": is_forced}
+            answer = api.post(path, asked, **headers)
             started = [answer]
         else:
             named = {"runProfileIds": run_profile_ids} if run_profile_ids else {}
@@ -99,10 +108,14 @@ def _follow(
             raise
     if is_json:
         print_json({**answer, "cycles": cycles} if is_watching else answer)
-    if any(one["cycle"]["state"] == "failed" for one in cycles) or (
-        is_watching and ids and not is_up
-    ):
+    if any(map(_is_bad, cycles)) or (is_watching and ids and not is_up):
         fail()
+
+
+def _is_bad(lineage: Any) -> bool:
+    """Whether a cycle failed, or left dead letters behind."""
+    cycle = lineage["cycle"]
+    return bool(cycle["state"] == "failed" or cycle.get("deadLettered"))
 
 
 def _end(started: Sequence[Any], *, is_named: bool) -> None:

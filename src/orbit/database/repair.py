@@ -12,6 +12,8 @@ Schedules are not rebuilt here: the scheduler writes them anew when it finds non
 
 from __future__ import annotations
 
+from psycopg.errors import DeadlockDetected
+
 from orbit.clock import SystemClock, new_id
 from orbit.database.pool import Connection, Database
 from orbit.database.queries import array, load
@@ -22,6 +24,7 @@ CYCLE_SQL = load("cycle")
 
 # A lease's number can run ahead of the facts by the takeovers that left no trace. Far below this.
 _STRIDE = 100_000
+_TRIES = 10
 
 
 async def repair(database: Database) -> dict[str, int]:
@@ -31,6 +34,17 @@ async def repair(database: Database) -> dict[str, int]:
     wait for their jobs, how many were `recounted` and how many were complete, so `ended`.
     Raises one of pool.TRANSIENT if a lock cannot be had within 10 s; then nothing has changed.
     """
+    for remaining in reversed(range(_TRIES)):
+        try:
+            return await _rebuild(database)
+        except DeadlockDetected:
+            # Stages lock one lease table first, settlements the other: no order suits both.
+            if not remaining:
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+async def _rebuild(database: Database) -> dict[str, int]:
     async with database.transaction() as connection:
         for lock in (
             SQL.prepare,

@@ -95,7 +95,8 @@ class ClaimedCycle:
     """A cycle whose lease this node holds, as it stands at its last checkpoint.
 
     `content` is None where there is no output yet, or it is too large to come with the claim.
-    `last_error` is why it was given back the last time without having got further.
+    `last_error` is why it was given back the last time without having got further;
+    `is_taken_over`: its former worker was lost with the lease in hand.
     """
 
     namespace: str
@@ -115,6 +116,7 @@ class ClaimedCycle:
     size: int | None
     content: bytes | None
     last_error: str | None = None
+    is_taken_over: bool = False
 
 
 class PlanSource(Protocol):

@@ -70,6 +70,7 @@ def _claimed(row: dict[str, Any]) -> ClaimedCycle:
         lease_number=row["lease_number"],
         recoveries=row["recoveries"],
         last_error=row["last_error"],
+        is_taken_over=row["is_taken_over"],
         profile_id=row["profile_id"],
         run_profile_id=row["run_profile_id"],
         revision=row["revision"],
@@ -127,8 +128,8 @@ class Orchestrator:
         self._transformer, self._normalizer, self._snapshots = transformer, normalizer, snapshots
         self._memory, self._max_recoveries = memory, max_recoveries
 
-    async def run(self, cycle: ClaimedCycle) -> Stage:
-        """Carries the cycle on; its last stage when it needs no worker any more.
+    async def run(self, cycle: ClaimedCycle) -> Stage | StepFailed:
+        """Carries the cycle on; its last stage, or why it failed, when it needs no worker any more.
 
         Raises LeaseLost if another worker has it meanwhile, and NotHere if another node may be
         able to carry it on.
@@ -141,7 +142,8 @@ class Orchestrator:
                 progress = _Progress(cycle, plan, await self._payload(cycle), result, memory)
                 return await self._advance(progress)
             except StepFailed as failure:
-                return await self._fail(cycle, result, failure)
+                await self._fail(cycle, result, failure)
+                return failure
 
     def _refuse_deadly(self, cycle: ClaimedCycle) -> None:
         if cycle.recoveries > self._max_recoveries:
@@ -243,13 +245,12 @@ class Orchestrator:
         await self._recorder.record(progress.result)
         progress.result.checkpoints, progress.result.records = [], []
 
-    async def _fail(self, cycle: ClaimedCycle, result: StageResult, failure: StepFailed) -> Stage:
+    async def _fail(self, cycle: ClaimedCycle, result: StageResult, failure: StepFailed) -> None:
         """Ends the cycle with the reason; what was done before, but not committed, goes along."""
         detail = {"reason": str(failure), **failure.details}
         result.items, result.jobs, result.is_end = None, (), True
         result.checkpoints.append(Checkpoint(Stage.CYCLE_FAILED, None, detail))
         await self._recorder.record(result)
-        return Stage.CYCLE_FAILED
 
 
 def _present(progress: _Progress) -> Payload:

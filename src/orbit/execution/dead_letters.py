@@ -15,7 +15,7 @@ from typing import Any
 from orbit.clock import derived_id
 from orbit.database.pool import Database
 from orbit.database.queries import array, load
-from orbit.errors import AlreadyRequeued, NotFound, Refused, RequestInvalid
+from orbit.errors import AlreadyRequeued, MayHaveArrived, NotFound, Refused, RequestInvalid
 from orbit.execution.dispatch import Snapshots
 
 SQL = load("dead_letters")
@@ -43,6 +43,17 @@ class Requeued:
 
     job_id: str
     new_job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """How many dead letters a bulk requeue finds, and how many it leaves out.
+
+    Those left out may have arrived: somebody has to ask the receiver about each of them.
+    """
+
+    matching: int
+    may_have_arrived: int
 
 
 class DeadLetters:
@@ -73,13 +84,18 @@ class DeadLetters:
     ) -> Requeued:
         """Queues the dead letter's item again, for the same endpoint.
 
-        Raises NotFound, AlreadyRequeued, RequestInvalid (no reason), and Refused if the endpoint
-        or the payload is gone.
+        Raises NotFound, AlreadyRequeued, RequestInvalid (no reason), MayHaveArrived if an attempt
+        ended unknown (unless forced), and Refused if the endpoint or the payload is gone.
         """
         _check_reason(reason)
         row = await self._find(job_id)
         if row["sequence"] and not is_forced:
             raise _already(row)
+        if row["unknown_attempt"] and not is_forced:
+            raise MayHaveArrived(
+                f"attempt {row['unknown_attempt']} may have arrived; ask the receiver, then force",
+                attempt=row["unknown_attempt"],
+            )
         if not row["has_payload"]:
             raise Refused(f"the payload of job {job_id} is past its retention")
         requeued = await self._requeue([row], reason, snapshot)
@@ -87,10 +103,10 @@ class DeadLetters:
             raise _already(await self._find(job_id))
         return requeued[0]
 
-    async def count(self, selection: Selection) -> int:
-        """How many dead letters a requeue of the selection would find."""
+    async def count(self, selection: Selection) -> Found:
+        """How many dead letters a requeue of the selection would find, and leave out."""
         row = await self._database.fetch_one(SQL.count_open_dead_letters, _params(selection))
-        return int(row["count"]) if row else 0
+        return Found(**row) if row else Found(0, 0)
 
     async def requeue_many(
         self,
@@ -102,6 +118,7 @@ class DeadLetters:
     ) -> list[Requeued]:
         """Queues the selection again, oldest first, at most `limit` of them, all or none.
 
+        Those that may have arrived are left out.
         Raises RequestInvalid (no reason), and Refused if an endpoint is gone.
         """
         _check_reason(reason)

@@ -50,7 +50,8 @@ class CycleRequest:
 
     `payload` is the cycle's first payload; None means its initiation object, unless
     `has_initiator`: then injected code makes it, and the cycle starts with its result.
-    `idempotency_key` belongs to the caller and makes the request one for ever.
+    `idempotency_key` belongs to the caller and makes the request one for ever; so does
+    `rerun_slot`, the first failed cycle and the number of its re-runs so far, which goes before.
     """
 
     cycle_id: str
@@ -67,6 +68,7 @@ class CycleRequest:
     value_tags: Mapping[str, Any] = field(default_factory=dict)
     rerun_of: str | None = None
     rerun_from: str | None = None
+    rerun_slot: tuple[str, int] | None = None
     copied: Sequence[CopiedCheckpoint] = ()
     is_waiting: bool = False
 
@@ -98,11 +100,14 @@ def select_initiation(request: CycleRequest) -> Initiation:
     trigger: dict[str, Any] = {"kind": request.trigger}
     if request.slot_at is not None:
         trigger = {"kind": "schedule", "slotAt": request.slot_at.astimezone(UTC).isoformat()}
+    elif request.rerun_slot is not None:
+        first_id, number = request.rerun_slot
+        trigger |= {"rerunOf": first_id, "number": number}
     elif request.idempotency_key is not None:
         trigger = {"kind": "request", "idempotencyKey": request.idempotency_key}
     else:
         trigger["cycleRunId"] = request.cycle_id
-    if request.rerun_of:
+    if request.rerun_of and request.rerun_slot is None:
         trigger["rerunOf"] = request.rerun_of
     context = canonical_json(
         {

@@ -16,10 +16,13 @@ import functools
 import inspect
 import random
 import re
+import sysconfig
 import threading
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 import aiohttp
@@ -39,6 +42,9 @@ _QUERY = re.compile(r"(?<=\S)\?[^\s'\"]+")  # the client's errors name URLs, and
 _abandoned: set[asyncio.Task[Any]] = set()  # the loop itself would not keep them
 _MAX_HANGING = 128
 _hanging: set[threading.Thread] = set()
+_OURS = Path(__file__).parents[1]
+_STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
+_PLACE_CHARACTERS = 200
 
 
 class ContractBroken(Exception):
@@ -285,7 +291,8 @@ def _as_exception(error: BaseException) -> Exception:
     """The error, if a future can carry it and nothing takes it for a request to stop."""
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error
-    return RuntimeError(f"raised {type(error).__name__}: {_said(error)}".rstrip(": "))
+    carried = RuntimeError(f"raised {type(error).__name__}: {_said(error)}".rstrip(": "))
+    return carried.with_traceback(error.__traceback__)
 
 
 async def _outcome(
@@ -299,22 +306,44 @@ async def _outcome(
     except TimeoutError as error:
         if limit.expired():
             return f"took longer than {step.timeout_seconds:g} s", False, None
-        return _described(error), False, None
+        return _described(error, _place(step, error)), False, None
     except NotHere:
         raise
     except (ContractBroken, PayloadTooLarge) as error:
         return _described(error), True, None
     except Exception as error:  # noqa: BLE001 - a step may raise anything
-        return _described(error), False, None
+        return _described(error, _place(step, error)), False, None
 
 
-def _described(error: Exception) -> str:
-    """One line that every table and log can take."""
+def _place(step: Step, error: Exception) -> str:
+    """` (file:line in function)` of the user's innermost frame; empty if there is none."""
+    if step.url is not None:
+        return ""
+    place = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        if _is_users(code.co_filename):
+            place = f"{PurePath(code.co_filename).name}:{line} in {code.co_name}"
+    return printable(f" ({place[:_PLACE_CHARACTERS]})") if place else ""
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_users(file: str) -> bool:
+    path = PurePath(file)
+    if file.startswith("<frozen ") or path.is_relative_to(_OURS):
+        return False
+    if {"site-packages", "dist-packages"} & set(path.parts):
+        return not path.is_relative_to(Path(aiohttp.__file__).parent)
+    return not path.is_relative_to(_STANDARD_LIBRARY)
+
+
+def _described(error: Exception, place: str = "") -> str:
+    """One line that every table and log can take, with the place in the user's code."""
     text = _said(error)
     if not isinstance(error, (OrbitError, RuntimeError, ContractBroken)):
         text = f"{type(error).__name__}: {text}".rstrip(": ")
     text = printable((text or type(error).__name__)[:_ERROR_CHARACTERS])
-    return text[:_ERROR_CHARACTERS]
+    return text[: _ERROR_CHARACTERS - len(place)] + place
 
 
 def _said(error: BaseException) -> str:

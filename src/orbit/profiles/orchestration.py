@@ -7,14 +7,22 @@ between. A repeated Idempotency-Key gets the first answer's cycle.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from orbit.clock import Clock, new_id
 from orbit.database.pool import Database
 from orbit.database.queries import load
-from orbit.errors import GlobalPause, NotFound, NotRerunnable, PayloadTooLarge, RequestInvalid
+from orbit.errors import (
+    GlobalPause,
+    IdempotencyKeyReused,
+    NotFound,
+    NotRerunnable,
+    PayloadTooLarge,
+    RequestInvalid,
+)
 from orbit.execution.context import TIERS, Stage
 from orbit.execution.initiation import (
     Accepted,
@@ -117,10 +125,17 @@ class Orchestration:
         return await asyncio.gather(*triggers)
 
     async def rerun(
-        self, cycle_id: str, *, is_from_start: bool = False, idempotency_key: str | None = None
+        self,
+        cycle_id: str,
+        *,
+        is_from_start: bool = False,
+        is_forced: bool = False,
+        idempotency_key: str | None = None,
     ) -> Accepted:
         """A new cycle in place of a failed one: from the failed stage, or from the start.
 
+        Refused, unless forced, while a re-run of it, or of what it is itself a re-run of, is
+        running or has finished. Of several at once one starts, and the others get its id.
         Raises GlobalPause, NotFound, NotRerunnable, and DatabaseUnavailable as a trigger does.
         """
         self._refuse_while_paused()
@@ -129,6 +144,8 @@ class Orchestration:
             raise NotFound(f"there is no cycle {cycle_id}")
         if row["state"] != "failed":
             raise NotRerunnable(f"cycle {cycle_id} is {row['state']}; only a failed one runs again")
+        key = {"namespace": row["namespace"], "cycle_id": cycle_id}
+        family = await self._database.fetch_all(SQL.rerun_family, key)
         request = CycleRequest(
             cycle_id=new_id(self._clock.now()),
             namespace=row["namespace"],
@@ -137,26 +154,15 @@ class Orchestration:
             idempotency_key=idempotency_key,
             rerun_of=cycle_id,
             rerun_from="start" if is_from_start else "stage",
-            copied=await self._copied(row["namespace"], cycle_id, is_from_start=is_from_start),
+            rerun_slot=None if is_forced else (family[0]["cycle_id"], len(family) - 1),
         )
-        if not row["run_profile_id"]:
-            return await self._intake.accept(request)
-        while True:
-            revision, run_profile = self._of(row["run_profile_id"])
-            base = cycle_request(
-                revision, run_profile, self._clock, "rerun", idempotency_key=idempotency_key
-            )
-            try:
-                return await self._intake.accept(
-                    replace(
-                        base,
-                        rerun_of=cycle_id,
-                        rerun_from=request.rerun_from,
-                        copied=request.copied,
-                    )
-                )
-            except RevisionReplaced:
-                await self._configuration.catch_up()
+        repeated = _repeated(family, request)
+        if repeated is not None:
+            return repeated
+        if not is_forced:
+            _refuse_second(family, cycle_id)
+        copied = await self._copied(row["namespace"], cycle_id, is_from_start=is_from_start)
+        return await self._accept_rerun(replace(request, copied=copied), row["run_profile_id"])
 
     def read_files(self, config_dir: Path | None = None) -> Documents:
         """The configuration files, checked whole. Raises ConfigurationInvalid."""
@@ -194,6 +200,34 @@ class Orchestration:
                 await self._configuration.catch_up()
                 continue
             return replace(answer, cycle_id=accepted.cycle_id, is_new=accepted.is_new)
+
+    async def _accept_rerun(self, request: CycleRequest, run_profile_id: str) -> Accepted:
+        try:
+            if not run_profile_id:
+                return await self._intake.accept(request)
+            return await self._accept_anew(request, run_profile_id)
+        except IdempotencyKeyReused as error:
+            if request.rerun_slot is None:
+                raise
+            raise _taken_over(request.rerun_of, error.details["cycleRunId"], "running") from error
+
+    async def _accept_anew(self, request: CycleRequest, run_profile_id: str) -> Accepted:
+        """Accepts a re-run under the configuration in force."""
+        while True:
+            base = cycle_request(*self._of(run_profile_id), self._clock, "rerun")
+            try:
+                return await self._intake.accept(
+                    replace(
+                        base,
+                        idempotency_key=request.idempotency_key,
+                        rerun_of=request.rerun_of,
+                        rerun_from=request.rerun_from,
+                        rerun_slot=request.rerun_slot,
+                        copied=request.copied,
+                    )
+                )
+            except RevisionReplaced:
+                await self._configuration.catch_up()
 
     def _named(self, ids: Collection[str] | None) -> list[RunProfile]:
         documents = self._configuration.active.documents
@@ -247,6 +281,35 @@ class Orchestration:
         if unknown:
             known = ", ".join(sorted(self._endpoint_keys)) or "none"
             raise RequestInvalid(f"unknown endpoint {', '.join(unknown)}; known: {known}")
+
+
+def _repeated(family: Sequence[Mapping[str, Any]], request: CycleRequest) -> Accepted | None:
+    """The re-run that was started under the request's Idempotency-Key before, if any."""
+    for one in family:
+        if request.idempotency_key is None or one["rerun_of"] != request.rerun_of:
+            continue
+        if one["idempotency_key"] == request.idempotency_key:
+            if one["request_digest"] != request.digest():
+                raise IdempotencyKeyReused(
+                    "this Idempotency-Key was used before for another request",
+                    cycleRunId=one["cycle_id"],
+                )
+            return Accepted(one["cycle_id"], False)
+    return None
+
+
+def _refuse_second(family: Sequence[Mapping[str, Any]], cycle_id: str) -> None:
+    for one in family:
+        if one["state"] != "failed":
+            raise _taken_over(cycle_id, one["cycle_id"], one["state"])
+
+
+def _taken_over(cycle_id: str | None, rerun_id: str, state: str) -> NotRerunnable:
+    what = "is running" if state == "running" else f"has {state}"
+    return NotRerunnable(
+        f"cycle {cycle_id} was run again as {rerun_id}, which {what}; force to run it once more",
+        cycleRunId=rerun_id,
+    )
 
 
 def _check_id(value: str, name: str) -> None:

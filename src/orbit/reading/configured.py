@@ -39,7 +39,8 @@ class RunProfileView(View):
     """A run profile as configured, and whether it runs.
 
     `effective_state` is `disabled` also where its profile is; `reason` then says why.
-    `last_cycle` is looked for among the newest 5,000 cycles.
+    `last_cycle` is looked for among the newest 5,000 cycles; `active_cycle` is the oldest that
+    is active, one that does not wait if there is one.
     """
 
     run_profile_id: str
@@ -55,6 +56,7 @@ class RunProfileView(View):
     next_due_at: datetime | None
     last_slot: Slot | None
     last_cycle: CycleSummary | None
+    active_cycle: CycleSummary | None
 
 
 def profiles(documents: Documents) -> list[ProfileView]:
@@ -63,28 +65,31 @@ def profiles(documents: Documents) -> list[ProfileView]:
 
 
 async def run_profiles(database: Database, documents: Documents) -> list[RunProfileView]:
-    """The run profiles of a configuration, with their next slot, last slot and last cycle."""
+    """The run profiles of a configuration, with their next slot, last slot and cycles."""
     due = {(one.namespace, one.run_profile_id): one.due_at for one in await schedules(database)}
     slots = await _last_slots(database, documents)
     recent = await summaries(database, await database.fetch_all(SQL.recent_cycles_of_run_profiles))
     cycles = {(one.namespace, one.run_profile_id): one for one in recent}
+    found = await database.fetch_all(SQL.active_cycles_of_run_profiles, _keys(documents))
+    active = {(one.namespace, one.run_profile_id): one for one in await summaries(database, found)}
     views = []
     for one in documents.run_profiles:
         key = one.namespace, one.run_profile_id
-        views.append(_run_profile(documents, one, due.get(key), slots.get(key), cycles.get(key)))
+        last = cycles.get(key), active.get(key)
+        views.append(_run_profile(documents, one, due.get(key), slots.get(key), *last))
     return views
 
 
 async def _last_slots(database: Database, documents: Documents) -> dict[tuple[str, str], Slot]:
-    rows = await read_all(
-        database,
-        SQL.last_slots,
-        {
-            "namespace": array(one.namespace for one in documents.run_profiles),
-            "run_profile_id": array(one.run_profile_id for one in documents.run_profiles),
-        },
-    )
+    rows = await read_all(database, SQL.last_slots, _keys(documents))
     return {(row["namespace"], row["run_profile_id"]): Slot(**row) for row in rows}
+
+
+def _keys(documents: Documents) -> dict[str, Any]:
+    return {
+        "namespace": array(one.namespace for one in documents.run_profiles),
+        "run_profile_id": array(one.run_profile_id for one in documents.run_profiles),
+    }
 
 
 def _profile(documents: Documents, profile: Profile) -> ProfileView:
@@ -111,6 +116,7 @@ def _run_profile(
     due_at: datetime | None,
     slot: Slot | None,
     cycle: CycleSummary | None,
+    active: CycleSummary | None,
 ) -> RunProfileView:
     reason = why_not_runnable(documents, run_profile)
     policy = _wire(run_profile.execution_policy)
@@ -129,6 +135,7 @@ def _run_profile(
         next_due_at=due_at if reason is None else None,
         last_slot=slot,
         last_cycle=cycle,
+        active_cycle=active,
     )
 
 

@@ -39,7 +39,10 @@ class Decision(View):
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter(View):
-    """A job out of retries. What its retention has let go is None."""
+    """A job out of retries. What its retention has let go is None.
+
+    `may_have_arrived`: an attempt ended unknown, so the receiver is to be asked before a requeue.
+    """
 
     job_id: str
     namespace: str
@@ -55,6 +58,7 @@ class DeadLetter(View):
     requeued_from: str | None
     url: str | None
     method: str | None
+    may_have_arrived: bool
     state: str
     decision: Decision | None
     last_receipt: Receipt | None

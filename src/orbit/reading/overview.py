@@ -44,6 +44,25 @@ class ActiveCycles(View):
 
 
 @dataclass(frozen=True, slots=True)
+class FailedCycle(View):
+    """A cycle that failed, and why."""
+
+    cycle_run_id: str
+    namespace: str
+    run_profile_id: str | None
+    failed_at: datetime
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class FailedCycles(View):
+    """How many of the last 24 hours' cycles failed, among the newest 1,000, and the newest 5."""
+
+    count: int
+    newest: list[FailedCycle]
+
+
+@dataclass(frozen=True, slots=True)
 class Lane(View):
     """A namespace's queue for an endpoint, counted up to 1,000; when its first job is due."""
 
@@ -81,6 +100,7 @@ class Status(View):
     revision: str | None
     nodes: list[NodeView]
     cycles: ActiveCycles
+    failed_cycles: FailedCycles
     lanes: list[Lane]
     attempts_in_flight: int
     open_dead_letters: int
@@ -106,6 +126,7 @@ async def status(database: Database, *, lease_seconds: float, is_paused: bool) -
         revision=store["revision"],
         nodes=await _nodes(database, lease_seconds, store["revision"]),
         cycles=await _active_cycles(database),
+        failed_cycles=await _failed_cycles(database),
         lanes=[Lane(**row) for row in await read_all(database, SQL.lanes)],
         attempts_in_flight=in_flight["attempts"],
         open_dead_letters=dead["open"],
@@ -140,3 +161,11 @@ async def _active_cycles(database: Database) -> ActiveCycles:
     stages = await read_all(database, SQL.active_stages)
     by_stage = {row["stage"] or "accepted": row["cycles"] for row in stages}
     return ActiveCycles(total["active"], total["waiting"], by_stage)
+
+
+async def _failed_cycles(database: Database) -> FailedCycles:
+    rows = await read_all(database, SQL.failed_cycles)
+    count = rows[0]["failed"] if rows else 0
+    for row in rows:
+        del row["failed"]
+    return FailedCycles(count, [FailedCycle(**row) for row in rows])

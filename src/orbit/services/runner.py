@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from orbit.database.pool import TRANSIENT, Database, first_line
-from orbit.errors import LeaseLost, NotHere, OrbitError
+from orbit.errors import LeaseLost, NotHere, OrbitError, StepFailed
 from orbit.execution.context import ClaimedCycle, Stage
 from orbit.execution.cycle import Orchestrator, claim
 from orbit.execution.recorder import release, renew
@@ -54,6 +55,8 @@ class Runner(Service):
             return self._poll_seconds
         claimed = await claim(self._database, self._node_id, room, self._lease_seconds)
         for cycle in claimed:
+            if cycle.is_taken_over:
+                self._log.warning("cycle_taken_over", recoveries=cycle.recoveries, **_named(cycle))
             if (outlived := self._running.get(cycle.cycle_id)) is not None:
                 outlived[1].cancel()  # its lease ran out, and now we hold the next one
             task = asyncio.create_task(self._carry(cycle), name=f"cycle-{cycle.cycle_id}")
@@ -102,13 +105,13 @@ class Runner(Service):
 
     async def _carry(self, cycle: ClaimedCycle) -> None:
         try:
-            stage = await self._orchestrator.run(cycle)
-            if stage is Stage.DISPATCH_ENQUEUED:
+            outcome = await self._orchestrator.run(cycle)
+            if outcome is Stage.DISPATCH_ENQUEUED:
                 self._on_enqueued()
-            if stage is Stage.CYCLE_FAILED:
-                self._log.warning("cycle_failed", **_named(cycle))
+            if isinstance(outcome, StepFailed):
+                self._log.warning("cycle_failed", **_why(cycle, outcome), **_named(cycle))
             else:
-                self._log.debug("cycle_advanced", stage=stage.value, **_named(cycle))
+                self._log.debug("cycle_advanced", stage=outcome.value, **_named(cycle))
         except LeaseLost:
             self._log.warning("lease_lost", **_named(cycle))
         except TRANSIENT:
@@ -138,6 +141,15 @@ class Runner(Service):
                 )
         except TRANSIENT:
             self._log.warning("lease_not_given_back", exc_info=True, **_named(cycle))
+
+
+def _why(cycle: ClaimedCycle, failure: StepFailed) -> dict[str, Any]:
+    return {
+        "run_profile": cycle.run_profile_id or None,
+        "stage": failure.details.get("stage"),
+        "step": failure.details.get("step"),
+        "reason": str(failure),
+    }
 
 
 def _named(cycle: ClaimedCycle) -> dict[str, str]:

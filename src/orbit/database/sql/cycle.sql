@@ -104,7 +104,7 @@ WITH RECURSIVE namespaces AS (
         AND due_at <= orbit_now() AND due_at < 'infinity')
 ), due AS MATERIALIZED (
     SELECT lease.* FROM busy CROSS JOIN LATERAL (
-        SELECT namespace, cycle_id, due_at FROM cycle_lease
+        SELECT namespace, cycle_id, due_at, node_id FROM cycle_lease
         WHERE cycle_lease.namespace = busy.namespace AND due_at <= orbit_now()
             AND due_at < 'infinity'
         ORDER BY due_at
@@ -120,7 +120,7 @@ WITH RECURSIVE namespaces AS (
         node_id = %(node_id)s::uuid
     FROM due WHERE cycle_lease.namespace = due.namespace AND cycle_lease.cycle_id = due.cycle_id
     RETURNING cycle_lease.namespace, cycle_lease.cycle_id, cycle_lease.lease_number,
-        cycle_lease.recoveries, cycle_lease.last_error
+        cycle_lease.recoveries, cycle_lease.last_error, due.node_id IS NOT NULL AS is_taken_over
 )
 SELECT claimed.*, run.profile_id, run.run_profile_id, run.slot_at, run.idempotency_key,
     run.revision, run.endpoint_keys, run.traceparent, initiation.context,

@@ -7,7 +7,9 @@
 SELECT dead.namespace, dead.job_id, dead.cycle_id, dead.endpoint_key, job.snapshot_id,
     COALESCE(decided.sequence, 0) AS sequence, decided.decision, decided.new_job_id,
     EXISTS (SELECT FROM payload WHERE payload.namespace = dead.namespace
-        AND payload.cycle_id = dead.cycle_id AND payload.digest = job.digest) AS has_payload
+        AND payload.cycle_id = dead.cycle_id AND payload.digest = job.digest) AS has_payload,
+    (SELECT max(attempt) FROM delivery_receipt receipt WHERE receipt.namespace = dead.namespace
+        AND receipt.job_id = dead.job_id AND receipt.outcome = 'unknown') AS unknown_attempt
 FROM dead_letter_dispatch dead
 LEFT JOIN dispatch_job job ON job.namespace = dead.namespace AND job.job_id = dead.job_id
 LEFT JOIN LATERAL (
@@ -18,8 +20,8 @@ LEFT JOIN LATERAL (
 WHERE dead.job_id = %(job_id)s::uuid;
 
 -- name: open_dead_letters
--- The undecided dead letters of a namespace that can be sent again, oldest first. The primary
--- key serves it.
+-- The undecided dead letters of a namespace that can be sent again, oldest first; without those
+-- that may have arrived. The primary keys serve it.
 SELECT dead.namespace, dead.job_id, dead.cycle_id, dead.endpoint_key, job.snapshot_id,
     0 AS sequence
 FROM dead_letter_dispatch dead
@@ -31,13 +33,22 @@ WHERE dead.namespace = %(namespace)s
         AND payload.cycle_id = dead.cycle_id AND payload.digest = job.digest)
     AND NOT EXISTS (SELECT FROM dead_letter_decision decision
         WHERE decision.namespace = dead.namespace AND decision.job_id = dead.job_id)
+    AND NOT EXISTS (SELECT FROM delivery_receipt receipt
+        WHERE receipt.namespace = dead.namespace AND receipt.job_id = dead.job_id
+            AND receipt.outcome = 'unknown')
 ORDER BY dead.job_id LIMIT %(limit)s;
 
 -- name: count_open_dead_letters
--- How many those are in all.
-SELECT count(*)::int AS count
+-- How many those are in all, and how many are left out since they may have arrived.
+SELECT count(*) FILTER (WHERE NOT receipt.is_unknown)::int AS matching,
+    count(*) FILTER (WHERE receipt.is_unknown)::int AS may_have_arrived
 FROM dead_letter_dispatch dead
 JOIN dispatch_job job ON job.namespace = dead.namespace AND job.job_id = dead.job_id
+CROSS JOIN LATERAL (
+    SELECT EXISTS (SELECT FROM delivery_receipt
+        WHERE delivery_receipt.namespace = dead.namespace
+            AND delivery_receipt.job_id = dead.job_id AND outcome = 'unknown') AS is_unknown
+) receipt
 WHERE dead.namespace = %(namespace)s
     AND (%(endpoint_key)s::text IS NULL OR dead.endpoint_key = %(endpoint_key)s)
     AND (%(cause)s::text IS NULL OR dead.cause = %(cause)s)

@@ -150,7 +150,9 @@ WHERE dead.job_id < %(before)s::uuid ORDER BY dead.job_id DESC LIMIT %(count)s;
 SELECT dead.job_id, dead.namespace, dead.cycle_id AS cycle_run_id, dead.endpoint_key, dead.cause,
     dead.attempts, dead.created_at, job.item_index, job.digest, job.content_type, job.size,
     job.requeued_from, snapshot.url, snapshot.method, decided.decision, decided.new_job_id,
-    decided.reason AS decision_reason, decided.decided_at
+    decided.reason AS decision_reason, decided.decided_at,
+    EXISTS (SELECT FROM delivery_receipt receipt WHERE receipt.namespace = dead.namespace
+        AND receipt.job_id = dead.job_id AND receipt.outcome = 'unknown') AS may_have_arrived
 FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[]) AS asked (namespace, job_id)
 JOIN dead_letter_dispatch dead
     ON dead.namespace = asked.namespace AND dead.job_id = asked.job_id
@@ -249,6 +251,44 @@ SELECT count(*)::int AS open FROM (
 ) dead
 WHERE NOT EXISTS (SELECT FROM dead_letter_decision decision
     WHERE decision.namespace = dead.namespace AND decision.job_id = dead.job_id);
+
+-- name: failed_cycles
+-- The failed ones among the newest 1,000 cycles of the last 24 hours: the newest five, and how
+-- many there are. cycle_run_newest and the checkpoints' primary key serve it.
+SELECT recent.cycle_id AS cycle_run_id, recent.namespace,
+    NULLIF(recent.run_profile_id, '') AS run_profile_id, failed.created_at AS failed_at,
+    failed.reason, count(*) OVER ()::int AS failed
+FROM (
+    SELECT namespace, cycle_id, run_profile_id FROM cycle_run
+    WHERE cycle_id >= orbit_first_id(orbit_now() - interval '24 hours')
+    ORDER BY cycle_id DESC LIMIT 1000
+) recent
+CROSS JOIN LATERAL (
+    SELECT created_at, detail ->> 'reason' AS reason FROM cycle_checkpoint checkpoint
+    WHERE checkpoint.namespace = recent.namespace AND checkpoint.cycle_id = recent.cycle_id
+        AND stage = 'cycle_failed'
+    LIMIT 1
+) failed
+ORDER BY recent.cycle_id DESC LIMIT 5;
+
+-- name: active_cycles_of_run_profiles
+-- The oldest active cycle of each given run profile, one that does not wait before one that
+-- does. cycle_lease_by_run_profile and cycle_lease_waiting serve it.
+SELECT asked.namespace, asked.run_profile_id, active.cycle_id
+FROM unnest(%(namespace)s::text[], %(run_profile_id)s::text[])
+    AS asked (namespace, run_profile_id)
+CROSS JOIN LATERAL (
+    (SELECT cycle_id FROM cycle_lease
+    WHERE cycle_lease.namespace = asked.namespace
+        AND cycle_lease.run_profile_id = asked.run_profile_id AND NOT is_waiting
+    ORDER BY cycle_id LIMIT 1)
+    UNION ALL
+    (SELECT cycle_id FROM cycle_lease
+    WHERE cycle_lease.namespace = asked.namespace
+        AND cycle_lease.run_profile_id = asked.run_profile_id AND is_waiting
+    ORDER BY cycle_id LIMIT 1)
+    LIMIT 1
+) active;
 
 -- name: slots_not_fired
 -- Which of the newest 1,000 slots did not fire. schedule_slot_by_time serves it.
