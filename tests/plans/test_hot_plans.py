@@ -163,7 +163,6 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
         },
         "reading.last_slots": profiles,
         "reading.failed_cycles": {},
-        "reading.active_cycles_of_run_profiles": profiles,
         "reading.lanes": {},
         "reading.dead_letter_window": {"before": last, "count": 20},
         "reading.dead_letters": keyed(sample, "namespace", "job_id"),

@@ -17,6 +17,7 @@ from orbit.reading.slots import Slot
 from orbit.reading.view import View, camel_case, read_all
 
 SQL = load("reading")
+SLOTS_SQL = load("slots")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ async def run_profiles(database: Database, documents: Documents) -> list[RunProf
     slots = await _last_slots(database, documents)
     recent = await summaries(database, await database.fetch_all(SQL.recent_cycles_of_run_profiles))
     cycles = {(one.namespace, one.run_profile_id): one for one in recent}
-    found = await database.fetch_all(SQL.active_cycles_of_run_profiles, _keys(documents))
+    found = await database.fetch_all(SLOTS_SQL.busy_run_profiles, _keys(documents))
     active = {(one.namespace, one.run_profile_id): one for one in await summaries(database, found)}
     views = []
     for one in documents.run_profiles:

@@ -271,25 +271,6 @@ CROSS JOIN LATERAL (
 ) failed
 ORDER BY recent.cycle_id DESC LIMIT 5;
 
--- name: active_cycles_of_run_profiles
--- The oldest active cycle of each given run profile, one that does not wait before one that
--- does. cycle_lease_by_run_profile and cycle_lease_waiting serve it.
-SELECT asked.namespace, asked.run_profile_id, active.cycle_id
-FROM unnest(%(namespace)s::text[], %(run_profile_id)s::text[])
-    AS asked (namespace, run_profile_id)
-CROSS JOIN LATERAL (
-    (SELECT cycle_id FROM cycle_lease
-    WHERE cycle_lease.namespace = asked.namespace
-        AND cycle_lease.run_profile_id = asked.run_profile_id AND NOT is_waiting
-    ORDER BY cycle_id LIMIT 1)
-    UNION ALL
-    (SELECT cycle_id FROM cycle_lease
-    WHERE cycle_lease.namespace = asked.namespace
-        AND cycle_lease.run_profile_id = asked.run_profile_id AND is_waiting
-    ORDER BY cycle_id LIMIT 1)
-    LIMIT 1
-) active;
-
 -- name: slots_not_fired
 -- Which of the newest 1,000 slots did not fire. schedule_slot_by_time serves it.
 SELECT * FROM (
