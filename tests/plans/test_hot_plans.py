@@ -76,6 +76,9 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
             "room": 64,
             "lease_seconds": 30.0,
             "node_id": NODE,
+        },
+        "cycle.claimed_cycles": {
+            **keyed(sample, "namespace", "cycle_id"),
             "inline_bytes": 65536,
         },
         "cycle.release_waiting": {},

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orbit.database.pool import Database
-from orbit.database.queries import load
+from orbit.database.queries import array, load
 from orbit.errors import StepFailed
 from orbit.execution.context import (
     TIERS,
@@ -46,31 +46,38 @@ async def claim(
     database: Database, node_id: str, room: int, lease_seconds: float
 ) -> list[ClaimedCycle]:
     """Takes the leases of at most `room` due cycles."""
-    async with database.transaction() as connection:
+    async with database.transaction() as connection, connection.pipeline():
         await connection.execute(SQL.release_waiting)
         cursor = await connection.execute(
             SQL.claim_cycles,
+            {"node_id": node_id, "room": room, "lease_seconds": lease_seconds},
+            binary=True,
+        )
+        leases = {(row["namespace"], row["cycle_id"]): row for row in await cursor.fetchall()}
+        if not leases:
+            return []
+        cursor = await connection.execute(
+            SQL.claimed_cycles,
             {
-                "node_id": node_id,
-                "room": room,
-                "lease_seconds": lease_seconds,
+                "namespace": array(namespace for namespace, _ in leases),
+                "cycle_id": array(cycle_id for _, cycle_id in leases),
                 "inline_bytes": INLINE_BYTES,
             },
             binary=True,
         )
         rows = await cursor.fetchall()
-    return [_claimed(row) for row in rows]
+    return [_claimed(row, leases[row["namespace"], row["cycle_id"]]) for row in rows]
 
 
-def _claimed(row: dict[str, Any]) -> ClaimedCycle:
+def _claimed(row: dict[str, Any], lease: dict[str, Any]) -> ClaimedCycle:
     slot_at, stage = row["slot_at"], row["stage"]
     return ClaimedCycle(
         namespace=row["namespace"],
         cycle_id=row["cycle_id"],
-        lease_number=row["lease_number"],
-        recoveries=row["recoveries"],
-        last_error=row["last_error"],
-        is_taken_over=row["is_taken_over"],
+        lease_number=lease["lease_number"],
+        recoveries=lease["recoveries"],
+        last_error=lease["last_error"],
+        is_taken_over=lease["is_taken_over"],
         profile_id=row["profile_id"],
         run_profile_id=row["run_profile_id"],
         revision=row["revision"],

@@ -88,8 +88,7 @@ SELECT revision FROM config_active;
 
 -- name: claim_cycles
 -- Takes due cycles, the longest due of each namespace first, an equal share for each.
--- cycle_lease_due serves the loose scan over namespaces and the claim in each. OFFSET 0 keeps
--- the look-ups what they are, one by its whole key for each cycle.
+-- cycle_lease_due serves the loose scan over namespaces and the claim in each.
 WITH RECURSIVE namespaces AS (
     (SELECT namespace FROM cycle_lease WHERE due_at < 'infinity' ORDER BY namespace LIMIT 1)
     UNION ALL
@@ -122,13 +121,19 @@ WITH RECURSIVE namespaces AS (
     RETURNING cycle_lease.namespace, cycle_lease.cycle_id, cycle_lease.lease_number,
         cycle_lease.recoveries, cycle_lease.last_error, due.node_id IS NOT NULL AS is_taken_over
 )
-SELECT claimed.*, run.profile_id, run.run_profile_id, run.slot_at, run.idempotency_key,
-    run.revision, run.endpoint_keys, run.traceparent, initiation.context,
+SELECT * FROM claimed;
+
+-- name: claimed_cycles
+-- What is known of cycles, with their last checkpoints; OFFSET 0 keeps the look-ups what they
+-- are, one by its whole key for each cycle. To follow claim_cycles in its
+-- transaction, as a statement of its own: one that locks a lease may have begun before the last
+-- owner's commit, and would not see the checkpoint.
+SELECT run.namespace, run.cycle_id, run.profile_id, run.run_profile_id, run.slot_at,
+    run.idempotency_key, run.revision, run.endpoint_keys, run.traceparent, initiation.context,
     last.stage, last.digest, last.content_type, last.size, payload.content
-FROM claimed
+FROM unnest(%(namespace)s::text[], %(cycle_id)s::uuid[]) AS claimed (namespace, cycle_id)
 CROSS JOIN LATERAL (
-    SELECT profile_id, run_profile_id, slot_at, idempotency_key, revision, endpoint_keys,
-        traceparent FROM cycle_run
+    SELECT * FROM cycle_run
     WHERE cycle_run.namespace = claimed.namespace AND cycle_run.cycle_id = claimed.cycle_id
     OFFSET 0
 ) run
