@@ -8,6 +8,8 @@ Everything is the program's own: schema, intake, runner, dispatcher, receipts, f
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import json
 import logging
 import sys
@@ -25,7 +27,6 @@ from orbit.execution.context import ExecutionContext
 from orbit.execution.initiation import CycleRequest, accept
 from orbit.payload import Payload
 from orbit.settings import Settings, load_settings
-from orbit.vault import generate_key
 
 JOBS: dict[str, str] = {}
 _PROFILE = {"profile_id": "bench", "label": "Benchmark", "state": "enabled"}
@@ -85,7 +86,7 @@ def settings() -> Settings:
     return load_settings(
         {
             "DATABASE_URL": dsn(),
-            "ORBIT_SECRET_KEYS": generate_key(),
+            "ORBIT_SECRET_KEYS": _secret_key(),
             "ORBIT_CONFIG_DIR": str(folder),
             "ORBIT_CRON_SCHEDULE": "",
             "ORBIT_WORKER_CONCURRENCY": in_flight,
@@ -94,6 +95,11 @@ def settings() -> Settings:
         },
         env_file=None,
     )
+
+
+def _secret_key() -> str:
+    """The same for the process that enqueues and the one that sends."""
+    return base64.urlsafe_b64encode(hashlib.sha256(dsn().encode()).digest()).decode()
 
 
 class OrbitPeer(Peer):
@@ -126,9 +132,9 @@ class OrbitPeer(Peer):
         if "cycles" in sys.argv:
             await self.node.start()
 
-    async def work(self) -> Node:
+    async def work(self) -> None:
         await self.node.start()
-        return self.node
+        await asyncio.Event().wait()  # until it is killed
 
     async def cycles(self, jobs: list[dict[str, Any]]) -> Node:
         JOBS.update({str(job["id"]): job["body"] for job in jobs})
