@@ -1,8 +1,9 @@
 """Orbit's side of the peer benchmark: an adapter of the peers' protocol (`common.py`).
 
-W1 and W4: one worker drains raw cycles' jobs, 64 requests in flight. W2: whole cycles of a run
-profile whose initiator, three tiers and normaliser each do one step's work, then one POST.
-Everything is the program's own: schema, intake, runner, dispatcher, receipts, fences.
+W1 and W4: one worker drains the jobs of cycles of 100 items, 64 requests in flight; W4 on the
+finished jobs of `history.sql`. W2: whole cycles of a run profile whose initiator, three tiers and
+normaliser each do one step's work, then one POST. Everything is the program's own: schema,
+intake, runner, dispatcher, receipts, fences.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from common import Peer, chunks, concurrency, dsn, main, sink_url, step_work, wa
 from orbit.app import Node, spare_the_collector
 from orbit.database.upgrade import upgrade
 from orbit.execution.context import ExecutionContext
-from orbit.execution.initiation import CycleRequest, accept
 from orbit.payload import Payload
 from orbit.settings import Settings, load_settings
 
@@ -48,6 +48,28 @@ _RUN_PROFILE = {
     },
     "distribution_targets": ["sink"],
 }
+
+
+_BULK = {
+    "run_profile_id": "bulk",
+    "profile_id": "bench",
+    "namespace": "bench",
+    "state": "enabled",
+    "execution_policy": {
+        "initiation": _step("gather"),
+        "tiers": {},
+        "normalization": {"split": "peer_orbit:split", "use": "orbit:no_op"},
+    },
+    "distribution_targets": ["sink"],
+}
+
+
+async def gather(context: ExecutionContext) -> Payload:
+    return Payload(JOBS[context.initiation["trigger"]["idempotencyKey"]].encode(), "text/plain")
+
+
+def split(payload: Payload, _context: ExecutionContext) -> list[Payload]:
+    return [Payload(body.encode(), "application/json") for body in payload.text().splitlines()]
 
 
 async def initiate(context: ExecutionContext) -> Payload:
@@ -79,10 +101,10 @@ def settings() -> Settings:
     """A node on the benchmark's database, with the benchmark's sink as its endpoint."""
     folder = Path(tempfile.mkdtemp(prefix="orbit-bench-"))
     (folder / "profiles.json").write_text(json.dumps({"profiles": [_PROFILE]}))
-    (folder / "runProfiles.json").write_text(json.dumps({"run_profiles": [_RUN_PROFILE]}))
+    (folder / "runProfiles.json").write_text(json.dumps({"run_profiles": [_RUN_PROFILE, _BULK]}))
     in_flight = str(concurrency())
     endpoint = {"key": "sink", "url": sink_url(), "token": "t" * 40}
-    endpoint["max_concurrency"] = concurrency()
+    endpoint["max_concurrency"] = 10_000  # the node's own limit is what counts here
     return load_settings(
         {
             "DATABASE_URL": dsn(),
@@ -106,10 +128,11 @@ class OrbitPeer(Peer):
     """Orbit, as one node with the worker's role."""
 
     name = "orbit"
-    packages = ("orbit-control-plane", "psycopg", "aiohttp")
+    packages = ("orbit-control-plane", "psycopg", "httptools")
     settings = {"all": "64 cycles and 64 requests in flight, defaults otherwise"}
     done_sql = "SELECT count(*) FROM delivery_receipt WHERE outcome = 'delivered'"
     cycles_done_sql = "SELECT count(*) FROM value_ledger_entry WHERE state = 'finished'"
+    seed_sql = Path(__file__).with_name("history.sql").read_text()
 
     def setup(self) -> None:
         upgrade(dsn())
@@ -118,9 +141,17 @@ class OrbitPeer(Peer):
         self.node = await self._open()
 
     async def enqueue(self, jobs: list[dict[str, Any]]) -> None:
-        """Raw cycles, accepted and carried to dispatch by a node that sends nothing."""
-        await self._accept(jobs)
-        await self._enqueue_all(len(jobs))
+        """Cycles of 100 items, carried to dispatch by a node that sends nothing."""
+        for number, part in enumerate(chunks(jobs, 100)):
+            JOBS[f"part-{number}"] = "\n".join(job["body"] for job in part)
+        node = self.node
+        await node.start()
+        assert node.dispatcher is not None
+        await node.dispatcher.stop()
+        trigger = node.orchestration.trigger_run_profiles
+        await asyncio.gather(*(trigger(["bulk"], idempotency_key=key) for key in JOBS))
+        await wait_count("SELECT count(*) FROM dispatch_lease", len(jobs))
+        await node.drain()
 
     async def defer(self, job: dict[str, Any]) -> None:
         payload = Payload(job["body"].encode(), "application/json")
@@ -148,35 +179,6 @@ class OrbitPeer(Peer):
         await node.open()
         spare_the_collector()
         return node
-
-    async def _accept(self, jobs: list[dict[str, Any]]) -> None:
-        for part in chunks(jobs, 500):
-            requests = [
-                CycleRequest(
-                    cycle_id=_new_id(self.node),
-                    namespace="bench",
-                    trigger="api",
-                    payload=Payload(job["body"].encode(), "application/json"),
-                    endpoint_keys=("sink",),
-                )
-                for job in part
-            ]
-            async with self.node.database.transaction() as connection:
-                await accept(connection, self.node.node_id, requests)
-
-    async def _enqueue_all(self, count: int) -> None:
-        node = self.node
-        await node.start()
-        assert node.dispatcher is not None
-        await node.dispatcher.stop()
-        await wait_count("SELECT count(*) FROM dispatch_lease", count)
-        await node.drain()
-
-
-def _new_id(node: Node) -> str:
-    from orbit.clock import new_id
-
-    return new_id(node.clock.now())
 
 
 if __name__ == "__main__":

@@ -242,6 +242,14 @@ def show_where_to_look(places: Places, console: Console) -> None:
         console.print(f"  {what}\n      {why}", markup=False, soft_wrap=True)
 
 
+def show_what_stays(places: Places, console: Console) -> None:
+    """What is left when all has ended."""
+    text = (
+        f"All is stopped again. The posts are in {places.received}; run without ONCE=1 to look on."
+    )
+    console.print(text, markup=False, soft_wrap=True)
+
+
 def stay_up(newsroom: Newsroom, console: Console) -> None:
     """Until Ctrl-C, or until a process dies (DriverFailed)."""
     console.print("Everything stays up, schedules included. Ctrl-C ends it.")
@@ -270,9 +278,10 @@ def main() -> int:
         with newsroom.up():
             run_all(newsroom, places, console)
             has_run = True
-            show_where_to_look(places, console)
             if not options.once:
+                show_where_to_look(places, console)
                 stay_up(newsroom, console)
+        show_what_stays(places, console)
     except DriverFailed as error:
         console.print("[red]✗[/] The run failed.")
         console.print(str(error), markup=False, highlight=False)

@@ -14,7 +14,6 @@ import socket
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
-import aiohttp
 import structlog
 
 from orbit import __version__
@@ -25,12 +24,15 @@ from orbit.database.queries import array, load
 from orbit.database.upgrade import SchemaStatus, check, require_current, upgrade
 from orbit.execution.cycle import Orchestrator
 from orbit.execution.dead_letters import DeadLetters
-from orbit.execution.dispatch import DispatchQueue, RetryPolicy, Snapshots
+from orbit.execution.dispatch import DispatchQueue, RetryPolicy
+from orbit.execution.http1 import Client
 from orbit.execution.initiation import Intake
 from orbit.execution.memory import PayloadMemory
 from orbit.execution.normalization import Normalizer
 from orbit.execution.recorder import Recorder
+from orbit.execution.requeues import Requeues
 from orbit.execution.retry import Backoff
+from orbit.execution.snapshots import Snapshots
 from orbit.execution.transformation import Transformer
 from orbit.execution.wire import Wire
 from orbit.profiles.bridge import Bridge
@@ -40,6 +42,7 @@ from orbit.services.base import LAST_WORDS_SECONDS, within
 from orbit.services.dispatcher import Dispatcher
 from orbit.services.heartbeat import Heartbeat
 from orbit.services.janitor import Janitor
+from orbit.services.requeuer import Requeuer
 from orbit.services.runner import Runner
 from orbit.services.scheduler import Scheduler
 from orbit.settings import Settings
@@ -126,6 +129,7 @@ class Node:
         self.runner: Runner | None = None
         self.dispatcher: Dispatcher | None = None
         self.scheduler: Scheduler | None = None
+        self.requeuer: Requeuer | None = None
 
     async def open(self) -> None:
         """Connects and builds what every operation needs; starts nothing."""
@@ -147,6 +151,9 @@ class Node:
         self.dead_letters = DeadLetters(
             database, self.snapshots, settings.max_dispatch_retries + 1, self._wake_dispatcher
         )
+        self.requeues = Requeues(
+            database, self.clock, self.dead_letters, self.node_id, settings.lease_seconds
+        )
         self.orchestration = Orchestration(
             settings, database, self.clock, self.configuration, self.intake
         )
@@ -165,7 +172,8 @@ class Node:
         await self._register()
         self._build()
         self._janitor = janitor
-        for service in (self._heartbeat, janitor, self.scheduler, self.runner, self.dispatcher):
+        services = (self.scheduler, self.runner, self.dispatcher, self.requeuer)
+        for service in (self._heartbeat, janitor, *services):
             if service is not None:
                 service.start()
         self.is_ready = True
@@ -189,6 +197,8 @@ class Node:
         parts = {}
         if self.scheduler is not None:
             parts["scheduler"] = self.scheduler.stop(seconds)
+        if self.requeuer is not None:
+            parts["requeuer"] = self.requeuer.stop(seconds)
         if self.runner is not None:
             self.runner.halt()
             parts["runner"] = self.runner.drain(seconds)
@@ -212,9 +222,8 @@ class Node:
 
     async def close(self) -> None:
         """Lets go of everything; safe at any point of opening."""
-        for client in (getattr(self, "_http", None), getattr(self, "_wire", None)):
-            if client is not None:
-                await client.close()
+        if hasattr(self, "_http"):
+            await self._http.close()
         await self.store.close()
 
     def _build(self) -> None:
@@ -222,8 +231,13 @@ class Node:
         beats = []
         memory = PayloadMemory(settings.payload_memory_bytes)
         if "worker" in self.roles:
+            self._http = Client(
+                allow_private=settings.private_addresses == "allow",
+                idle_connections=settings.dispatch_concurrency + settings.worker_concurrency,
+            )
             self.dispatcher = self._dispatcher(memory)
             self.runner = self._runner(memory)
+            self.requeuer = Requeuer(database, self.requeues)
             beats = [self.runner.beat, self.dispatcher.beat]
         if "scheduler" in self.roles:
             self.scheduler = Scheduler(
@@ -252,28 +266,24 @@ class Node:
             settings.dispatch_retry_cap_seconds,
         )
         policy = RetryPolicy(backoff, random.random)
-        queue = DispatchQueue(self.database, self.node_id, settings.lease_seconds, policy)
-        self._wire = Wire(settings.dispatch_concurrency)
+        endpoints = {endpoint.key: endpoint for endpoint in settings.dispatch_endpoints}
+        queue = DispatchQueue(
+            self.database, self.node_id, settings.lease_seconds, policy, endpoints
+        )
         return Dispatcher(
             self.database,
             queue,
             self.snapshots,
-            self._wire,
+            Wire(self._http),
             memory,
             self.clock,
             concurrency=settings.dispatch_concurrency,
-            rooms={e.key: e.max_concurrency for e in settings.dispatch_endpoints},
             lease_seconds=settings.lease_seconds,
             poll_seconds=settings.poll_seconds,
         )
 
     def _runner(self, memory: PayloadMemory) -> Runner:
         settings = self.settings
-        self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),  # the cycles in flight are the limit
-            timeout=aiohttp.ClientTimeout(),
-            cookie_jar=aiohttp.DummyCookieJar(),
-        )
         transformer = Transformer(self._http, settings.max_payload_bytes)
         orchestrator = Orchestrator(
             self.database,

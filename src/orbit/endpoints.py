@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import ErrorDetails
 
 from orbit.vocabulary import check_key, nearest, printable
+from orbit.webhooks import SigningKeys
 
 _OWN_HEADERS = frozenset(
     {
@@ -38,8 +39,30 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
 @dataclass(frozen=True, slots=True)
+class Breaker:
+    """When a lane stops sending, and for how long; all seconds.
+
+    It opens after `failures` in a row, or when `share` of at least `least` attempts within
+    `window_seconds` failed. Then it holds the lane for `hold_seconds`, twice as long after each
+    probe that fails, up to `longest_hold_seconds`.
+    """
+
+    failures: int = 10
+    share: float = 0.7
+    least: int = 20
+    window_seconds: float = 60.0
+    hold_seconds: float = 10.0
+    longest_hold_seconds: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where dispatch goes. Timeouts in seconds; `rate_per_second` None is unlimited."""
+    """Where dispatch goes. Timeouts in seconds; `rate_per_second` None is unlimited.
+
+    `max_concurrency` and `rate_per_second` hold for each lane (a namespace's queue for this
+    endpoint), over all nodes. `on_unknown` "hold" leaves a job whose attempt may have arrived to
+    a person. `check_url` is asked by `doctor` whether it accepts the token. `breaker` None is off.
+    """
 
     key: str
     url: str = field(repr=False)
@@ -51,7 +74,10 @@ class Endpoint:
     rate_per_second: float | None = None
     signing_secret: str | None = field(default=None, repr=False)
     permanent_statuses: frozenset[int] = frozenset()
-    breaker: Mapping[str, Any] = field(default_factory=dict)
+    breaker: Breaker | None = field(default_factory=Breaker)
+    on_unknown: str = "retry"
+    proxy: str | None = field(default=None, repr=False)
+    check_url: str | None = field(default=None, repr=False)
 
 
 def without_query(url: str) -> str:
@@ -106,9 +132,32 @@ def _endpoint_url(text: str) -> str:
     return text
 
 
+def _proxy_url(text: str) -> str:
+    """A forward proxy; unlike an endpoint's URL it may carry credentials, and has no path."""
+    if not _is_proxy(text):
+        raise ValueError("a proxy as http://host:port, with user:password@ before it if need be")
+    return text
+
+
+def _is_proxy(text: str) -> bool:
+    if not (text.isascii() and text.isprintable()) or " " in text:
+        return False
+    try:
+        parts = urlsplit(text)
+        is_address = parts.scheme == "http" and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return is_address and parts.path in ("", "/") and not (parts.query or parts.fragment)
+
+
 def _visible_ascii(text: str) -> str:
     if not text or len(text) > 8192 or not re.fullmatch(r"[!-~]+", text):
         raise ValueError("1 to 8192 visible ASCII characters, no spaces")
+    return text
+
+
+def _signing_secret(text: str) -> str:
+    SigningKeys.parse(text)
     return text
 
 
@@ -125,6 +174,20 @@ def _headers(headers: dict[str, str]) -> dict[str, str]:
     return headers
 
 
+class _BreakerDocument(BaseModel):
+    """An endpoint's `breaker`, as written."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
+
+    enabled: bool = True
+    failures: Annotated[int, Field(ge=1, le=1_000_000)] = 10
+    share: Annotated[float, Field(gt=0, le=1)] = 0.7
+    least: Annotated[int, Field(ge=1, le=1_000_000)] = 20
+    window_seconds: Annotated[float, Field(ge=1, le=3600)] = 60.0
+    hold_seconds: Annotated[float, Field(ge=0.1, le=3600)] = 10.0
+    longest_hold_seconds: Annotated[float, Field(ge=0.1, le=86_400)] = 300.0
+
+
 class _EndpointDocument(BaseModel):
     """One entry of ORBIT_DISPATCH_ENDPOINTS, as written."""
 
@@ -138,15 +201,19 @@ class _EndpointDocument(BaseModel):
     timeout_seconds: float = Field(30.0, gt=0, le=3600)
     max_concurrency: int = Field(16, ge=1, le=10_000)
     rate_per_second: float | None = Field(None, gt=0, le=1_000_000)
-    signing_secret: Annotated[str, AfterValidator(_visible_ascii)] | None = None
+    signing_secret: Annotated[str, AfterValidator(_signing_secret)] | None = None
     permanent_statuses: list[Annotated[int, Field(ge=100, le=599)]] = []
-    breaker: dict[str, Any] = {}
+    breaker: _BreakerDocument = _BreakerDocument()
+    on_unknown: Literal["retry", "hold"] = "retry"
+    proxy: Annotated[str, AfterValidator(_proxy_url)] | None = None
+    check_url: Annotated[str, AfterValidator(_endpoint_url)] | None = None
 
     def endpoint(self) -> Endpoint:
         """The endpoint in the form that dispatch works with."""
         values = {name: getattr(self, name) for name in type(self).model_fields}
-        for name in ("headers", "breaker"):
-            values[name] = MappingProxyType(values[name])
+        values["headers"] = MappingProxyType(self.headers)
+        knobs = self.breaker.model_dump(exclude={"enabled"})
+        values["breaker"] = Breaker(**knobs) if self.breaker.enabled else None
         values["permanent_statuses"] = frozenset(self.permanent_statuses)
         return Endpoint(**values)
 
@@ -176,13 +243,15 @@ def _endpoint(entry: object, index: int, problems: list[str]) -> Endpoint | None
 
 def _endpoint_problem(detail: ErrorDetails) -> str:
     if detail["type"] == "extra_forbidden":
-        known = list(_EndpointDocument.model_fields)
+        is_breaker = detail["loc"][0] == "breaker" and len(detail["loc"]) > 1
+        known = list((_BreakerDocument if is_breaker else _EndpointDocument).model_fields)
         hint = nearest(str(detail["loc"][-1]), known)
-        return "not a key of an endpoint" + (hint or f" (known: {', '.join(known)})")
+        what = "a breaker" if is_breaker else "an endpoint"
+        return f"not a key of {what}" + (hint or f" (known: {', '.join(known)})")
     if detail["type"] == "missing":
         return "is required"
     if detail["type"] == "model_type":
-        return "a JSON object with key and url"
+        return "a JSON object" + ("" if detail["loc"] else " with key and url")
     return reason(detail)
 
 

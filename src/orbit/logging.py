@@ -22,7 +22,7 @@ from orbit.settings import Settings
 _SECRET_NAME = re.compile(r"(?i)token|secret|password|authorization|cookie|dsn|database_url")
 _URL_PASSWORD = re.compile(r"(//[^/@:\s]*):[^@\s]+@")
 _FIRST = ("time", "level", "event", "logger", "namespace", "cycle", "job", "trace")
-_LOUD_LIBRARIES = ("uvicorn", "uvicorn.error", "psycopg.pool", "alembic", "asyncio", "aiohttp")
+_LOUD_LIBRARIES = ("uvicorn", "uvicorn.error", "psycopg.pool", "alembic", "asyncio")
 
 
 class _LineLogger:

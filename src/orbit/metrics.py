@@ -28,6 +28,18 @@ attempt_seconds = Histogram(
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
     registry=REGISTRY,
 )
+attempt_connections = Counter(
+    "orbit_attempt_connections",
+    "Dispatch attempts that this node sent, by the connection they went out on.",
+    ["connection"],
+    registry=REGISTRY,
+)
+lane_changes = Counter(
+    "orbit_lane_changes",
+    "Breakers of lanes that this node saw open, hold on or close.",
+    ["change"],
+    registry=REGISTRY,
+)
 dead_letters = Counter(
     "orbit_dead_letters", "Jobs that this node found out of retries.", registry=REGISTRY
 )

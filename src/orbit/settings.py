@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -231,7 +231,10 @@ class Settings(BaseSettings):
         (),
         "A JSON array of endpoints: key, url, method, token, and optionally headers, "
         "timeout_seconds, max_concurrency, rate_per_second, signing_secret, "
-        "permanent_statuses, breaker.",
+        "permanent_statuses, breaker, on_unknown, proxy, check_url.",
+    )
+    private_addresses: Annotated[Literal["allow", "refuse"], BeforeValidator(_lower)] = _knob(
+        "allow", "Whether requests may go to private and loopback addresses."
     )
     dispatch_concurrency: int = _knob(64, "Requests in flight on this node.", 1, 10_000)
     max_dispatch_retries: int = _knob(
@@ -301,7 +304,9 @@ class Settings(BaseSettings):
 
 _NAMES = {"database_url": ("DATABASE_URL",), "port": ("PORT",), "env": ("ORBIT_ENV", "NODE_ENV")}
 _MAY_BE_EMPTY = frozenset({"cron_schedule", "run_profile_cron_schedule"})
-_READ_ELSEWHERE = frozenset({"ORBIT_URL", "ORBIT_AUTH"})
+_READ_ELSEWHERE = frozenset(
+    {"ORBIT_URL", "ORBIT_AUTH", "ORBIT_RECEIVER_TOKEN", "ORBIT_RECEIVER_SIGNING_SECRET"}
+)
 _GROUPS = {
     "database_url": "Database",
     "port": "HTTP",
@@ -331,7 +336,7 @@ def load_settings(
                 values[name], used[name] = value, variable
     try:
         settings = Settings(**values)
-        warnings = (*_warnings(given), *_unused(settings.dispatch_endpoints))
+        warnings = tuple(_warnings(given))
         return settings.model_copy(update={"warnings": warnings})
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
@@ -369,17 +374,6 @@ def _warnings(given: Mapping[str, str]) -> Iterator[str]:
         is_ours = variable.startswith("ORBIT_") and not variable.startswith("ORBIT_TEST_")
         if is_ours and variable not in known | _READ_ELSEWHERE:
             yield f"{variable} is not a setting{nearest(variable, known, cutoff=0.75)}"
-
-
-def _unused(endpoints: Iterable[Endpoint]) -> Iterator[str]:
-    """What an endpoint asks for and this version does not do: nobody should rely on it."""
-    for endpoint in endpoints:
-        for name in ("signing_secret", "rate_per_second", "breaker"):
-            if getattr(endpoint, name):
-                yield (
-                    f"ORBIT_DISPATCH_ENDPOINTS: {name} of endpoint {endpoint.key} has no effect "
-                    "in this version"
-                )
 
 
 def _line(detail: ErrorDetails, values: Mapping[str, Any], used: Mapping[str, str]) -> str:

@@ -36,6 +36,7 @@ class Vault:
             self._ring = MultiFernet([Fernet(key) for key in keys])
         except ValueError:
             raise SettingInvalid("the vault's keys are not all Fernet keys") from None
+        self.newest = fingerprint(keys[0])  # which key encrypts, without telling anything of it
 
     def encrypt(self, text: str) -> bytes:
         """The Fernet token of a text, under the newest key; different on every call."""

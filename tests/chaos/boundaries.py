@@ -46,7 +46,7 @@ def install(point: str, moment: str) -> None:
         case "accept":
             _wrap(Intake, "_flush", moment)
         case "receipt":
-            _wrap(DispatchQueue, "_flush", moment)
+            _wrap(DispatchQueue, "_flush", moment, is_transaction=False)
         case "claim_cycle":
             _wrap(runner, "claim", moment)
         case "claim_job":
@@ -100,18 +100,22 @@ def _wrap(
 
 
 def _strike_before_commit(strike: Callable[[], None]) -> None:
-    original, is_struck = Database.transaction, False
+    is_struck = False
 
-    @asynccontextmanager
-    async def transaction(self: Database) -> AsyncIterator[Connection]:
-        async with original(self) as connection:
-            nonlocal is_struck
-            yield connection
-            if _is_fatal.get() and not is_struck and await _has_written(connection):
-                is_struck = True
-                strike()
+    def striking(original: Callable[[Database], Any]) -> Callable[[Database], Any]:
+        @asynccontextmanager
+        async def transaction(self: Database) -> AsyncIterator[Connection]:
+            async with original(self) as connection:
+                nonlocal is_struck
+                yield connection
+                if _is_fatal.get() and not is_struck and await _has_written(connection):
+                    is_struck = True
+                    strike()
 
-    Database.transaction = transaction  # type: ignore[method-assign]
+        return transaction
+
+    for name in ("transaction", "batch"):
+        setattr(Database, name, striking(getattr(Database, name)))
 
 
 async def _has_written(connection: Connection) -> bool:

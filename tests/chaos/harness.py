@@ -199,6 +199,7 @@ class CountingReceiver:
         """ORBIT_DISPATCH_ENDPOINTS for `alpha` and `beta`."""
         keys = ("alpha", "beta")
         url = f"http://127.0.0.1:{self.port}"
+        more = {"breaker": {"hold_seconds": 0.2, "longest_hold_seconds": 0.5}, **more}
         return json.dumps([{"key": key, "url": f"{url}/{key}", **more} for key in keys])
 
     async def receive(self, request: web.Request) -> web.Response:

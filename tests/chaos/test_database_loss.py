@@ -46,7 +46,7 @@ async def _replaced(server: EmbeddedServer, postmaster: int) -> None:
             if _postmaster(server) == postmaster:
                 return False
             await (await psycopg.AsyncConnection.connect(server.owner_dsn)).close()
-        except (OSError, psycopg.OperationalError):
+        except (OSError, IndexError, psycopg.OperationalError):  # it is being written
             return False
         return True
 

@@ -18,6 +18,7 @@ from tests.chaos.proof import assert_exactly_once, finished
 log = logging.getLogger(__name__)  # figures: pytest --log-cli-level=info
 
 _COMMITTED = b"C\x00\x00\x00\x0bCOMMIT\x00"  # CommandComplete of COMMIT
+_SETTLED = b"ended\x00"  # RowDescription of the settlement, a transaction of its own
 _SHAPES = (
     RunProfileShape("plain", items=3),
     RunProfileShape("begun", "west", has_initiator=True, items=2),
@@ -33,15 +34,33 @@ class FaithlessProxy:
         self.is_faithless = True
         self.lost_commits = 0
         self.lost_answers = 0
+        self._serving: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, remembered until it is over."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving[task] = writer
+        try:
+            await self._pass_on(reader, writer)
+        finally:
+            del self._serving[task]
+
+    async def close(self) -> None:
+        """Ends all connections, and waits for them: a task cancelled with its loop complains."""
+        tasks = list(self._serving)
+        for writer in self._serving.values():
+            writer.transport.abort()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, port = str(self._upstream["host"]), int(self._upstream.get("port") or 5432)
         if host.startswith("/"):
             path = f"{host}/.s.PGSQL.{port}"
             answers, requests = await asyncio.open_unix_connection(path)
         else:
             answers, requests = await asyncio.open_connection(host, port)
-        forward = asyncio.create_task(_copy(reader, requests))
+        forward = asyncio.create_task(_forward(reader, requests))
         try:
             while chunk := await answers.read(1 << 16):
                 if self._is_lost(chunk):
@@ -51,14 +70,14 @@ class FaithlessProxy:
         except OSError:
             pass
         finally:
-            forward.cancel()
             writer.transport.abort()
             requests.transport.abort()
+            await asyncio.gather(forward, return_exceptions=True)
 
     def _is_lost(self, chunk: bytes) -> bool:
         if not self.is_faithless:
             return False
-        if _COMMITTED in chunk and self._chance.random() < 0.3:
+        if (_COMMITTED in chunk or _SETTLED in chunk) and self._chance.random() < 0.3:
             self.lost_commits += 1
             return True
         if self._chance.random() < 0.02:
@@ -67,11 +86,13 @@ class FaithlessProxy:
         return False
 
 
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Ends the other side too once this one is gone."""
     with contextlib.suppress(OSError):
         while chunk := await reader.read(1 << 16):
             writer.write(chunk)
             await writer.drain()
+    writer.transport.abort()
 
 
 @asynccontextmanager
@@ -80,8 +101,11 @@ async def _faithless(dsn: str) -> AsyncIterator[tuple[FaithlessProxy, str]]:
     server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()
     no_tls = {"sslmode": "disable", "gssencmode": "disable"}
-    yield proxy, make_conninfo(dsn, host=host, port=port, **no_tls)
-    server.close()
+    try:
+        yield proxy, make_conninfo(dsn, host=host, port=port, **no_tls)
+    finally:
+        server.close()
+        await proxy.close()
 
 
 async def test_a_commit_whose_answer_is_lost_takes_effect_once(

@@ -12,6 +12,7 @@ from psycopg import AsyncConnection
 
 from orbit.clock import DatabaseClock
 from orbit.database.pool import Database
+from orbit.endpoints import Breaker, Endpoint
 from orbit.execution.context import ClaimedCycle
 from orbit.execution.dispatch import ClaimedJob
 from orbit.execution.recorder import renew
@@ -26,6 +27,7 @@ from tests.database.engine import (
 
 LANES = ("one", "two", "three")
 CYCLES = 240
+_TOUCHY = Breaker(failures=4, hold_seconds=0.05, longest_hold_seconds=0.1)
 
 
 @pytest.fixture
@@ -133,7 +135,12 @@ class Node:
 
 
 async def test_nobody_waits_in_a_circle(workers: list[Worker], owner: AsyncConnection) -> None:
-    """All loops of three nodes at random, with leases that run out under them: no deadlock."""
+    """All loops of three nodes at random, with leases that run out under them: no deadlock.
+
+    The lanes' breakers open and close all the time.
+    """
+    touchy = Endpoint("any", "http://127.0.0.1:9/", max_concurrency=50, breaker=_TOUCHY)
+    workers = [Worker.new(one.database, one.clock, endpoint=touchy) for one in workers]
     for worker in workers:
         await worker.accept(
             *[worker.request(payload=Payload(b"x")) for _ in range(CYCLES // len(workers))]

@@ -13,6 +13,7 @@ from typing import Any
 from orbit.clock import DatabaseClock, derived_id, new_id
 from orbit.database.pool import Database
 from orbit.database.queries import load
+from orbit.endpoints import Endpoint
 from orbit.execution import cycle as orchestrator
 from orbit.execution.context import ClaimedCycle, Stage
 from orbit.execution.dispatch import ClaimedJob, DispatchQueue, RetryPolicy
@@ -28,7 +29,19 @@ DISPATCH = load("dispatch")
 SNAPSHOT_ID = "0" * 64
 DELIVERED = WireResult(Outcome.DELIVERED, status=200)
 FAILED = WireResult(Outcome.FAILED, status=500, cause="status 500")
+NO_BREAKER = Endpoint("any", "http://127.0.0.1:9/", max_concurrency=1000, breaker=None)
 NO_DELAY = RetryPolicy(Backoff(0.001, 1.0, 0.001), lambda: 0.0)
+
+
+class _Everywhere(dict[str, Endpoint]):
+    """One endpoint under every key."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        super().__init__()
+        self._endpoint = endpoint
+
+    def get(self, _key: str, _default: object = None) -> Endpoint:  # type: ignore[override]
+        return self._endpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +55,18 @@ class Worker:
     queue: DispatchQueue
 
     @classmethod
-    def new(cls, database: Database, clock: DatabaseClock, lease_seconds: float = 30.0) -> Worker:
-        """A worker with an id of its own."""
+    def new(
+        cls,
+        database: Database,
+        clock: DatabaseClock,
+        lease_seconds: float = 30.0,
+        endpoint: Endpoint = NO_BREAKER,
+        chance: float = 0.0,
+    ) -> Worker:
+        """A worker with an id of its own, for which every endpoint has the limits of `endpoint`."""
         node_id = new_id(clock.now())
-        queue = DispatchQueue(database, node_id, lease_seconds, NO_DELAY)
+        policy = RetryPolicy(NO_DELAY.backoff, lambda: chance)
+        queue = DispatchQueue(database, node_id, lease_seconds, policy, _Everywhere(endpoint))
         return cls(database, clock, node_id, Recorder(database, node_id), queue)
 
     def request(self, namespace: str = "brand-a", **given: Any) -> CycleRequest:
@@ -89,12 +110,13 @@ class Worker:
         self, *lanes: str, namespace: str = "brand-a", room: int = 10
     ) -> list[ClaimedJob]:
         """Opens the next attempt of the jobs due in lanes."""
+        await self.queue.lanes()
         return await self.queue.claim({(namespace, lane): room for lane in lanes})
 
     async def settle(self, job: ClaimedJob, result: WireResult = DELIVERED) -> None:
         """Ends an attempt that this worker holds."""
         now = self.clock.now()
-        await self.queue.settle(job, result, (), now, now)
+        await self.queue.settle(job, result, now, now)
 
 
 def documents(name: str) -> Documents:
@@ -127,6 +149,7 @@ async def add_snapshot(database: Database, namespace: str = "brand-a", lane: str
             "token_fingerprint": None,
             "timeout_seconds": 1.0,
             "permanent_statuses": "{}",
+            "on_unknown": "retry",
         },
     )
 

@@ -10,7 +10,16 @@ from psycopg import Connection, sql
 
 from orbit.database.embedded import APPLICATION_ROLE
 
-LEASES = {"node", "config_active", "schedule", "cycle_lease", "dispatch_lease"}
+LEASES = {
+    "node",
+    "config_active",
+    "schedule",
+    "cycle_lease",
+    "dispatch_lease",
+    "lane",
+    "lane_tally",
+    "requeue_lease",
+}
 BOOKKEEPING = {"alembic_version"}
 OF_ALL = {"config_revision", "config_activation", "config_active", "node"}
 

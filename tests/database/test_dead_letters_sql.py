@@ -46,7 +46,19 @@ def asked(row: dict[str, Any]) -> dict[str, Any]:
         "snapshot_id": array([SNAPSHOT_ID]),
         "reason": "mended",
         "max_attempts": 4,
+        "batch_id": None,
     }
+
+
+def selection(**narrow: Any) -> dict[str, Any]:
+    """Open dead letters of the namespace."""
+    names = ("endpoint_key", "cause", "run_profile_id", "since", "until")
+    return {"namespace": "brand-a", **dict.fromkeys(names), **narrow}
+
+
+def window(**narrow: Any) -> dict[str, Any]:
+    """The first of a selection."""
+    return {**selection(**narrow), "after_job_id": None, "limit": 9}
 
 
 async def test_a_requeued_dead_letter_is_a_new_job(worker: Worker) -> None:
@@ -79,18 +91,20 @@ async def test_two_people_cannot_both_decide_first(worker: Worker) -> None:
 
 async def test_only_open_dead_letters_of_the_namespace_are_found(worker: Worker) -> None:
     """Narrowed by endpoint and cause; one that was decided on is not open."""
-    base = {"namespace": "brand-a", "endpoint_key": None, "cause": None, "limit": 9}
-    for narrow, expected in (
+    narrowings: list[tuple[dict[str, Any], int]] = [
         ({}, 1),
         ({"endpoint_key": "one", "cause": "status 500"}, 1),
         ({"endpoint_key": "two"}, 0),
         ({"cause": "timeout"}, 0),
         ({"namespace": "brand-b"}, 0),
-    ):
-        found = await worker.database.fetch_all(SQL.open_dead_letters, {**base, **narrow})
+        ({"run_profile_id": "daily"}, 0),
+        ({"after_job_id": (await dead(worker.database))["job_id"]}, 0),
+    ]
+    for narrow, expected in narrowings:
+        found = await worker.database.fetch_all(SQL.open_dead_letters, {**window(), **narrow})
         assert len(found) == expected, narrow
     await worker.database.fetch_all(SQL.requeue, asked(await dead(worker.database)))
-    assert await worker.database.fetch_all(SQL.open_dead_letters, base) == []
+    assert await worker.database.fetch_all(SQL.open_dead_letters, window()) == []
     assert (await dead(worker.database))["decision"] == "requeued"
 
 
@@ -105,7 +119,7 @@ async def test_what_may_have_arrived_is_left_out(database: Database, clock: Data
     (second,) = await made.take("one")
     await made.settle(second, FAILED)
     assert (await dead(database))["unknown_attempt"] == 1
-    base = {"namespace": "brand-a", "endpoint_key": None, "cause": None, "limit": 9}
-    assert await database.fetch_all(SQL.open_dead_letters, base) == []
-    found = await database.fetch_one(SQL.count_open_dead_letters, base)
-    assert found == {"matching": 0, "may_have_arrived": 1}
+    assert await database.fetch_all(SQL.open_dead_letters, window()) == []
+    found = await database.fetch_one(SQL.count_open_dead_letters, selection())
+    counts = {"matching": 0, "may_have_arrived": 1, "without_payload": 0}
+    assert found == {**counts, "endpoint_keys": []}

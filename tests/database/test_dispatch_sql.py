@@ -83,6 +83,7 @@ async def test_each_lane_has_its_own_room(worker: Worker) -> None:
     """As many of each lane as the caller can take, and of no lane it did not name."""
     for _ in range(5):
         await worker.begin_dispatch(lanes=["fast", "slow", "halted"])
+    await worker.queue.lanes()
     jobs = await worker.queue.claim({("brand-a", "fast"): 4, ("brand-a", "slow"): 1})
     assert sorted(job.endpoint_key for job in jobs) == ["fast"] * 4 + ["slow"]
 
@@ -185,7 +186,7 @@ async def test_a_permanent_status_is_dead_at_once(worker: Worker) -> None:
     (job,) = await worker.take("one")
     now = worker.clock.now()
     gone = WireResult(Outcome.FAILED, status=410, cause="status 410")
-    await worker.queue.settle(job, gone, {410}, now, now)
+    await worker.queue.settle(job, gone, now, now, permanent_statuses={410})
     assert await count(worker.database, "dead_letter_dispatch", "attempts = 1") == 1
 
 
@@ -242,7 +243,7 @@ async def test_a_repeated_flush_counts_nothing_twice(worker: Worker) -> None:
         return await flush(entries)  # type: ignore[arg-type]
 
     worker.queue._settlements._flush = twice  # type: ignore[assignment]
-    await worker.queue.settle(job, DELIVERED, (), now, now)
+    await worker.queue.settle(job, DELIVERED, now, now)
     assert batches
     row = await only(worker.database, "SELECT outstanding, delivered, attempts FROM cycle_lease")
     assert row == {"outstanding": 1, "delivered": 1, "attempts": 1}

@@ -70,6 +70,14 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
     )
     contents = [b"x"] * size
     profiles = keyed(sample, "namespace", run_profile_id="p-1")
+    verdicts = {
+        "lane_namespace": array(sample["namespace"]),
+        "lane_key": array(sample["endpoint_key"]),
+        **keyed(sample, attempts=5, failures=3, last_failures=1, has_success="true"),
+        **keyed(sample, has_probe_failed="false", limit_failures=10, limit_share=0.7),
+        **keyed(sample, least=20, window_seconds=60.0, hold_seconds=10.0),
+        **keyed(sample, longest_hold_seconds=300.0),
+    }
     last = "ffffffff-ffff-7fff-bfff-ffffffffffff"
     return {
         "cycle.claim_cycles": {
@@ -124,17 +132,28 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
         "cycle.payload_content": {**one_cycle, "digest": "d"},
         "dispatch.busy_lanes": {},
         "dispatch.claim_jobs": {
-            **keyed(sample, "namespace", "endpoint_key", room=5),
+            **keyed(sample, "namespace", "endpoint_key", room=5, cap=16, rate=None),
+            "retry_share": 0.25,
+            "chance": 0.5,
             "lease_seconds": 30.0,
             "node_id": NODE,
             "inline_bytes": 65536,
         },
+        "dispatch.hold_lanes": keyed(sample, "namespace", "endpoint_key"),
         "dispatch.renew_jobs": {**jobs, "node_id": NODE, "lease_seconds": 30.0},
         "dispatch.release_jobs": {**jobs, "node_id": NODE},
         "dispatch.expired_jobs": {"limit": 500},
         "dispatch.settle_jobs": {
             **jobs,
-            **keyed(sample, node_id=NODE, attempt=1, size=1, retry_seconds=None, cause=None),
+            **keyed(sample, "endpoint_key", node_id=NODE, attempt=1, size=1, cause=None),
+            **keyed(sample, outcome="delivered", status=200, error=None, digest="d"),
+            **keyed(sample, queue_seconds=0.1, connect_seconds=0.1, first_byte_seconds=0.1),
+            **keyed(sample, total_seconds=0.1, answer_content_type="t", is_probe="false"),
+            **keyed(sample, is_reused="true", started_at="now", retry_seconds=None),
+            "answer": contents,
+            **verdicts,
+            "part": 1,
+            "settler_id": NODE,
         },
         "dispatch.snapshot": {"namespace": sample["namespace"][0], "snapshot_id": "s"},
         "slots.next_due": {},
@@ -142,6 +161,25 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
         "slots.busy_run_profiles": profiles,
         "slots.move_schedules": {**profiles, **keyed(sample, decided_until="now", due_at="now")},
         "dead_letters.dead_letter": {"job_id": one_job["job_id"]},
+        "dead_letters.open_dead_letters": {
+            "namespace": sample["namespace"][0],
+            **dict.fromkeys(("endpoint_key", "cause", "run_profile_id", "since", "until")),
+            "after_job_id": one_job["job_id"],
+            "limit": 1000,
+        },
+        "requeues.claim_batch": {"node_id": NODE, "lease_seconds": 30.0},
+        "requeues.tally": {"namespace": sample["namespace"][0], "batch_id": NODE},
+        "requeues.first_failure": {
+            "namespace": sample["namespace"][0],
+            "batch_id": NODE,
+            "watched_from": None,
+            "is_dead_only": False,
+        },
+        "requeues.first_pending": {
+            "namespace": sample["namespace"][0],
+            "batch_id": NODE,
+            "watched_from": one_job["job_id"],
+        },
         "reading.cycle_window": {"before": last, "count": 20},
         "reading.cycle_window_of_namespace": {
             "namespace": sample["namespace"][0],
@@ -166,8 +204,16 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
         },
         "reading.last_slots": profiles,
         "reading.failed_cycles": {},
-        "reading.lanes": {},
-        "reading.dead_letter_window": {"before": last, "count": 20},
+        "reading.waiting_lanes": {},
+        "reading.lane_states": keyed(sample, "namespace", "endpoint_key"),
+        "reading.held_lanes": keyed(sample, "namespace", "endpoint_key"),
+        "reading.lane_changes": {
+            "namespace": sample["namespace"][0],
+            "endpoint_key": sample["endpoint_key"][0],
+            "count": 50,
+        },
+        "reading.dispatch_load": {},
+        "reading.dead_letter_window": {"before_at": "infinity", "before": last, "count": 20},
         "reading.dead_letters": keyed(sample, "namespace", "job_id"),
         "reading.last_receipts": keyed(sample, "namespace", "job_id"),
         "reading.cycle_ledger": one_cycle,

@@ -18,6 +18,7 @@ from cryptography.fernet import Fernet
 from orbit.api.application import create_application
 from orbit.app import Node
 from orbit.cli.status import why_not_running
+from orbit.endpoints import Breaker
 from orbit.settings import Endpoint, Settings
 
 UNKNOWN = "01890000-0000-7000-8000-000000000000"
@@ -264,6 +265,9 @@ async def test_the_database_away_is_a_503(dsn: str, settings: Settings, server: 
             f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
         )
         async with client_of(made) as client:
+            metrics = await client.get("/metrics")
+            assert "orbit_node_ready 1.0" in metrics.text
+            assert "orbit_lanes_held" not in metrics.text, "it cannot be known"
             assert_problem(await client.get("/ready"), 503, "database_unavailable")
             assert_problem(await client.get("/cycles/recent"), 503, "database_unavailable")
             assert (await client.get("/health")).status_code == 200
@@ -628,6 +632,87 @@ async def test_slots_are_listed(api: httpx.AsyncClient, owner_dsn: str, node: No
     assert where["daily"]["lastSlot"]["outcome"] == "missed"
 
 
+# --- lanes -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def held(settings: Settings, receiver: tuple[Receiver, str]) -> AsyncIterator[Node]:
+    """A running node whose endpoint `bad` is held after one failure, for ten minutes."""
+    breaker = Breaker(failures=1, hold_seconds=600.0, longest_hold_seconds=600.0)
+    bad = Endpoint("bad", f"{receiver[1]}/no", breaker=breaker, rate_per_second=50.0)
+    endpoints = (settings.dispatch_endpoints[0], bad)
+    given = {"dispatch_endpoints": endpoints, "max_dispatch_retries": 3}
+    given |= {"dispatch_retry_base_seconds": 0.01, "dispatch_retry_cap_seconds": 0.01}
+    made = Node(settings.model_copy(update=given))
+    await made.open()
+    await made.start()
+    yield made
+    await made.drain()
+    await made.close()
+
+
+async def test_a_held_lane_says_so_everywhere(held: Node) -> None:
+    """Lane, overview, a job's story and the metrics say that it is held, and since when."""
+    async with client_of(held) as api:
+        good = await trigger(api, namespace="sea", payload="x", endpointKeys=["good"])
+        lineage = await ended(api, good)
+        assert lineage["jobs"][0]["held"] is None
+        assert lineage["jobs"][0]["receipts"][0]["isProbe"] is False
+        assert lineage["jobs"][0]["receipts"][0]["isReused"] is False
+        cycle_id = await trigger(api, namespace="sea", payload="x", endpointKeys=["bad"])
+
+        async def look() -> Any:
+            answer = await api.get("/lanes/sea/bad")
+            is_held = answer.is_success and answer.json()["lane"]["breaker"] == "open"
+            return answer.json() if is_held else None
+
+        found = await until(look)
+        lane = found["lane"]
+        assert (lane["breaker"], lane["failures"], lane["waiting"]) == ("open", 1, 1)
+        assert lane["attempts"] == {"delivered": 0, "failed": 1, "notSent": 0, "unknown": 0}
+        assert lane["probeAt"] > lane["openedAt"]
+        (change,) = found["changes"]
+        assert (change["change"], change["holdSeconds"]) == ("opened", 600)
+        assert change["createdAt"] == lane["openedAt"]
+        assert found["limits"]["breaker"]["failures"] == 1
+        assert found["limits"]["ratePerSecond"] == 50
+        (waiting,) = (await api.get("/status")).json()["lanes"]
+        assert waiting == lane
+        (job,) = (await api.get(f"/cycles/{cycle_id}")).json()["jobs"]
+        assert job["state"] == "retrying"
+        hold = {name: lane[name] for name in ("openedAt", "probeAt", "failures")}
+        assert job["held"] == hold
+        text = (await api.get("/metrics")).text
+        assert "orbit_lanes_held 1.0" in text
+        assert "orbit_jobs_waiting 1.0" in text
+        assert "orbit_jobs_in_flight 0.0" in text
+
+
+async def test_lanes_are_listed_page_by_page(api: httpx.AsyncClient) -> None:
+    """Lanes come in the order of their key, filtered by namespace and endpoint; unknown: 404."""
+    for namespace in ("land", "sea"):
+        for key in ("good", "bad"):
+            given = {"namespace": namespace, "payload": "x", "endpointKeys": [key]}
+            await ended(api, await trigger(api, **given))
+    every = [("land", "bad"), ("land", "good"), ("sea", "bad"), ("sea", "good")]
+
+    async def listed(**query: Any) -> tuple[list[tuple[str, str]], str | None]:
+        page = (await api.get("/lanes", params=query)).json()
+        return [(one["namespace"], one["endpointKey"]) for one in page["items"]], page["nextCursor"]
+
+    found, cursor = await listed(limit=3)
+    assert found == every[:3]
+    assert await listed(limit=3, cursor=cursor) == (every[3:], None)
+    assert await listed(namespace="sea") == (every[2:], None)
+    assert await listed(namespace="land", endpointKey="good") == (every[1:2], None)
+    assert await listed(namespace="air") == ([], None)
+    assert_problem(await api.get("/lanes/air/good"), 404, "not_found")
+    (bad,) = (await api.get("/lanes", params={"namespace": "sea", "endpointKey": "bad"})).json()[
+        "items"
+    ]
+    assert (bad["breaker"], bad["attempts"]["failed"], bad["waiting"]) == ("closed", 1, 0)
+
+
 # --- dead letters ------------------------------------------------------------------------
 
 
@@ -698,14 +783,15 @@ async def test_many_dead_letters_come_back_at_once(api: httpx.AsyncClient) -> No
     await dead_letter(api, namespace="land")
     asked = {"namespace": "sea", "endpointKey": "bad", "cause": "status 500", "limit": 2}
     dry = await api.post("/dead-letters/requeue", json={**asked, "dryRun": True})
-    assert dry.json() == {"isDryRun": True, "matching": 3, "mayHaveArrived": 0, "items": []}
+    bare = {"withoutPayload": 0, "snapshot": "current", "batchId": None, "items": []}
+    assert dry.json() == {"isDryRun": True, "matching": 3, "mayHaveArrived": 0, **bare}
     assert_problem(await api.post("/dead-letters/requeue", json=asked), 400, "request_invalid")
     done = (await api.post("/dead-letters/requeue", json={**asked, "reason": "up"})).json()
     assert done["matching"] == 3
     assert sorted(one["requeuedFrom"] for one in done["items"]) == sorted(made)[:2]
     other = {**asked, "cause": "status 404", "reason": "up"}
     none = (await api.post("/dead-letters/requeue", json=other)).json()
-    assert none == {"isDryRun": False, "matching": 0, "mayHaveArrived": 0, "items": []}
+    assert none == {"isDryRun": False, "matching": 0, "mayHaveArrived": 0, **bare}
     filters = {"namespace": "land", "endpointKey": "bad", "cause": "status 500"}
     assert len((await api.get("/dead-letters", params=filters)).json()["items"]) == 1
 
@@ -725,7 +811,7 @@ async def test_what_may_have_arrived_comes_back_by_force_alone(
     assert listed["mayHaveArrived"] is True
     many = {"namespace": "sea", "reason": "up"}
     done = (await api.post("/dead-letters/requeue", json=many)).json()
-    assert done == {"isDryRun": False, "matching": 0, "mayHaveArrived": 1, "items": []}
+    assert (done["matching"], done["mayHaveArrived"], done["items"]) == (0, 1, [])
     path = f"/dead-letters/{job_id}/requeue"
     problem = assert_problem(await api.post(path, json={"reason": "x"}), 409, "may_have_arrived")
     assert problem["detail"] == "attempt 9 may have arrived; ask the receiver, then force"

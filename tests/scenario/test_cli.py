@@ -9,10 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +200,7 @@ def test_help_and_version_start_quickly(tmp_path: Path) -> None:
     assert here.ok() == text
     script = "import sys, orbit.cli; print(*sys.modules)"
     loaded = subprocess.check_output([sys.executable, "-c", script], text=True).split()
-    heavy = {"fastapi", "psycopg", "pydantic", "aiohttp", "httpx", "rich", "alembic", "uvicorn"}
+    heavy = {"fastapi", "psycopg", "pydantic", "httptools", "httpx", "rich", "alembic", "uvicorn"}
     assert not heavy & set(loaded)
 
 
@@ -222,7 +224,8 @@ def test_init_makes_a_valid_project_and_overwrites_nothing(tmp_path: Path) -> No
     """What `init` makes is valid; a second one names what is there and changes nothing."""
     here = Project(tmp_path)
     made = here.json("init", "new")["files"]
-    names = {".env", "README.md", "config/profiles.json", "config/runProfiles.json", "steps.py"}
+    files = {"README.md", "config/profiles.json", "config/runProfiles.json", "steps.py"}
+    names = {".env", ".gitignore", *files}
     assert {str(Path(one).relative_to("new")) for one in made} == names
     assert Project(tmp_path / "new").json("validate")["runProfiles"] == 1
     (tmp_path / "new" / "README.md").unlink()
@@ -252,6 +255,51 @@ def test_validate_names_every_problem_with_its_place(alone: Project) -> None:
     elsewhere = alone.run("validate", "--config-dir", "nowhere")
     assert elsewhere.returncode == 1
     assert "nowhere/profiles.json" in elsewhere.stderr
+
+
+def test_validate_checks_what_a_step_takes(alone: Project) -> None:
+    """A step that cannot take (payload, context) is a complaint with its line and pointer."""
+    with (alone.folder / "steps.py").open("a") as steps:
+        steps.write("\n\ndef lonely(payload):\n    return payload\n")
+    path = alone.folder / "config" / "runProfiles.json"
+    content = json.loads(path.read_text())
+    tier = {"tier1": [{"use": "steps:lonely"}]}
+    content["run_profiles"][0]["execution_policy"]["tiers"] = tier
+    path.write_text(json.dumps(content, indent=1))
+    (problem,) = alone.json("validate", code=1)["problems"]
+    assert problem["pointer"] == "/run_profiles/0/execution_policy/tiers/tier1/0/use"
+    assert problem["line"] > 1
+    assert "it is called with (payload, context), and takes (payload)" in problem["message"]
+
+
+def test_init_keeps_secrets_out_of_git(alone: Project) -> None:
+    """`init` writes a .gitignore, and leaves one alone that is there, also when forced."""
+    path = alone.folder / ".gitignore"
+    assert {".orbit/", ".env"} <= set(path.read_text().splitlines())
+    path.write_text("mine\n")
+    alone.ok("init", "--force")
+    assert path.read_text() == "mine\n"
+
+
+def test_what_is_no_orbit_node_is_said(alone: Project) -> None:
+    """An ORBIT_URL where something else answers is named as such, whatever it answers."""
+
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"[]")
+
+        def log_message(self, *given: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        result = alone.run("cycles", ORBIT_URL=url)
+        server.shutdown()
+    assert result.returncode == 1
+    assert f"error: what answers at {url} is no Orbit node" in result.stderr
 
 
 def test_a_bad_setting_is_one_line(alone: Project) -> None:
@@ -308,13 +356,16 @@ def test_doctor_says_what_to_do(alone: Project) -> None:
     endpoints = json.dumps([{"key": "default-endpoint", "url": f"http://{closed}/"}])
     ill = alone.run("doctor", ORBIT_DISPATCH_ENDPOINTS=endpoints)
     assert ill.returncode == 1
-    assert f"✗ endpoint default-endpoint: {closed} does not accept connections" in ill.stdout
+    looked = "✗ endpoint default-endpoint connection"
+    assert f"{looked}: {closed} does not accept connections" in ill.stdout
     assert "→ start it" in ill.stdout
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://localhost:{listener.getsockname()[1]}/"
         endpoints = json.dumps([{"key": "default-endpoint", "url": url}])
         well = alone.json("doctor", ORBIT_DISPATCH_ENDPOINTS=endpoints)
         assert well["isGood"] is True
+        looks = {one["facts"].get("look") for one in well["checks"]}
+        assert {"name", "connection", "token", "clock", "retries"} <= looks
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = alone.run("doctor", PORT=str(other.getsockname()[1]))
         assert "✗ address: " in taken.stdout
@@ -449,6 +500,27 @@ def test_dead_letters_are_shown_requeued_and_discarded(project: Project) -> None
     assert project.run("dlq", "discard", job_id).returncode == 2
 
 
+def test_lanes_are_listed_and_shown(project: Project) -> None:
+    """`lanes` lists what had jobs; with an endpoint it shows limits, or that there is no lane."""
+    project.ok("trigger", "nova-daily", "--watch")
+    assert re.search(r"^brand-a +default-endpoint +0 +0 ", project.ok("lanes"), re.MULTILINE)
+    (found,) = [
+        one
+        for one in project.json("lanes", "brand-a")["items"]
+        if one["endpointKey"] == "default-endpoint"
+    ]
+    assert found["breaker"] == "closed"
+    assert found["attempts"]["delivered"] >= 1
+    shown = project.ok("lanes", "brand-a", "default-endpoint")
+    assert "  places          16 over all nodes" in shown
+    assert "10 failures in a row, or 70% of at least 20 attempts within 60.0 s" in shown
+    detail = project.json("lanes", "brand-a", "default-endpoint")
+    assert detail["limits"]["breaker"]["holdSeconds"] == 10
+    unknown = project.run("lanes", "nowhere", "default-endpoint")
+    assert unknown.returncode == 1
+    assert "there is no lane nowhere/default-endpoint" in unknown.stderr
+
+
 def test_status_and_profiles(project: Project) -> None:
     """`status` shows the node; `--why` says why a run profile isn't running; `profiles` lists."""
     text = project.ok("status", "--why")
@@ -463,6 +535,45 @@ def test_status_and_profiles(project: Project) -> None:
     listed = project.ok("profiles")
     assert re.search(r"nova-off +brand-a +nova +disabled \(.+\)", listed)
     assert len(project.json("profiles")["runProfiles"]) == 5
+
+
+def test_files_that_are_not_in_force_are_said(project: Project) -> None:
+    """`validate`, `plan` and `doctor` say so where a running node has another revision in force."""
+    words = "The files differ from the configuration in force"
+    assert words not in project.run("validate").stderr
+    path = project.folder / "config" / "profiles.json"
+    before = path.read_text()
+    path.write_text(before.replace('"label": "', '"label": "another '))
+    try:
+        assert words in project.run("validate").stderr
+        assert words in project.run("plan").stderr
+        assert words in project.run("doctor").stdout
+        assert project.json("validate")["otherRevisionInForce"]
+    finally:
+        path.write_text(before)
+    assert project.json("plan")["otherRevisionInForce"] is None
+
+
+def test_watching_without_a_worker_says_so(tmp_path: Path) -> None:
+    """`trigger --watch` says after a moment that no node with the role worker is alive."""
+    write_project(tmp_path)
+    port = free_port()
+    here = Project(tmp_path, {"PORT": str(port), "ORBIT_ROLES": "api"})
+    with here.running("up"):
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}/ready"), "the node")
+        child = subprocess.Popen(
+            [*COMMAND, "trigger", "nova-daily", "--watch"],
+            cwd=here.folder,
+            env=clean_environment(**here.environment),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert child.stderr is not None
+        line = child.stderr.readline()
+        child.kill()
+        child.communicate(timeout=20)
+    assert line.startswith("Nobody works on this")
 
 
 def test_doctor_finds_the_node(project: Project) -> None:

@@ -152,10 +152,9 @@ async def test_answers_seen_before_the_drain_is_over_are_kept(
     await trigger(node, "daily")
     await until(lambda: len(receiver.arrivals) == 6, "the sends")
     with locked(owner_dsn, "delivery_receipt", "EXCLUSIVE"):
-        for flushing in (1, 2):  # both lanes of the group commit; the others wait behind them
-            gate.open()
-            await until(lambda: len(waiters(facts)) == flushing, "a flush")  # noqa: B023
-        gate.open(3)
+        gate.open()
+        await until(lambda: len(waiters(facts)) == 1, "a flush")  # the others wait behind it
+        gate.open(4)
         assert node.dispatcher is not None
         under_way = node.dispatcher._sending
         await until(lambda: sum(s.is_over for s in under_way.values()) == 5, "the answers")
@@ -252,8 +251,8 @@ async def test_an_attempt_that_never_began_is_not_spent(
 # --- one endpoint beside the others -------------------------------------------------------
 
 
-@pytest.mark.parametrize(("places", "allowed"), [(64, 16), (8, 100)], ids=["its own", "half"])
-async def test_an_endpoint_that_hangs_in_many_namespaces_holds_up_no_other(
+@pytest.mark.parametrize(("places", "allowed"), [(64, 5), (8, 100)], ids=["its own", "a share"])
+async def test_lanes_that_hang_hold_up_no_other(
     make_node: MakeNode,
     configure: Configure,
     receiver: Receiver,
@@ -261,7 +260,7 @@ async def test_an_endpoint_that_hangs_in_many_namespaces_holds_up_no_other(
     places: int,
     allowed: int,
 ) -> None:
-    """It has its places once for all namespaces, and never all; the others go on beside it."""
+    """A lane has its own places, and all that hang together never have all of the node's."""
     gate = receiver.answers["/stuck"] = Gate()
     names = [f"stuck-{number}" for number in range(4)]
     stuck = (
@@ -274,6 +273,6 @@ async def test_an_endpoint_that_hangs_in_many_namespaces_holds_up_no_other(
     await make_node(dispatch_endpoints=endpoints, dispatch_concurrency=places)
     await until(lambda: len(receiver.at("/out")) == 40, "the healthy endpoint's jobs")
     await until(lambda: len(facts(RECEIPTS)) == 40, "their receipts")
-    assert len(receiver.at("/stuck")) <= min(allowed, places)
+    assert len(receiver.at("/stuck")) <= min(allowed * len(names), places - 1)
     gate.open(80)
     await until(lambda: len(facts(RECEIPTS)) == 120, "the others")

@@ -7,15 +7,20 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+import hmac
 import re
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import psycopg
 import pytest
 from aiohttp import web
 from psycopg import sql
+from standardwebhooks import Webhook, WebhookVerificationError
 
+from orbit.api.application import create_application
+from orbit.app import Node
 from orbit.errors import PayloadTooLarge
 from orbit.execution.context import ExecutionContext
 from orbit.payload import Payload
@@ -25,6 +30,7 @@ from tests.scenario.conftest import (
     Facts,
     MakeNode,
     Receiver,
+    ended,
     policy,
     run,
     run_profile,
@@ -36,6 +42,8 @@ HERE = __name__
 TOKEN = "tok_never-to-be-seen_7Qx2"
 HEADER_SECRET = "key_never-to-be-seen_9Zb4"
 QUERY_SECRET = "sig_never+to-be-seen_3Kd8"
+SIGNING_KEY = bytes(range(32))
+SIGNING_SECRET = "whsec_" + base64.b64encode(SIGNING_KEY).decode()
 BOUNDARY = 'multipart/mixed; boundary="a b=c"; charset=utf-8'
 
 
@@ -45,6 +53,20 @@ async def relabel(payload: Payload, context: ExecutionContext) -> Payload:
 
 async def raise_with_options(payload: Payload, context: ExecutionContext) -> Payload:
     raise RuntimeError("failed")
+
+
+async def send_over_api(node: Node, payload: Payload) -> dict[str, Any]:
+    """Triggers a raw cycle as any program would; its row once it has ended."""
+    body = {
+        "payloadBase64": base64.b64encode(payload.content).decode(),
+        "contentType": payload.content_type,
+        "endpointKeys": ["out"],
+    }
+    transport = httpx.ASGITransport(create_application(node))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:3000") as client:
+        answer = await client.post("/cycles/trigger", json=body)
+    assert answer.status_code == 202, answer.text
+    return await ended(node, answer.json()["cycleRunId"])
 
 
 @pytest.mark.parametrize(
@@ -65,7 +87,7 @@ async def test_a_payload_arrives_byte_for_byte(
     """Body, type and digest are those of the trigger, in the request, the job and the receipt."""
     configure()
     node = await make_node(dispatch_endpoints=(receiver.endpoint("out"),))
-    cycle = await send(node, payload, endpoint_keys=["out"])
+    cycle = await send_over_api(node, payload)
     assert cycle["detail"]["delivered"] == 1
     [arrival] = receiver.arrivals
     assert arrival.body == payload.content
@@ -185,6 +207,49 @@ async def test_a_delivery_says_whose_it_is(
     assert receipts == [
         {"attempt": 1, "outcome": "failed", "status": 503},
         {"attempt": 2, "outcome": "delivered", "status": 200},
+    ]
+
+
+@pytest.mark.parametrize(
+    "content", ["grüße".encode(), b"", bytes(range(256))], ids=["text", "empty", "binary"]
+)
+async def test_each_attempt_is_signed_anew_under_the_same_id(
+    configure: Configure, make_node: MakeNode, receiver: Receiver, content: bytes
+) -> None:
+    """Standard Webhooks: a timestamp for each attempt, and a signature that fits just that."""
+
+    async def fail_once(arrival: Arrival) -> web.Response | None:
+        slow_down = {"Retry-After": "1.1"}  # seconds: until the next timestamp
+        return web.Response(status=503, headers=slow_down) if len(receiver.arrivals) == 1 else None
+
+    receiver.answers["/out"] = fail_once
+    configure()
+    endpoint = receiver.endpoint("out", signing_secret=SIGNING_SECRET)
+    node = await make_node(dispatch_endpoints=(endpoint,), dispatch_retry_cap_seconds=2.0)
+    await send(node, Payload(content, "text/plain"), endpoint_keys=["out"])
+    first, second = ({k.lower(): v for k, v in one.headers.items()} for one in receiver.arrivals)
+    assert first["webhook-id"] == second["webhook-id"] == first["idempotency-key"]
+    assert int(first["webhook-timestamp"]) < int(second["webhook-timestamp"])
+    assert first["webhook-signature"] != second["webhook-signature"]
+    for headers in (first, second):
+        signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + content
+        mac = hmac.digest(SIGNING_KEY, signed, "sha256")
+        assert headers["webhook-signature"] == f"v1,{base64.b64encode(mac).decode()}"
+        if content != bytes(range(256)):  # the published verifier takes text only
+            Webhook(SIGNING_SECRET).verify(content, headers, json_parse=False)
+    with pytest.raises(WebhookVerificationError):
+        Webhook(SIGNING_SECRET).verify(b"another", first, json_parse=False)
+
+
+async def test_a_delivery_belongs_to_the_trace_of_its_cycle(
+    configure: Configure, make_node: MakeNode, receiver: Receiver, facts: Facts
+) -> None:
+    """The trace that the cycle was started with goes along unchanged."""
+    configure()
+    node = await make_node(dispatch_endpoints=(receiver.endpoint("out"),))
+    await send_over_api(node, Payload(b"x", "text/plain"))
+    assert facts("SELECT traceparent FROM cycle_run") == [
+        {"traceparent": receiver.arrivals[0].headers["traceparent"]}
     ]
 
 

@@ -19,6 +19,9 @@ from typing import Any
 import httpx
 import pytest
 
+from orbit.clock import SystemClock
+from orbit.webhooks import sign
+
 BODY = b'{"headline":"Good morning"}'
 
 
@@ -201,6 +204,42 @@ def test_a_path_may_have_a_token_of_its_own(start: Start) -> None:
     assert receiver.post("a", BODY, "/social") == 200
     assert receiver.post("b", BODY, "/newsletter") == 401
     assert receiver.post("b", BODY, "/newsletter", Authorization="Bearer s3cret") == 200
+
+
+@pytest.mark.parametrize("is_given_by_environment", [False, True])
+def test_with_a_signing_secret_only_what_is_signed_is_stored(
+    start: Start, monkeypatch: pytest.MonkeyPatch, is_given_by_environment: bool
+) -> None:
+    """Large and small bodies alike; a wrong, stale or absent signature is a 401."""
+    secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+    if is_given_by_environment:
+        monkeypatch.setenv("ORBIT_RECEIVER_SIGNING_SECRET", secret)
+        receiver = start("--quiet")
+    else:
+        receiver = start("--quiet", "--signing-secret", secret)
+    now = int(SystemClock().now().timestamp())
+
+    def post(key: str, body: bytes, signed: bytes, at: int = now) -> int:
+        names = {"webhook_id": key, "webhook_timestamp": str(at)}
+        signature = sign(secret, key, at, signed)
+        return receiver.post(key, body, webhook_signature=signature, **names)
+
+    large = os.urandom(1 << 20)
+    assert post("a", BODY, BODY) == post("b", large, large) == 200
+    assert post("c", large, large[:-1]) == post("c", BODY, BODY, now - 3600) == 401
+    assert receiver.post("c") == 401
+    outcomes = [line["outcome"] for line in receiver.arrivals()]
+    assert outcomes == ["stored"] * 2 + ["refused"] * 3
+    assert receiver.bodies() == {"_/_/a.json": BODY, "_/_/b.json": large}
+
+
+def test_a_signing_secret_that_cannot_be_used_is_a_clear_line() -> None:
+    """Exit code 2 and what is accepted; the value is not shown."""
+    command = [sys.executable, "-m", "orbit.receiver", "--signing-secret", "whsec_hunter2"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode == 2
+    assert "the signing secret is whsec_ and the base64 of 24 to 64 bytes" in ended.stderr
+    assert "hunter2" not in ended.stderr
 
 
 def failures(receiver: Receiver, count: int) -> list[int]:

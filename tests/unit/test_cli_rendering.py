@@ -10,9 +10,10 @@ import pytest
 
 from orbit.cli import terminal
 from orbit.cli.dead_letters import letter_lines
+from orbit.cli.lanes import lane_lines
 from orbit.cli.lineage import job_counts, lineage_lines, state_of, story_of
 from orbit.cli.outcome import ApiProblem, ExitCode, NodeUnreachable, exit_code_of, report
-from orbit.cli.status import last_slots, why_not_running
+from orbit.cli.status import held_lines, last_slots, why_not_running
 from orbit.cli.watching import changes, stages_table
 from orbit.errors import (
     ConfigurationInvalid,
@@ -303,6 +304,66 @@ def test_last_slots_are_at_most_three_of_each_schedule() -> None:
     run_profiles = [{"namespace": "b", "runProfileId": "y", "lastSlot": old}]
     shown = [one["slotAt"] for one in last_slots(slots, run_profiles)]
     assert shown == ["0", "1", "2", "old"]
+
+
+def lane(**given: Any) -> dict[str, Any]:
+    """The JSON of a lane that is held, as the API gives it."""
+    made = {
+        "namespace": "brand-a",
+        "endpointKey": "default-endpoint",
+        "breaker": "open",
+        "openedAt": AT,
+        "probeAt": "2026-05-01T06:00:10Z",
+        "failures": 12,
+        "windowAttempts": 20,
+        "windowFailures": 14,
+        "waiting": 1000,
+        "inFlight": 0,
+        "dueAt": AT,
+        "attempts": {"delivered": 3, "failed": 12, "notSent": 1, "unknown": 2},
+    }
+    return {**made, **given}
+
+
+HELD = (
+    "held since 2026-05-01T06:00:00.123Z, 12 failures in a row; "
+    "next probe from 2026-05-01T06:00:10.000Z"
+)
+
+
+def test_a_lane_says_what_holds_it_up() -> None:
+    """Breaker, queue, tallies and limits of a lane; a count that was cut says so."""
+    limits = {"maxConcurrency": 16, "ratePerSecond": 2.5, "onUnknown": "retry", "breaker": None}
+    text = "\n".join(lane_lines({"lane": lane(), "limits": limits, "changes": []}))
+    assert f"  breaker         open: {HELD}" in text
+    assert "  waiting         1,000 or more" in text
+    assert "  attempts        delivered 3, failed 12, not sent 1, unknown 2" in text
+    assert "  rate            2.5 a second over all nodes" in text
+    assert "  opens after     never: the breaker is off" in text
+    calm = lane(breaker="closed", openedAt=None, probeAt=None, waiting=0)
+    foreign = "\n".join(lane_lines({"lane": calm, "limits": None, "changes": []}))
+    assert "  breaker         closed" in foreign
+    assert "this node does not know the endpoint" in foreign
+
+
+def test_only_held_lanes_are_reasons() -> None:
+    """`status --why` names the lanes that are held, and how many jobs wait for each."""
+    calm = lane(endpointKey="other", breaker="closed", openedAt=None, probeAt=None)
+    shown = list(held_lines({"lanes": [calm, lane(waiting=3)]}))
+    assert shown == [f"brand-a/default-endpoint: {HELD}; jobs that wait for it: 3"]
+
+
+def test_a_story_says_what_holds_a_job_up() -> None:
+    """A job in a held lane says so; a probe and a kept connection are told of their attempt."""
+    story = lineage()
+    job = story["jobs"][0]
+    hold = {name: lane()[name] for name in ("openedAt", "probeAt", "failures")}
+    job |= {"state": "retrying", "dueAt": AT, "held": hold}
+    job["receipts"] = [{**job["receipts"][0], "isProbe": True, "isReused": True}]
+    lines = [line.strip() for line in lineage_lines(story_of(story))]
+    assert f"not sent meanwhile: the lane is {HELD}" in lines
+    (attempt,) = [line for line in lines if line.startswith("attempt 1")]
+    assert "  500  3 ms  kept connection  probe: " in attempt
 
 
 def test_a_dead_letter_shows_what_was_decided() -> None:

@@ -41,12 +41,12 @@ _RUN_PROFILE: dict[str, Any] = {
         "jitter_seconds": 0,
         "initiation": {"use": "json:loads"},
         "tiers": {
-            "tier1": [{"use": "json:dumps", "options": {"a": [1]}, "retry": {"max_attempts": 1}}],
+            "tier1": [{"use": "operator:add", "options": {"a": [1]}, "retry": {"max_attempts": 1}}],
             "tier2": [{"use": "http", "url": "http://127.0.0.1:9/enrich", "timeout_seconds": 20}],
             "tier3": [],
         },
         "retry": {"max_attempts": 3, "base_seconds": 0.5, "factor": 2.0, "cap_seconds": 30.0},
-        "normalization": {"use": "orbit:no_op", "split": "json:loads", "batch_size": 100},
+        "normalization": {"use": "orbit:no_op", "split": "operator:add", "batch_size": 100},
     },
     "asset_bundle": {},
     "distribution_targets": ["default-endpoint"],
@@ -106,14 +106,14 @@ def test_the_documented_example_is_read(tmp_path: Path) -> None:
     )
     (brief,), (enrich,) = policy.tiers.tier1, policy.tiers.tier2
     assert (brief.use, brief.options, brief.retry) == (
-        "json:dumps",
+        "operator:add",
         {"a": [1]},
         RetryPolicy(max_attempts=1),
     )
     assert (enrich.url, enrich.timeout_seconds) == ("http://127.0.0.1:9/enrich", 20.0)
     assert enrich.retry == policy.retry == RetryPolicy(3, 0.5, 2.0, 30.0)
     assert policy.initiation is not None
-    assert (policy.initiation.use, policy.normalization.split) == ("json:loads", "json:loads")
+    assert (policy.initiation.use, policy.normalization.split) == ("json:loads", "operator:add")
 
 
 def test_the_least_that_is_needed_has_the_documented_defaults(tmp_path: Path) -> None:
@@ -450,6 +450,27 @@ def test_an_entry_point_is_found_by_its_name(plugins: Path) -> None:
     assert resolve("brief").__name__ == "step"
     with pytest.raises(PluginUnusable, match="has no none"):
         resolve("lost")
+
+
+@pytest.mark.parametrize(
+    ("place", "use", "given"),
+    [
+        ("tiers/tier1/0/use", "json:loads", "(payload, context)"),
+        ("tiers/tier1/0/use", "contextlib:nullcontext", "(payload, context)"),
+        ("initiation/use", "operator:add", "(context)"),
+        ("normalization/use", "json:loads", "(batch, context)"),
+        ("normalization/split", "json:loads", "(payload, context)"),
+    ],
+)
+def test_what_cannot_take_its_arguments_is_a_problem(
+    tmp_path: Path, place: str, use: str, given: str
+) -> None:
+    """A callable is judged by its signature in the place where it stands; it is not called."""
+    bad = _changed(_RUN_PROFILE, f"execution_policy/{place}", use)
+    _write(tmp_path, {"profiles": [_PROFILE]}, {"run_profiles": [bad]})
+    (problem,) = _problems(tmp_path, check_imports=True)
+    assert problem.pointer == f"/run_profiles/0/execution_policy/{place}"
+    assert f"it is called with {given}, and takes (" in problem.message
 
 
 @pytest.mark.usefixtures("plugins")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import re
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orbit.clock import SystemClock
 from orbit.receiver import (
     BearerInvalid,
     BodyAltered,
@@ -23,17 +27,23 @@ from orbit.receiver import (
     IdMissing,
     MemorySeen,
     SeenFileInUse,
+    SignatureInvalid,
+    TimestampStale,
     Verdict,
     delivery_id,
     read_delivery,
     verify_bearer,
     verify_content_digest,
+    verify_delivery,
 )
 from orbit.receiver.arrivals import payload_path
 from orbit.receiver.verify import ID_PATTERN
+from orbit.webhooks import sign
 
 BODY = b"good morning"
 SHA256 = hashlib.sha256(BODY).digest()
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+OTHER_SECRET = "whsec_" + base64.b64encode(bytes(24)).decode()
 DIGEST_HEADER = f"sha-256=:{base64.b64encode(SHA256).decode()}:"
 
 
@@ -261,3 +271,101 @@ def test_an_id_that_would_break_the_index_is_refused(key: str) -> None:
     """Nothing takes effect under a name that could not be read back."""
     with pytest.raises(ValueError, match="single words"):
         MemorySeen().once(key, "d", nothing)
+
+
+def signed(body: bytes = BODY, age_seconds: int = 0, secret: str = SECRET) -> dict[str, str]:
+    """All headers of a genuine delivery, as old as asked for."""
+    at = int(SystemClock().now().timestamp()) - age_seconds
+    return {
+        "authorization": "Bearer t",
+        "idempotency-key": "j1",
+        "webhook-id": "j1",
+        "webhook-timestamp": str(at),
+        "webhook-signature": sign(secret, "j1", at, body),
+        "content-digest": DIGEST_HEADER,
+        "orbit-attempt": "2",
+    }
+
+
+def test_a_genuine_delivery_passes_every_check() -> None:
+    """Token, signature, window and digest in one call, which says what came."""
+    found = verify_delivery(signed(), BODY, token="t", signing_secret=SECRET)
+    assert found == Delivery("j1", attempt=2)
+
+
+def test_while_secrets_are_replaced_both_are_good() -> None:
+    """Two tokens and two signing secrets are valid at once."""
+    secrets = f"{OTHER_SECRET} {SECRET}"
+    assert verify_delivery(signed(), BODY, token=["new", "t"], signing_secret=secrets).id == "j1"
+
+
+@pytest.mark.parametrize(
+    ("headers", "error"),
+    [
+        ({"authorization": "Bearer x"}, BearerInvalid),
+        ({"webhook-signature": ""}, SignatureInvalid),
+        ({"webhook-signature": "v1,AAAA"}, SignatureInvalid),
+        ({"webhook-id": "j2"}, SignatureInvalid),
+        ({"webhook-id": ""}, SignatureInvalid),
+        ({"webhook-timestamp": "7"}, SignatureInvalid),
+        ({"webhook-timestamp": "soon"}, SignatureInvalid),
+        ({"idempotency-key": "j2"}, HeaderInvalid),
+        ({"content-digest": f"sha-256=:{base64.b64encode(bytes(32)).decode()}:"}, BodyAltered),
+        (signed(age_seconds=400), TimestampStale),
+        (signed(age_seconds=-400), TimestampStale),
+        (signed(b"another body"), SignatureInvalid),
+        (signed(secret=OTHER_SECRET), SignatureInvalid),
+    ],
+)
+def test_anything_amiss_is_refused(headers: dict[str, str], error: type[DeliveryRefused]) -> None:
+    """Each check by itself stops a delivery that is right otherwise."""
+    with pytest.raises(error) as refused:
+        verify_delivery(signed() | headers, BODY, token="t", signing_secret=SECRET)
+    assert refused.value.status in {400, 401}
+
+
+@pytest.mark.parametrize(
+    ("token", "signing_secret"), [(None, None), ((), None), ("", SECRET), (["t", ""], None)]
+)
+def test_without_a_secret_nothing_is_verified_by_mistake(
+    token: str | list[str] | None, signing_secret: str | None
+) -> None:
+    """An unset variable does not open the door, nor does an empty bearer token."""
+    with pytest.raises(ValueError, match="token"):
+        verify_delivery(signed(), BODY, token=token, signing_secret=signing_secret)
+    with pytest.raises(BearerInvalid):
+        verify_bearer("Bearer ", "")
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+async def test_an_id_that_is_held_is_busy_and_kept_only_if_told_to(
+    kind: str, tmp_path: Path
+) -> None:
+    """A block that ends without keep, or raises, leaves the id new."""
+    seen = MemorySeen() if kind == "memory" else FileSeen(tmp_path / "index")
+    async with seen.claim("a", "d") as first, seen.claim("a", "d") as second:
+        assert (first.verdict, second.verdict) == (Verdict.NEW, Verdict.BUSY)
+    with contextlib.suppress(ZeroDivisionError):
+        async with seen.claim("a", "d") as claim:
+            claim.keep()
+            failing()
+    async with seen.claim("a", "d") as claim:
+        assert claim.verdict is Verdict.NEW
+        claim.keep()
+    async with seen.claim("a", "d") as again, seen.claim("b", "d") as other:
+        assert (again.verdict, other.verdict) == (Verdict.DUPLICATE, Verdict.NEW)
+    async with seen.claim("a", "e") as conflict:
+        assert conflict.verdict is Verdict.CONFLICT
+
+
+def test_the_receivers_side_needs_nothing_of_the_senders() -> None:
+    """Importing it loads no database driver and no other part of Orbit."""
+    code = (
+        "import sys, orbit.receiver; "
+        "print(*sorted(m for m in sys.modules if m.startswith(('orbit.', 'psycopg', 'sqlalch'))))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    above = [m for m in ended.stdout.split() if not m.startswith("orbit.receiver")]
+    assert above == ["orbit.clock", "orbit.errors", "orbit.webhooks"]

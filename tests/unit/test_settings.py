@@ -14,8 +14,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from orbit.endpoints import Breaker, Endpoint
 from orbit.errors import SettingInvalid
-from orbit.settings import Endpoint, Settings, env_example, load_settings
+from orbit.settings import Settings, env_example, load_settings
 from orbit.vault import generate_key
 
 _KEY = generate_key()
@@ -280,12 +281,13 @@ def test_a_bad_secret_key_is_counted_and_not_shown() -> None:
 
 def test_secrets_are_in_no_representation_of_the_settings() -> None:
     """Neither `repr`, nor a dump, nor an endpoint's `repr` holds a key, password or token."""
+    signing_secret = "whsec_hunter2hunter2hunter2hunter2hunt"
     entry = {**_ENDPOINT, "token": "hunter2", "headers": {"X-Key": "hunter2"}}
     settings = _load(
         DATABASE_URL="postgresql://orbit:hunter2@db/orbit",
         ORBIT_DATABASE_OWNER_URL="postgresql://owner:hunter2@db/orbit",
         ORBIT_SECRET_KEYS=_KEY,
-        ORBIT_DISPATCH_ENDPOINTS=json.dumps([{**entry, "signing_secret": "hunter2"}]),
+        ORBIT_DISPATCH_ENDPOINTS=json.dumps([{**entry, "signing_secret": signing_secret}]),
     )
     shown = f"{settings!r}{settings}{settings.model_dump()}{settings.dispatch_endpoints!r}"
     assert "hunter2" not in shown
@@ -320,9 +322,12 @@ def test_an_endpoint_is_read_with_all_its_keys() -> None:
             "timeout_seconds": 2.5,
             "max_concurrency": 4,
             "rate_per_second": 10,
-            "signing_secret": "whsec_abc=",
+            "signing_secret": "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
             "permanent_statuses": [400, 404],
             "breaker": {"failures": 3},
+            "on_unknown": "hold",
+            "proxy": "http://me:pw@proxy.example:3128",
+            "check_url": "https://aurora.example/me",
         }
     )
     assert endpoint == Endpoint(
@@ -334,9 +339,12 @@ def test_an_endpoint_is_read_with_all_its_keys() -> None:
         timeout_seconds=2.5,
         max_concurrency=4,
         rate_per_second=10.0,
-        signing_secret="whsec_abc=",
+        signing_secret="whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
         permanent_statuses=frozenset({400, 404}),
-        breaker={"failures": 3},
+        breaker=Breaker(failures=3),
+        on_unknown="hold",
+        proxy="http://me:pw@proxy.example:3128",
+        check_url="https://aurora.example/me",
     )
 
 
@@ -369,7 +377,8 @@ def test_an_endpoint_with_the_least_has_the_documented_defaults() -> None:
         ({"token": "hunter2 x"}, "/0/token: 1 to 8192 visible ASCII"),
         ({"token": "hunter2\n"}, "/0/token: 1 to 8192 visible ASCII"),
         ({"token": ""}, "/0/token: 1 to 8192 visible ASCII"),
-        ({"signing_secret": "é"}, "/0/signing_secret: 1 to 8192 visible ASCII"),
+        ({"signing_secret": "é"}, "/0/signing_secret: whsec_ and the base64 of 24 to 64 bytes"),
+        ({"signing_secret": "whsec_abc="}, "/0/signing_secret: whsec_ and the base64 of"),
         ({"headers": {"a b": "x"}}, "/0/headers: 'a b' is not a legal HTTP header name"),
         ({"headers": {"x": "hunter2\r\nb: c"}}, "/0/headers: the value of x: visible ASCII"),
         ({"headers": {"x": ""}}, "/0/headers: the value of x: visible ASCII"),
@@ -382,7 +391,13 @@ def test_an_endpoint_with_the_least_has_the_documented_defaults() -> None:
         ({"rate_per_second": 0}, "/0/rate_per_second: input should be greater than 0"),
         ({"permanent_statuses": [99]}, "/0/permanent_statuses/0: input should be greater"),
         ({"permanent_statuses": [200, 600]}, "/0/permanent_statuses/1: input should be less"),
-        ({"breaker": []}, "/0/breaker: input should be a valid dictionary"),
+        ({"breaker": []}, "/0/breaker: a JSON object"),
+        ({"breaker": {"failures": 0}}, "/0/breaker/failures: input should be greater than"),
+        ({"breaker": {"fails": 3}}, "/0/breaker/fails: not a key of a breaker; did you mean"),
+        ({"on_unknown": "drop"}, "/0/on_unknown: input should be 'retry' or 'hold'"),
+        ({"proxy": "https://proxy.example"}, "/0/proxy: a proxy as http://host:port"),
+        ({"proxy": "http://proxy.example/path"}, "/0/proxy: a proxy as http://host:port"),
+        ({"check_url": "/me"}, "/0/check_url: an absolute http:// or https:// URL"),
         ({"tokn": "hunter2"}, "/0/tokn: not a key of an endpoint; did you mean token?"),
         ({"a/b": 1}, "/0/a~1b: not a key of an endpoint (known: key, url"),
     ],
@@ -467,7 +482,8 @@ def test_reading_settings_loads_no_heavy_library() -> None:
     """A node restarts in two seconds; libraries that only some nodes need wait until then."""
     program = (
         "import sys; from orbit.settings import load_settings; load_settings({}, None);"
-        "print([name for name in ('psycopg', 'cryptography', 'fastapi', 'aiohttp', 'jsonschema_rs')"
+        "names = 'psycopg', 'cryptography', 'fastapi', 'httptools', 'jsonschema_rs';"
+        "print([name for name in names"
         " if name in sys.modules])"
     )
     run = subprocess.run(

@@ -11,13 +11,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import aiohttp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from orbit.errors import StepFailed
 from orbit.execution.context import ExecutionContext, Normalization, Stage, Step
+from orbit.execution.http1 import Client
 from orbit.execution.normalization import Normalizer
 from orbit.execution.recorder import StepRecord
 from orbit.execution.retry import Backoff
@@ -29,6 +29,7 @@ from orbit.execution.transformation import (
     step_headers,
 )
 from orbit.payload import Payload
+from tests.unit.talking import OK, Server, always, serving
 
 HERE = __name__
 QUICK = Backoff(0.01, 2.0, 0.02)
@@ -139,8 +140,9 @@ async def _forget() -> AsyncIterator[None]:
 @pytest.fixture
 async def transformer() -> AsyncIterator[Transformer]:
     """A transformer for payloads of at most 1,000 bytes."""
-    async with aiohttp.ClientSession() as session:
-        yield Transformer(session, 1000, draw=lambda: 0.5)
+    client = Client()
+    yield Transformer(client, 1000, draw=lambda: 0.5)
+    await client.close()
 
 
 async def test_an_attempt_that_succeeds_ends_the_trying(transformer: Transformer) -> None:
@@ -191,6 +193,34 @@ async def test_what_is_not_raised_by_the_users_code_has_no_place(transformer: Tr
         with pytest.raises(StepFailed) as failed:
             await transformer.transform(step, Payload(b""), CONTEXT, [])
         assert ".py:" not in str(failed.value)
+
+
+async def test_a_step_goes_to_no_address_that_is_refused() -> None:
+    """The same guard as for dispatch: a service on this machine is not reached."""
+    client, server = Client(allow_private=False), Server()
+    async with serving(always(server, OK), server):
+        step = Step("http", url=server.url, backoff=QUICK, max_attempts=1)
+        with pytest.raises(StepFailed, match=r"address refused: 127\.0\.0\.1 is loopback"):
+            await Transformer(client, 1000).transform(step, Payload(b"x"), CONTEXT, [])
+    await client.close()
+    assert server.connections == 0
+
+
+async def test_half_an_answer_is_none(transformer: Transformer) -> None:
+    """A status of 200 makes no payload of a body that broke off; the step is tried again."""
+    server = Server()
+    half = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await server.read(reader)
+        writer.write(half)
+        await writer.drain()
+
+    async with serving(talk, server):
+        step = Step("http", url=server.url, backoff=QUICK, max_attempts=2)
+        with pytest.raises(StepFailed, match="connection lost"):
+            await transformer.transform(step, Payload(b"x"), CONTEXT, [])
+    assert len(server.requests) == 2
 
 
 async def test_the_pause_between_attempts_follows_the_backoff(transformer: Transformer) -> None:

@@ -6,12 +6,12 @@ import asyncio
 import gzip
 import hashlib
 import socket
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator
 
 import pytest
 
+from orbit import metrics
+from orbit.execution.http1 import Client
 from orbit.execution.wire import (
     ANSWER_BYTES,
     Outcome,
@@ -20,58 +20,15 @@ from orbit.execution.wire import (
     WireResult,
     request_headers,
 )
-
-Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-
-
-class Server:
-    """A TCP server that talks as a test says, and counts connections and whole requests."""
-
-    def __init__(self) -> None:
-        self.connections = 0
-        self.requests: list[bytes] = []
-        self.url = ""
-
-    async def read(self, reader: asyncio.StreamReader) -> bytes:
-        """One request with its body."""
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]
-        self.requests.append(head + await reader.readexactly(int(length)))
-        return self.requests[-1]
-
-
-@asynccontextmanager
-async def serving(talk: Talk, server: Server) -> AsyncIterator[Server]:
-    """The server on a free port; whatever a test leaves open is closed."""
-    tasks: set[asyncio.Task[None]] = set()
-
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        server.connections += 1
-        with suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            await talk(reader, writer)
-        writer.close()
-
-    def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        tasks.add(asyncio.create_task(connected(reader, writer)))
-
-    listening = await asyncio.start_server(begin, "127.0.0.1", 0)
-    server.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/"
-    try:
-        yield server
-    finally:
-        listening.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+from tests.unit.talking import OK, Server, always, serving
 
 
 @pytest.fixture
 async def wire() -> AsyncIterator[Wire]:
     """A client as a node has it."""
-    found = Wire(8)
-    yield found
-    await found.close()
+    client = Client()
+    yield Wire(client)
+    await client.close()
 
 
 def outgoing(url: str, **given: object) -> Outgoing:
@@ -153,10 +110,8 @@ async def test_silence_is_cut_off_and_unknown(wire: Wire) -> None:
         await asyncio.Event().wait()
 
     async with serving(talk, server):
-        began = time.monotonic()
         result = await wire.send(outgoing(server.url, timeout_seconds=0.2))
     assert (result.outcome, result.cause) == (Outcome.UNKNOWN, "timeout")
-    assert time.monotonic() - began < 2
     assert result.connect_seconds is not None
 
 
@@ -201,8 +156,7 @@ async def test_a_body_that_drips_for_ever_is_cut_off(wire: Wire) -> None:
     async with serving(talk, server):
         result = await wire.send(outgoing(server.url, timeout_seconds=0.3))
     assert (result.outcome, result.status) == (Outcome.FAILED, 500)
-    assert result.total_seconds is not None
-    assert result.total_seconds < 2
+    assert result.error == "no complete answer within 0.3 s"
 
 
 async def test_a_huge_answer_is_read_to_a_bound(wire: Wire) -> None:
@@ -278,14 +232,8 @@ async def test_the_body_goes_out_whole_with_its_length(wire: Wire) -> None:
 async def test_only_its_own_headers_go_along(wire: Wire) -> None:
     """No accepted encoding, no cookie of an earlier answer; the agent names itself."""
     server = Server()
-
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            await server.read(reader)
-            writer.write(OK.replace(b"\r\n", b"\r\nSet-Cookie: a=b\r\n", 1))
-            await writer.drain()
-
-    async with serving(talk, server):
+    cookie = OK.replace(b"\r\n", b"\r\nSet-Cookie: a=b\r\n", 1)
+    async with serving(always(server, cookie), server):
         for _ in range(2):
             await wire.send(outgoing(server.url))
     lines = server.requests[1].split(b"\r\n\r\n")[0].split(b"\r\n")
@@ -343,14 +291,40 @@ async def test_a_kept_connection_that_drops_is_never_used_to_send_again(
 async def test_connections_are_reused(wire: Wire) -> None:
     """Ten attempts one after the other share a connection."""
     server = Server()
-
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            await server.read(reader)
-            writer.write(OK)
-            await writer.drain()
-
-    async with serving(talk, server):
+    before = [_sent(kind) for kind in ("new", "reused")]
+    async with serving(always(server, OK), server):
         results = [await wire.send(outgoing(server.url)) for _ in range(10)]
     assert {one.outcome for one in results} == {Outcome.DELIVERED}
     assert server.connections == 1
+    assert [one.is_reused for one in results] == [False] + [True] * 9
+    assert [_sent(kind) for kind in ("new", "reused")] == [before[0] + 1, before[1] + 9]
+
+
+def _sent(kind: str) -> float:
+    name = "orbit_attempt_connections_total"
+    return metrics.REGISTRY.get_sample_value(name, {"connection": kind}) or 0.0
+
+
+async def test_a_refused_address_means_that_nothing_was_sent() -> None:
+    """Where private addresses are refused, a receiver on this machine is not reached."""
+    server = Server()
+    client = Client(allow_private=False)
+    async with serving(always(server, OK), server):
+        result = await Wire(client).send(outgoing(server.url))
+    await client.close()
+    assert (result.outcome, result.cause) == (Outcome.NOT_SENT, "address refused")
+    assert (result.is_reused, server.connections) == (None, 0)
+
+
+async def test_a_proxy_is_used_only_by_who_asks_for_it(wire: Wire) -> None:
+    """The proxy gets the whole URL of the attempt that names it, and nothing of the other."""
+    proxy, receiver = Server(), Server()
+    async with (
+        serving(always(proxy, OK), proxy),
+        serving(always(receiver, OK), receiver),
+    ):
+        await wire.send(outgoing(receiver.url))
+        result = await wire.send(outgoing("http://receiver.invalid/in", proxy=proxy.url))
+    assert result.outcome is Outcome.DELIVERED
+    assert len(receiver.requests) == len(proxy.requests) == 1
+    assert proxy.requests[0].startswith(b"POST http://receiver.invalid/in HTTP/1.1\r\n")

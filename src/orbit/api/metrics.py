@@ -1,11 +1,13 @@
 """`GET /metrics`: what the node counted, and what it has in hand at this moment.
 
-Prometheus text, or JSON for who asks for it. Costs no query.
+Prometheus text, or JSON for who asks for it. What all nodes share costs one query, which is
+bounded; it is left out while the database does not answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -16,7 +18,16 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from orbit import __version__
 from orbit.app import Node
+from orbit.database.pool import TRANSIENT
 from orbit.metrics import REGISTRY
+from orbit.reading.lanes import dispatch_load
+
+_SHARED_SECONDS = 2.0
+_SHARED = {
+    "lanes_held": ("orbit_lanes_held", "Lanes that all nodes' breakers hold."),
+    "waiting": ("orbit_jobs_waiting", "Jobs of all nodes to be sent, counted up to 10,000."),
+    "in_flight": ("orbit_jobs_in_flight", "Attempts of all nodes, counted up to 10,000."),
+}
 
 
 class NodeCollector(Collector):
@@ -42,22 +53,46 @@ class NodeCollector(Collector):
         yield _gauge("orbit_configuration_in_step", text, is_in_step)
 
 
+class SharedCollector(Collector):
+    """The gauges of what all nodes share, as they were just read."""
+
+    def __init__(self, load: Mapping[str, int]) -> None:
+        self._load = load
+
+    def collect(self) -> Iterator[Metric]:
+        """A gauge for each count."""
+        for name, value in self._load.items():
+            yield _gauge(*_SHARED[name], value)
+
+
 def metrics_router(node: Node) -> APIRouter:
     """The route, for one node."""
-    own = CollectorRegistry()
-    own.register(NodeCollector(node))
+    own = NodeCollector(node)
     router = APIRouter(tags=["node"])
 
     @router.get("/metrics", response_class=Response, summary="Metrics of this node")
     async def metrics(request: Request) -> Response:
         """Prometheus text; JSON if `Accept` asks for `application/json`."""
+        now = CollectorRegistry()
+        now.register(own)
+        now.register(SharedCollector(await _load(node)))
         if "application/json" in request.headers.get("accept", ""):
-            families = [*own.collect(), *REGISTRY.collect()]
+            families = [*now.collect(), *REGISTRY.collect()]
             return JSONResponse({"items": [_family(one) for one in families]})
-        text = generate_latest(own) + generate_latest(REGISTRY)
+        text = generate_latest(now) + generate_latest(REGISTRY)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     return router
+
+
+async def _load(node: Node) -> dict[str, int]:
+    if not node.is_ready:
+        return {}
+    try:
+        async with asyncio.timeout(_SHARED_SECONDS):
+            return await dispatch_load(node.database)
+    except (*TRANSIENT, TimeoutError):
+        return {}
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

@@ -1,19 +1,35 @@
-"""Dead letters: listed, shown, requeued, discarded. Only a person decides."""
+"""Dead letters: listed, grouped, shown, requeued singly or in bulk, discarded.
+
+Only a person decides. A bulk requeue without canary and rate is done when it is answered; with
+either it becomes a batch that nodes carry on, and that can be looked at and cancelled.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Query
-from pydantic import Field
+from fastapi import APIRouter, Depends, Query, Request
+from pydantic import AwareDatetime, Field
 
-from orbit.api.bodies import Bodies, Body, Key, PageFilter, Reason, body_schema
+from orbit.api.bodies import Bodies, Body, Filter, Key, PageFilter, Reason, body_schema
+from orbit.api.routes_cycles import asked_by
 from orbit.app import Node
-from orbit.execution.dead_letters import Requeued, Selection, SnapshotChoice
-from orbit.reading.dead_letters import DeadLetter, DeadLetterDetail, dead_letter, dead_letters
+from orbit.execution.dead_letters import Found, Requeued, Selection, SnapshotChoice
+from orbit.execution.requeues import LARGEST_STEP, Pace
+from orbit.reading.dead_letters import (
+    DeadLetter,
+    DeadLetterDetail,
+    DeadLetterGroup,
+    dead_letter,
+    dead_letter_groups,
+    dead_letters,
+)
+from orbit.reading.requeues import BulkRequeue, bulk_requeue, bulk_requeues
 from orbit.reading.view import Page, View, known_id
 
+_AT_ONCE = 100
 Cause = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00]+$")]
 Snapshot = Literal["current", "old"]
 
@@ -32,16 +48,50 @@ class RequeueBody(Body):
 class RequeueManyBody(Body):
     """Which open dead letters of a namespace are sent again, the oldest first.
 
-    With `dryRun` nothing is: the answer says how many there are.
+    With `dryRun` nothing is: the answer says how many there are. With `canary` (so many first,
+    and no other before all of them are delivered) or `rate` (jobs a second) it is done in steps;
+    `stopOnFailure` is about those. `since` and `until`: when they became dead letters. `limit`
+    is 100 unless told otherwise, at most 10,000 at once; in steps there is none.
     """
 
     namespace: Key
     endpoint_key: Key | None = None
     cause: Cause | None = None
-    limit: int = Field(100, ge=1, le=10_000)
+    run_profile_id: Key | None = None
+    since: Annotated[AwareDatetime, Field(strict=False)] | None = None
+    until: Annotated[AwareDatetime, Field(strict=False)] | None = None
+    limit: int | None = Field(None, ge=1, le=10_000)
     dry_run: bool = False
     reason: Reason | None = None
     snapshot: Snapshot = "current"
+    canary: int | None = Field(None, ge=1, le=10_000)
+    rate: float | None = Field(None, ge=0.001, le=LARGEST_STEP)
+    stop_on_failure: bool = True
+
+    @property
+    def selection(self) -> Selection:
+        """The dead letters that are meant."""
+        return Selection(
+            self.namespace,
+            self.endpoint_key,
+            self.cause,
+            self.run_profile_id,
+            self.since,
+            self.until,
+        )
+
+    @property
+    def pace(self) -> Pace | None:
+        """How it goes on in steps; None if it is done at once."""
+        if self.canary is None and self.rate is None:
+            return None
+        return Pace(self.canary or 0, self.rate, self.stop_on_failure, self.limit)
+
+
+class CancelBody(Body):
+    """Why a bulk requeue ends before its time."""
+
+    reason: Reason
 
 
 class DiscardBody(Body):
@@ -56,27 +106,46 @@ class DeadLetterFilter(PageFilter):
     namespace: Key | None = None
     endpoint_key: Key | None = None
     cause: Cause | None = None
+    run_profile_id: Key | None = None
     state: Literal["open", "decided"] | None = None
+
+
+class GroupFilter(Filter):
+    """Of which namespace dead letters are grouped."""
+
+    namespace: Key | None = None
+
+
+class RequeueFilter(PageFilter):
+    """Which bulk requeues are listed."""
+
+    namespace: Key | None = None
+    state: Literal["running", "finished", "stopped", "cancelled"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RequeuedView(View):
-    """The job that a dead letter came back as, and the dead letter."""
+    """The job that a dead letter came back as, the dead letter, and the snapshot it uses."""
 
     job_id: str
     requeued_from: str
+    snapshot: str
 
 
 @dataclass(frozen=True, slots=True)
 class RequeuedMany(View):
     """How many open dead letters matched, and the jobs that came of them.
 
-    `may_have_arrived`: how many were left out, since an attempt ended unknown.
+    Left out were those that `may_have_arrived`, since an attempt ended unknown, and those
+    `without_payload`. `batch_id`: what goes on in steps, with no job yet.
     """
 
     is_dry_run: bool
     matching: int
     may_have_arrived: int
+    without_payload: int
+    snapshot: str
+    batch_id: str | None
     items: list[RequeuedView]
 
 
@@ -91,37 +160,93 @@ class Discarded(View):
 def dead_letters_router(node: Node, bodies: Bodies) -> APIRouter:
     """The routes, for one node."""
     router = APIRouter(prefix="/dead-letters", tags=["dead letters"])
-    read_many = Depends(bodies.of(RequeueManyBody))
 
-    @router.get("", summary="Dead letters, newest first")
+    @router.get("", summary="Dead letters, those that died last first")
     async def listed(asked: Annotated[DeadLetterFilter, Query()]) -> Page[DeadLetter]:
         """A filter that matches little may give short or empty pages with a cursor."""
         return await dead_letters(node.database, **asked.model_dump())
 
+    @router.get("/groups", summary="Open dead letters by namespace, endpoint and cause")
+    async def grouped(asked: Annotated[GroupFilter, Query()]) -> Page[DeadLetterGroup]:
+        """At most 1,000 groups, the largest first."""
+        return Page(await dead_letter_groups(node.database, asked.namespace))
+
+    _add_bulk(router, node, bodies)
+    _add_batches(router, node, bodies)
+    _add_single(router, node, bodies)
+    return router
+
+
+def _add_bulk(router: APIRouter, node: Node, bodies: Bodies) -> None:
+    read_many = Depends(bodies.of(RequeueManyBody))
+
     @router.post(
         "/requeue",
         status_code=202,
-        summary="Requeue the open dead letters of a namespace",
+        summary="Requeue the open dead letters of a namespace, at once or in steps",
         openapi_extra=body_schema(RequeueManyBody, is_required=True),
     )
-    async def requeue_many(body: RequeueManyBody = read_many) -> RequeuedMany:
-        """All or none of those selected; `matching` counts before the limit."""
-        desk = node.dead_letters
-        selection = Selection(body.namespace, body.endpoint_key, body.cause)
-        found = await desk.count(selection)
+    async def requeue_many(request: Request, body: RequeueManyBody = read_many) -> RequeuedMany:
+        """At once all or none of those selected; `matching` counts before the limit."""
+        choice, reason = SnapshotChoice(body.snapshot), body.reason or ""
         if body.dry_run:
-            return RequeuedMany(True, found.matching, found.may_have_arrived, [])
-        requeued = await desk.requeue_many(
-            selection,
-            body.reason or "",
-            limit=body.limit,
-            snapshot=SnapshotChoice(body.snapshot),
+            return _answer(body, await node.dead_letters.count(body.selection))
+        if body.pace is None:
+            found = await node.dead_letters.count(body.selection)
+            requeued = await node.dead_letters.requeue_many(
+                body.selection, reason, limit=body.limit or _AT_ONCE, snapshot=choice
+            )
+            return _answer(body, found, requeued)
+        batch_id, found = await node.requeues.begin(
+            body.selection, reason, body.pace, snapshot=choice, asked_by=asked_by(request)
         )
-        items = [_requeued(one) for one in requeued]
-        return RequeuedMany(False, found.matching, found.may_have_arrived, items)
+        if node.requeuer is not None:
+            node.requeuer.wake()
+        return _answer(body, found, batch_id=batch_id)
 
-    _add_single(router, node, bodies)
-    return router
+
+def _answer(
+    body: RequeueManyBody,
+    found: Found,
+    requeued: Sequence[Requeued] = (),
+    batch_id: str | None = None,
+) -> RequeuedMany:
+    return RequeuedMany(
+        body.dry_run,
+        found.matching,
+        found.may_have_arrived,
+        found.without_payload,
+        body.snapshot,
+        batch_id,
+        [RequeuedView(one.new_job_id, one.job_id, body.snapshot) for one in requeued],
+    )
+
+
+def _add_batches(router: APIRouter, node: Node, bodies: Bodies) -> None:
+    read_cancel = Depends(bodies.of(CancelBody))
+
+    @router.get("/requeues", summary="Bulk requeues in steps, newest first")
+    async def requeues(asked: Annotated[RequeueFilter, Query()]) -> Page[BulkRequeue]:
+        """Counts are those of now, also of one that has ended."""
+        return await bulk_requeues(node.database, **asked.model_dump())
+
+    @router.get("/requeues/{batchId}", summary="A bulk requeue and how far it is")
+    async def bulk(batchId: str) -> BulkRequeue:  # noqa: N803 - the name that OpenAPI shows
+        return await bulk_requeue(node.database, batchId)
+
+    @router.post(
+        "/requeues/{batchId}/cancel",
+        summary="End a bulk requeue; what it has not requeued stays a dead letter",
+        openapi_extra=body_schema(CancelBody, is_required=True),
+    )
+    async def cancel(
+        batchId: str,  # noqa: N803 - as above
+        body: CancelBody = read_cancel,
+    ) -> BulkRequeue:
+        """409 `refused` if it has ended before."""
+        asked = known_id(batchId, "bulk requeue")
+        await node.requeues.cancel(asked, body.reason)
+        return await bulk_requeue(node.database, asked)
 
 
 def _add_single(router: APIRouter, node: Node, bodies: Bodies) -> None:
@@ -129,7 +254,7 @@ def _add_single(router: APIRouter, node: Node, bodies: Bodies) -> None:
 
     @router.get("/{jobId}", summary="A dead letter with its receipts and decisions")
     async def shown(jobId: str) -> DeadLetterDetail:  # noqa: N803 - the name that OpenAPI shows
-        return await dead_letter(node.database, jobId)
+        return await dead_letter(node.database, jobId, node.snapshots.ids)
 
     @router.post(
         "/{jobId}/requeue",
@@ -148,7 +273,7 @@ def _add_single(router: APIRouter, node: Node, bodies: Bodies) -> None:
             is_forced=body.force,
             snapshot=SnapshotChoice(body.snapshot),
         )
-        return _requeued(requeued)
+        return RequeuedView(requeued.new_job_id, requeued.job_id, body.snapshot)
 
     @router.post(
         "/{jobId}/discard",
@@ -162,7 +287,3 @@ def _add_single(router: APIRouter, node: Node, bodies: Bodies) -> None:
         asked = known_id(jobId, "dead letter")
         await node.dead_letters.discard(asked, body.reason)
         return Discarded(asked, "discarded")
-
-
-def _requeued(requeued: Requeued) -> RequeuedView:
-    return RequeuedView(requeued.new_job_id, requeued.job_id)

@@ -125,6 +125,7 @@ def _http_config(settings: Settings, node: Node) -> uvicorn.Config:
         server_header=False,
         lifespan="off",
         ws="none",
+        http="h11",  # bounds what a head may be; chosen by what is installed otherwise
         backlog=_BACKLOG,
         timeout_graceful_shutdown=max(1, int(settings.drain_timeout_seconds)),
     )

@@ -1,8 +1,8 @@
 """`doctor`: looks at everything a node needs, one by one, and says what to do.
 
 Changes nothing but the embedded server, which is joined for the look if it has data. Endpoints
-are resolved and connected to; no byte is sent to them. A look that cannot be made because an
-earlier one failed is left out. Exit code 1 if anything is not good.
+are asked without sending a payload (`preflight`). A look that cannot be made because an earlier
+one failed is left out. Exit code 1 if anything is not good; a warning is no reason for it.
 """
 
 from __future__ import annotations
@@ -12,43 +12,21 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
-from orbit.cli.options import Json
+from orbit.cli.finding import Finding
+from orbit.cli.options import DIFFERS, Json
 from orbit.cli.outcome import details, fail, headline
-from orbit.cli.terminal import duration, print_json, say
+from orbit.cli.terminal import count, print_json, say
 from orbit.errors import OrbitError
 
 if TYPE_CHECKING:
-    from orbit.endpoints import Endpoint
     from orbit.settings import Settings
 
 _OLDEST_PYTHON = (3, 11)
-_CONNECT_SECONDS = 3.0
 _SKEW_SECONDS = 2.0
 _LEAST_FREE_BYTES = 500 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What one look gave: good (True), not good (False), or only to be known (None)."""
-
-    name: str
-    is_good: bool | None
-    message: str
-    hint: str = ""
-
-    def lines(self) -> Iterator[str]:
-        """As a person sees it."""
-        mark = {True: "✓", False: "✗", None: "·"}[self.is_good]
-        first, *others = self.message.splitlines() or [""]
-        yield f"{mark} {self.name}: {first}"
-        yield from (f"    {line}" for line in others)
-        if self.hint and not self.is_good:
-            yield f"    → {self.hint}"
 
 
 def doctor(is_json: Json = False) -> None:
@@ -61,17 +39,25 @@ def doctor(is_json: Json = False) -> None:
                 say(line)
     is_good = all(one.is_good is not False for one in found)
     if is_json:
-        print_json({"isGood": is_good, "checks": [_as_json(one) for one in found]})
+        print_json({"isGood": is_good, "checks": [one.as_json() for one in found]})
     else:
-        bad = sum(one.is_good is False for one in found)
         say()
-        say("All is well." if is_good else f"{bad} of {len(found)} checks found something.")
+        say(_summary(found))
     if not is_good:
         fail()
 
 
+def _summary(found: list[Finding]) -> str:
+    bad = sum(one.is_good is False for one in found)
+    warnings = sum(one.is_warning for one in found)
+    if bad:
+        return f"{bad} of {count(len(found), 'check')} found something."
+    return f"All is well, but for {count(warnings, 'warning')}." if warnings else "All is well."
+
+
 def findings() -> Iterator[Finding]:
     """Every look, in order."""
+    from orbit.cli.preflight import preflight
     from orbit.settings import load_settings
 
     yield _python()
@@ -84,16 +70,16 @@ def findings() -> Iterator[Finding]:
     yield Finding("settings", True, "every value can be used")
     for warning in given.warnings:
         yield Finding("settings", None, warning)
-    yield _files(given)
+    yield from _files(given)
     yield from _disk(given)
     yield from _database(given)
     yield _address(given)
-    for endpoint in given.dispatch_endpoints:
-        yield _endpoint(endpoint)
-    if not given.dispatch_endpoints:
+    if given.dispatch_endpoints:
+        yield from preflight(given)
+    else:
         hint = "set ORBIT_DISPATCH_ENDPOINTS"
         yield Finding("endpoints", None, "none is configured: nothing will be sent", hint)
-    yield from _spans(given)
+    yield _leases(given)
 
 
 def _python() -> Finding:
@@ -102,7 +88,8 @@ def _python() -> Finding:
     return Finding("Python", is_good, f"{version}, {sys.executable}", "use 3.11 or newer")
 
 
-def _files(given: Settings) -> Finding:
+def _files(given: Settings) -> Iterator[Finding]:
+    from orbit.cli.client import differing_revision
     from orbit.profiles.documents import read_documents
 
     keys = {endpoint.key for endpoint in given.dispatch_endpoints}
@@ -111,9 +98,16 @@ def _files(given: Settings) -> Finding:
     except OrbitError as error:
         hint = "see `orbit validate`; `orbit init` makes a project that is valid"
         text = "\n".join([headline(error), *details(error)])
-        return Finding("configuration files", False, text, hint)
-    count = f"{len(documents.profiles)} profiles, {len(documents.run_profiles)} run profiles"
-    return Finding("configuration files", True, f"{given.config_dir} is valid: {count}")
+        yield Finding("configuration files", False, text, hint)
+        return
+    profiles = count(len(documents.profiles), "profile")
+    run_profiles = count(len(documents.run_profiles), "run profile")
+    text = f"{given.config_dir} is valid: {profiles}, {run_profiles}"
+    yield Finding("configuration files", True, text)
+    in_force = differing_revision(given, documents)
+    if in_force is not None:
+        facts = {"otherRevisionInForce": in_force}
+        yield Finding("configuration in force", None, DIFFERS, is_warning=True, facts=facts)
 
 
 def _disk(given: Settings) -> Iterator[Finding]:
@@ -218,62 +212,16 @@ def _address(given: Settings) -> Finding:
         return Finding("address", False, f"{address}: {error.strerror}, and no node answers", hint)
 
 
-def _endpoint(endpoint: Endpoint) -> Finding:
-    """Whether an endpoint can be connected to. TLS is not begun and nothing is sent."""
-    name, parts = f"endpoint {endpoint.key}", urlsplit(endpoint.url)
-    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        return Finding(name, False, f"{host} does not resolve: {reason}", "check the URL and DNS")
-    try:
-        with socket.create_connection((host, port), _CONNECT_SECONDS):
-            number = len({address[4][0] for address in addresses})
-            many = f" ({number} addresses)" if number > 1 else ""
-            return Finding(name, True, f"{host}:{port} accepts connections{many}")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        hint = "start it, or correct the URL; for trying out there is `orbit receiver`"
-        return Finding(name, False, f"{host}:{port} does not accept connections: {reason}", hint)
-
-
-def _spans(given: Settings) -> Iterator[Finding]:
-    """How long retries stretch, and how leases stand to timeouts: to be known, never wrong."""
-    from orbit.execution.retry import Backoff, retry_span
-
-    retries = given.max_dispatch_retries
-    backoff = Backoff(
-        given.dispatch_retry_base_seconds,
-        given.dispatch_retry_factor,
-        given.dispatch_retry_cap_seconds,
-    )
-    span = retry_span(backoff, retries)
-    for endpoint in given.dispatch_endpoints:
-        longest = span.longest_seconds + (retries + 1) * endpoint.timeout_seconds
-        yield Finding(
-            f"retries to {endpoint.key}",
-            None,
-            f"{retries} after the first attempt; their waits add up to "
-            f"{duration(span.expected_seconds)} on average, and a dead letter comes after "
-            f"{duration(longest)} at the latest",
-        )
+def _leases(given: Settings) -> Finding:
+    """How leases stand to timeouts: to be known, never wrong."""
     longest_timeout = max((e.timeout_seconds for e in given.dispatch_endpoints), default=0.0)
     beat = given.lease_seconds / 6
     is_longer = given.lease_seconds > longest_timeout
     how = "longer" if is_longer else "not longer, which its renewal covers"
-    yield Finding(
+    return Finding(
         "leases",
         None,
         f"{given.lease_seconds:g} s, renewed every {beat:.3g} s while work goes on; the longest "
         f"request timeout is {longest_timeout:g} s (the lease is {how}). Work of a killed node "
         f"is taken over after at most {given.lease_seconds:g} s.",
     )
-
-
-def _as_json(finding: Finding) -> dict[str, Any]:
-    values = asdict(finding)
-    values["isGood"] = values.pop("is_good")
-    if finding.is_good:
-        del values["hint"]
-    return values

@@ -21,6 +21,7 @@ from orbit.errors import SettingInvalid
 if TYPE_CHECKING:
     import httpx
 
+    from orbit.profiles.model import Documents
     from orbit.settings import Settings
 
 _ANSWER_SECONDS = 60.0
@@ -92,11 +93,34 @@ def connected(given: Settings) -> Iterator[Api]:
                 trust_env=named is not None,
             )
         )
+        if named is not None:
+            _refuse_stranger(client, address)
         if named is not None or ("api" in given.roles and answers(client)):
             yield Api(client.request, address)
             return
         _refuse_without_database(given, address)
         yield Api(stack.enter_context(_in_process(given)), None)
+
+
+def differing_revision(given: Settings, documents: Documents) -> str | None:
+    """The revision in force on the node that runs here, if these documents are another.
+
+    None if they are the same, or if no node answers: asking is an extra and never fails.
+    """
+    import httpx
+
+    from orbit.profiles.revision import revision_of
+
+    address = _named_address() or own_address(given)
+    with httpx.Client(base_url=address, headers=_HEADERS, trust_env=False) as client:
+        if not answers(client):
+            return None
+        try:
+            answer = client.get("/config", timeout=_HELLO_SECONDS)
+            in_force = answer.json().get("revision") if answer.is_success else None
+        except (httpx.TransportError, ValueError, AttributeError):
+            return None
+    return in_force if in_force not in (None, revision_of(documents).revision) else None
 
 
 def own_address(given: Settings) -> str:
@@ -115,6 +139,25 @@ def answers(client: httpx.Client) -> bool:
     except (httpx.TransportError, ValueError):
         return False
     return response.is_success and isinstance(content, dict) and _is_orbit(content)
+
+
+def _refuse_stranger(client: httpx.Client, address: str) -> None:
+    """Raises NodeUnreachable where something answers at ORBIT_URL that is no Orbit node."""
+    import httpx
+
+    try:
+        response = client.get("/health")
+    except httpx.TransportError:
+        return  # said by what is asked next
+    try:
+        is_ours = _is_orbit(response.json())
+    except (ValueError, AttributeError):
+        is_ours = False
+    if not is_ours:
+        raise NodeUnreachable(
+            f"what answers at {address} is no Orbit node (status {response.status_code} to "
+            "/health): correct ORBIT_URL"
+        )
 
 
 def _is_orbit(health: Mapping[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """`validate` and `profiles`: what the configuration files say, and what is in force.
 
-Validation reads the files and imports every step; it touches no database and sends nothing.
+Validation reads the files and imports every step; it touches no database and sends nothing. A
+node that runs here is asked which revision is in force.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from orbit.cli.options import Json, settings
-from orbit.cli.terminal import print_json, say, show, table
+from orbit.cli.options import DIFFERS, Json, settings
+from orbit.cli.terminal import count, note, print_json, say, show, table
 
 
 def validate(
@@ -22,12 +23,15 @@ def validate(
     is_json: Json = False,
 ) -> None:
     """Check settings and configuration files."""
+    from orbit.cli.client import differing_revision
     from orbit.profiles.documents import document_body, read_documents
 
     given = settings()
     folder = config_dir or given.config_dir
     documents = read_documents(folder, endpoint_keys={e.key for e in given.dispatch_endpoints})
     profiles, run_profiles = len(documents.profiles), len(documents.run_profiles)
+    is_own = folder == given.config_dir
+    in_force = differing_revision(given, documents) if is_own else None
     if is_json:
         from orbit.canonical import canonical_digest
 
@@ -36,13 +40,16 @@ def validate(
                 "valid": True,
                 "configDir": str(folder),
                 "revision": canonical_digest(document_body(documents)),
+                "otherRevisionInForce": in_force,
                 "profiles": profiles,
                 "runProfiles": run_profiles,
                 "warnings": list(given.warnings),
             }
         )
         return
-    say(f"{folder} is valid: {_count(profiles, 'profile')}, {_count(run_profiles, 'run profile')}")
+    say(f"{folder} is valid: {count(profiles, 'profile')}, {count(run_profiles, 'run profile')}")
+    if in_force is not None:
+        note(DIFFERS)
 
 
 def profiles(is_json: Json = False) -> None:
@@ -84,7 +91,3 @@ def _run_profile_row(entry: dict[str, Any]) -> tuple[Any, ...]:
         f"{schedule} {zone}" if schedule else None,
         entry.get("distributionTargets"),
     )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from orbit.cli.terminal import cell, duration, size, when
+from orbit.cli.terminal import cell, count, duration, size, when
 
 Json = Mapping[str, Any]
 
@@ -143,6 +143,8 @@ def _jobs(jobs: Sequence[Json]) -> Iterator[str]:
             yield f"    {receipt_line(receipt)}"
         if job.get("dueAt") and job.get("state") in ("ready", "retrying"):
             yield f"    next attempt from {when(job['dueAt'])}"
+        if job.get("held"):
+            yield f"    not sent meanwhile: the lane is {hold_text(job['held'])}"
         if job.get("cause"):
             yield f"    dead letter: {cell(job['cause'])}"
 
@@ -156,9 +158,20 @@ def receipt_line(receipt: Json) -> str:
         str(receipt.get("outcome")),
         str(receipt["status"]) if receipt.get("status") else "",
         "" if total is None else duration(total),
+        "kept connection" if receipt.get("isReused") else "",
+        "probe" if receipt.get("isProbe") else "",
     ]
     line = "  ".join(part for part in parts if part)
     return f"{line}: {cell(receipt['error'])}" if receipt.get("error") else line
+
+
+def hold_text(lane: Json) -> str:
+    """Why a held lane sends nothing; a dash for one that is not held."""
+    if not lane.get("probeAt"):
+        return "-"
+    since = f" since {when(lane['openedAt'])}" if lane.get("openedAt") else ""
+    failed = count(lane.get("failures") or 0, "failure")
+    return f"held{since}, {failed} in a row; next probe from {when(lane['probeAt'])}"
 
 
 def _ledger(entry: Json) -> Iterator[str]:

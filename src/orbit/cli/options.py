@@ -11,6 +11,11 @@ from orbit.cli.terminal import note
 if TYPE_CHECKING:
     from orbit.settings import Settings
 
+DIFFERS = (
+    "The files differ from the configuration in force, which new cycles follow; "
+    "`POST /config/reload` takes the files in."
+)
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs on stdout.")]
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NoReturn
 
 import typer
 
+from orbit.cli.terminal import count
 from orbit.errors import ConfigurationInvalid, GlobalPause, OrbitError, Refused, RequestInvalid
 
 HALTED_CODES = frozenset({"global_pause", "namespace_halted"})
@@ -96,8 +97,7 @@ def problem_document(error: OrbitError) -> dict[str, Any]:
 def headline(error: OrbitError) -> str:
     """The one line that says what is wrong."""
     if isinstance(error, ConfigurationInvalid):
-        count = len(error.problems)
-        return f"the configuration is invalid: {count} problem{'' if count == 1 else 's'}"
+        return f"the configuration is invalid: {count(len(error.problems), 'problem')}"
     if isinstance(error, ApiProblem):
         return " ".join(str(error).split())
     return str(error).splitlines()[0] if str(error) else error.code

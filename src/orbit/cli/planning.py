@@ -1,7 +1,8 @@
 """`plan`: what would run, from the files, and why the rest would not.
 
-Computed as the scheduler computes it, jitter included; no database and no node is asked. Whether
-a slot then fires also depends on what only a node knows: a halt, or a cycle still active.
+Computed as the scheduler computes it, jitter included; no database is asked, and a node
+that runs here only for the revision in force. Whether a slot then fires also depends on what only
+a node knows: a halt, or a cycle still active.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orbit.cli.options import Json, settings
-from orbit.cli.terminal import duration, note, print_json, say, show, table, utc
+from orbit.cli.options import DIFFERS, Json, settings
+from orbit.cli.terminal import count, duration, note, print_json, say, show, table, utc
 
 if TYPE_CHECKING:
     from orbit.profiles.model import Documents
@@ -65,6 +66,7 @@ def plan(
     is_json: Json = False,
 ) -> None:
     """Show what would run in the next hours."""
+    from orbit.cli.client import differing_revision
     from orbit.clock import SystemClock
     from orbit.profiles.documents import read_documents
 
@@ -75,11 +77,13 @@ def plan(
     end = start + timedelta(hours=hours)
     found = list(planned_starts(documents, given, start, end, limit + 1))
     idle = list(without_schedule(documents, given))
+    in_force = differing_revision(given, documents)
     if is_json:
         print_json(
             {
                 "from": utc(start),
                 "until": utc(end),
+                "otherRevisionInForce": in_force,
                 "items": [one.as_json() for one in found[:limit]],
                 "isComplete": len(found) <= limit,
                 "notScheduled": [
@@ -90,6 +94,8 @@ def plan(
         )
         return
     _show(found, idle, until=end, limit=limit)
+    if in_force is not None:
+        note(DIFFERS)
 
 
 def planned_starts(
@@ -157,7 +163,7 @@ def _show(
     else:
         say(f"Nothing is due until {utc(until)}.")
     if len(found) > limit:
-        note(f"The first {limit} slots until {utc(until)}; see more with --limit.")
+        note(f"The first {count(limit, 'slot')} until {utc(until)}; see more with --limit.")
     if idle:
         say()
         say("Not on any schedule:")

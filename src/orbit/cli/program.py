@@ -24,6 +24,7 @@ from orbit.cli import (
     cycles,
     dead_letters,
     demonstration,
+    lanes,
     planning,
     running,
     scaffold,
@@ -52,6 +53,7 @@ app.command("trigger")(triggering.trigger)
 app.command("status")(status.status)
 app.command("cycles")(cycles.cycles)
 app.command("trace")(cycles.trace)
+app.command("lanes")(lanes.lanes)
 app.add_typer(dead_letters.app, name="dlq")
 app.command("validate")(configuring.validate)
 app.command("profiles")(configuring.profiles)

@@ -23,7 +23,18 @@ def receiver(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8787,
     token: Annotated[
-        str | None, typer.Option(help="Bearer token that every delivery must bring.")
+        str | None,
+        typer.Option(
+            envvar="ORBIT_RECEIVER_TOKEN", help="Bearer token that every delivery must bring."
+        ),
+    ] = None,
+    signing_secret: Annotated[
+        str | None,
+        typer.Option(
+            metavar="whsec_…",
+            envvar="ORBIT_RECEIVER_SIGNING_SECRET",
+            help="What every delivery must be signed with.",
+        ),
     ] = None,
     path_token: Annotated[
         list[str] | None,
@@ -54,7 +65,8 @@ def receiver(
         options = ReceiverOptions(
             host=host,
             port=port,
-            token=token,
+            token=token or None,
+            signing_secret=signing_secret or None,
             path_tokens=dict(map(_path_and_token, path_token or ())),
             store=store,
             is_quiet=is_quiet,

@@ -1,7 +1,7 @@
 """`init`: a small project that runs as it is, and that nothing of yours is lost to.
 
 All files are looked at before the first is written: where one exists, nothing is written at all
-unless `--force` says so.
+unless `--force` says so. A `.gitignore` that is there is yours, and stays as it is.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from orbit.errors import OrbitError
 
 RECEIVER_URL = "http://127.0.0.1:8787/posts"
 _DOT_ENV = ".env"
+_IGNORE = ".gitignore"
+_IGNORED = (
+    "# The embedded database with its keys, and settings that may hold tokens.\n.orbit/\n.env\n"
+)
 
 
 def init(
@@ -52,6 +56,8 @@ def write_project(
     """
     contents = {directory / place: text for place, text in _templates()}
     contents[directory / _DOT_ENV] = _dot_env(receiver_url)
+    if not (directory / _IGNORE).exists():
+        contents[directory / _IGNORE] = _IGNORED
     existing = sorted(path for path in contents if path.exists())
     if existing and not is_forced:
         names = ", ".join(str(path) for path in existing)

@@ -9,6 +9,8 @@ import typer
 
 from orbit.cli.client import connected
 from orbit.cli.cycles import paged
+from orbit.cli.lanes import jobs_text
+from orbit.cli.lineage import hold_text
 from orbit.cli.options import Json, settings
 from orbit.cli.terminal import print_json, say, show, table, when
 
@@ -89,6 +91,7 @@ def _overview(now: Any) -> None:
         "failed cycles": _failed_text(now["failedCycles"]["count"]),
         "on the wire": f"{now['attemptsInFlight']} attempts",
         "dead letters": f"{now['openDeadLetters']} open",
+        "lanes held": str(len(held_lanes(now))),
     }
     for name, value in lines.items():
         say(f"{name:<16}{value}")
@@ -100,16 +103,39 @@ def _overview(now: Any) -> None:
         say("No node is known.")
     if now["lanes"]:
         say()
-        lanes = [
-            (one["namespace"], one["endpointKey"], one["queued"], when(one.get("dueAt")))
-            for one in now["lanes"]
-        ]
-        columns = ("NAMESPACE", "ENDPOINT", "QUEUED", "FIRST DUE")
-        show(table(columns, lanes, ids=("NAMESPACE", "ENDPOINT", "FIRST DUE")))
+        show(_lanes_table(now["lanes"]))
     if now["slotsNotFired"]:
         say()
         say("Slots that did not fire, the newest first:")
         show(_slots_table(now["slotsNotFired"]))
+
+
+def held_lanes(now: Any) -> list[Any]:
+    """The lanes that their breaker holds, of those with jobs to send."""
+    return [one for one in now["lanes"] if one.get("probeAt")]
+
+
+def _lanes_table(lanes: Sequence[Any]) -> Any:
+    names = ("NAMESPACE", "ENDPOINT", "WAITING", "IN FLIGHT", "FIRST DUE", "HELD")
+    rows = [
+        (
+            one["namespace"],
+            one["endpointKey"],
+            jobs_text(one["waiting"]),
+            jobs_text(one["inFlight"]),
+            when(one.get("dueAt")),
+            hold_text(one),
+        )
+        for one in lanes
+    ]
+    return table(names, rows, ids=("NAMESPACE", "ENDPOINT", "FIRST DUE"))
+
+
+def held_lines(now: Any) -> Iterator[str]:
+    """Why jobs of held lanes are not sent, a line for each lane."""
+    for one in held_lanes(now):
+        lane = f"{one['namespace']}/{one['endpointKey']}"
+        yield f"{lane}: {hold_text(one)}; jobs that wait for it: {jobs_text(one['waiting'])}"
 
 
 def _cycles_text(cycles: Mapping[str, Any]) -> str:
@@ -147,6 +173,11 @@ def _why(now: Any, run_profiles: Sequence[Any], slots: Sequence[Any]) -> None:
     ]
     show(table(("NAMESPACE", "RUN PROFILE", "WHY"), rows, ids=("NAMESPACE", "RUN PROFILE")))
     say()
+    if held := list(held_lines(now)):
+        say("Held lanes, whose jobs wait without spending attempts:")
+        for line in held:
+            say(f"  {line}")
+        say()
     shown = last_slots(slots, run_profiles)
     if not shown:
         say("No schedule has had a slot yet.")

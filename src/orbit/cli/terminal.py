@@ -94,6 +94,11 @@ def duration(seconds: float | None) -> str:
             return f"{seconds / 3600:.1f} h"
 
 
+def count(number: int, what: str) -> str:
+    """A number of things: `1 profile`, `2 profiles`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def size(number: int | None) -> str:
     """Bytes, for a person."""
     if number is None:

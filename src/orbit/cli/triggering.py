@@ -15,6 +15,7 @@ from orbit.cli.client import Api, connected
 from orbit.cli.options import Json, settings
 from orbit.cli.outcome import ExitCode, fail
 from orbit.cli.terminal import note, print_json, say
+from orbit.cli.watching import has_worker
 from orbit.cli.watching import watch as watch_cycles
 from orbit.errors import RequestInvalid
 
@@ -93,7 +94,7 @@ def _follow(
 ) -> None:
     """Tells what was started and, if asked, follows it to its end."""
     ids = [one["cycleRunId"] for one in started if one.get("cycleRunId")]
-    is_up = not api.is_in_process or _has_worker(api)
+    is_up = not api.is_in_process or has_worker(api)
     if not is_json:
         for one in started:
             say(_line(one))
@@ -135,14 +136,6 @@ def _line(one: Any) -> str:
         return f"{place}skipped: {one.get('reason')}"
     what = "started" if one["isNew"] else "started before, as"
     return f"{place}{what} {one['cycleRunId']}"
-
-
-def _has_worker(api: Api) -> bool:
-    nodes = api.get("/status").get("nodes") or ()
-    return any(
-        one.get("isAlive") and not one.get("isDraining") and "worker" in one.get("roles", ())
-        for one in nodes
-    )
 
 
 def _check(

@@ -1,7 +1,8 @@
 """Follows cycles to their end: a live table on a terminal, one line per change elsewhere.
 
 Asks again and again; a node that goes away meanwhile is waited for a while, since another (or
-the same, started again) goes on with the cycle. Nothing here changes anything.
+the same, started again) goes on with the cycle. Where nobody works on cycles that is said once.
+Nothing here changes anything.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from orbit.cli.client import Api
 from orbit.cli.lineage import job_counts, owner_of, state_of, story_of
-from orbit.cli.outcome import NodeUnreachable
+from orbit.cli.outcome import ApiProblem, NodeUnreachable
 from orbit.cli.terminal import console, note, table
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.15
 _PATIENCE_SECONDS = 60.0
+_IDLE_SECONDS = 3.0
 _WITH_JOBS, _AFTER_JOBS = "dispatch_enqueued", "dispatch_complete"
 _LIVE_WIDTH = 110  # what a line of the live table takes: it would be cut, not folded
 
@@ -35,6 +37,7 @@ def watch(api: Api, cycle_ids: Sequence[str], *, is_quiet: bool = False) -> list
     """
     with _showing(is_quiet=is_quiet) as shown:
         latest: dict[str, Any] = {}
+        hint_at: float | None = time.monotonic() + _IDLE_SECONDS
         while True:
             asked_at = time.monotonic()
             for cycle_id in cycle_ids:
@@ -43,8 +46,26 @@ def watch(api: Api, cycle_ids: Sequence[str], *, is_quiet: bool = False) -> list
             shown([story_of(latest[cycle_id]) for cycle_id in cycle_ids])
             if not any(map(_is_running, latest.values())):
                 return [latest[cycle_id] for cycle_id in cycle_ids]
+            if hint_at is not None and time.monotonic() > hint_at:
+                hint_at = None
+                _tell_if_idle(api)
             # Cycles with thousands of jobs take a while to read: the node has other work too.
             time.sleep(max(_POLL_SECONDS, 3 * (time.monotonic() - asked_at)))
+
+
+def has_worker(api: Api) -> bool:
+    """Whether a node is alive that works on cycles."""
+    nodes = api.get("/status").get("nodes") or ()
+    return any(
+        one.get("isAlive") and not one.get("isDraining") and "worker" in one.get("roles", ())
+        for one in nodes
+    )
+
+
+def _tell_if_idle(api: Api) -> None:
+    with suppress(NodeUnreachable, ApiProblem):
+        if not has_worker(api):
+            note("Nobody works on this: no node with the role worker is alive (ORBIT_ROLES).")
 
 
 def changes(before: Any, cycle: Any) -> Iterator[str]:

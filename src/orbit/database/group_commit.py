@@ -16,6 +16,7 @@ import psycopg
 
 from orbit.database.pool import Database
 
+_GATHERING_ROUNDS = 32
 Entry = TypeVar("Entry")
 Result = TypeVar("Result")
 
@@ -60,11 +61,19 @@ class GroupCommit(Generic[Entry, Result]):
     async def _run(self) -> None:
         try:
             while self._waiting:
-                await asyncio.sleep(0)  # whoever is about to commit as well comes along
+                await self._gather()
                 await self._write_all(self._take())
         finally:
             # In the same step as the look at `_waiting`: an entry that comes later starts a lane.
             self._flushing.discard(cast("asyncio.Task[None]", asyncio.current_task()))
+
+    async def _gather(self) -> None:
+        """Whoever is about to commit as well comes along: as long as more keep coming."""
+        for _ in range(_GATHERING_ROUNDS):
+            count = len(self._waiting)
+            await asyncio.sleep(0)
+            if len(self._waiting) == count:
+                return
 
     async def _write_all(self, batch: list[tuple[Entry, asyncio.Future[Result]]]) -> None:
         try:

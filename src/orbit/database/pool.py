@@ -127,6 +127,19 @@ class Database:
         async with self.connection() as connection, connection.transaction():
             yield connection
 
+    @asynccontextmanager
+    async def batch(self) -> AsyncIterator[Connection]:
+        """A transaction whose statements go out together, in one round trip.
+
+        What they answer is there after the end, which raises what any of them was refused for.
+        """
+        async with (
+            self.connection() as connection,
+            connection.pipeline(),
+            connection.transaction(),
+        ):
+            yield connection
+
     async def fetch_all(self, query: bytes, params: Any = None) -> list[DictRow]:
         """The rows of one statement, with bytes in binary."""
         async with self.connection() as connection:

@@ -31,7 +31,8 @@ async def repair(database: Database) -> dict[str, int]:
     """Gives every unfinished cycle and job that has no lease a new one; repeating does no harm.
 
     Returns what was rebuilt: `configuration` (0 or 1), `jobs`, `cycles`; and of the cycles that
-    wait for their jobs, how many were `recounted` and how many were complete, so `ended`.
+    wait for their jobs, how many were `recounted` and how many were complete, so `ended`. Last,
+    bulk `requeues` that have not ended.
     Raises one of pool.TRANSIENT if a lock cannot be had within 10 s; then nothing has changed.
     """
     for remaining in reversed(range(_TRIES)):
@@ -60,6 +61,7 @@ async def _rebuild(database: Database) -> dict[str, int]:
             "cycles": (await connection.execute(SQL.rebuild_cycles, stride)).rowcount,
             "recounted": (await connection.execute(SQL.recount_jobs)).rowcount,
             "ended": await _end_completed(connection),
+            "requeues": (await connection.execute(SQL.rebuild_requeues, stride)).rowcount,
         }
 
 

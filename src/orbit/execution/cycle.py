@@ -31,10 +31,11 @@ from orbit.execution.context import (
     Stage,
     Step,
 )
-from orbit.execution.dispatch import INLINE_BYTES, Snapshots
+from orbit.execution.dispatch import INLINE_BYTES
 from orbit.execution.memory import PayloadMemory, Reservation
 from orbit.execution.normalization import Normalizer
 from orbit.execution.recorder import Checkpoint, Recorder, StageResult
+from orbit.execution.snapshots import Snapshots
 from orbit.execution.transformation import Transformer
 from orbit.payload import Payload
 

@@ -7,16 +7,17 @@ ended for the job and is not counted again. Nothing here is ever done by Orbit i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
 from orbit.clock import derived_id
-from orbit.database.pool import Database
+from orbit.database.pool import Connection, Database
 from orbit.database.queries import array, load
 from orbit.errors import AlreadyRequeued, MayHaveArrived, NotFound, Refused, RequestInvalid
-from orbit.execution.dispatch import Snapshots
+from orbit.execution.snapshots import Snapshots
 
 SQL = load("dead_letters")
 
@@ -30,11 +31,29 @@ class SnapshotChoice(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Open dead letters of one namespace, narrowed by endpoint and cause."""
+    """Open dead letters of one namespace, narrowed as far as is said.
+
+    `since` and `until` are about when they became dead letters: from the one, before the other.
+    """
 
     namespace: str
     endpoint_key: str | None = None
     cause: str | None = None
+    run_profile_id: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """As the statements that select dead letters take it."""
+        return {
+            "namespace": self.namespace,
+            "endpoint_key": self.endpoint_key,
+            "cause": self.cause,
+            "run_profile_id": self.run_profile_id,
+            "since": self.since,
+            "until": self.until,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +68,14 @@ class Requeued:
 class Found:
     """How many dead letters a bulk requeue finds, and how many it leaves out.
 
-    Those left out may have arrived: somebody has to ask the receiver about each of them.
+    Of those left out some may have arrived: somebody has to ask the receiver about each of them.
+    Others have no payload any more. `endpoint_keys` are those of the matching ones.
     """
 
     matching: int
     may_have_arrived: int
+    without_payload: int
+    endpoint_keys: Sequence[str] = ()
 
 
 class DeadLetters:
@@ -87,7 +109,7 @@ class DeadLetters:
         Raises NotFound, AlreadyRequeued, RequestInvalid (no reason), MayHaveArrived if an attempt
         ended unknown (unless forced), and Refused if the endpoint or the payload is gone.
         """
-        _check_reason(reason)
+        check_reason(reason)
         row = await self._find(job_id)
         if row["sequence"] and not is_forced:
             raise _already(row)
@@ -105,8 +127,18 @@ class DeadLetters:
 
     async def count(self, selection: Selection) -> Found:
         """How many dead letters a requeue of the selection would find, and leave out."""
-        row = await self._database.fetch_one(SQL.count_open_dead_letters, _params(selection))
-        return Found(**row) if row else Found(0, 0)
+        row = await self._database.fetch_one(SQL.count_open_dead_letters, selection.params)
+        return Found(**row) if row else Found(0, 0, 0)
+
+    def check_endpoints(self, keys: Iterable[str], choice: SnapshotChoice) -> None:
+        """Raises Refused if jobs are to go where an endpoint stands now, and it is gone."""
+        for key in keys if choice is SnapshotChoice.CURRENT else ():
+            if key not in self._snapshots.keys:
+                raise Refused(
+                    f"endpoint {key} is not configured any more; the old snapshot is where its "
+                    "jobs went before",
+                    endpointKey=key,
+                )
 
     async def requeue_many(
         self,
@@ -121,18 +153,63 @@ class DeadLetters:
         Those that may have arrived are left out.
         Raises RequestInvalid (no reason), and Refused if an endpoint is gone.
         """
-        _check_reason(reason)
-        rows = await self._database.fetch_all(
-            SQL.open_dead_letters, {**_params(selection), "limit": limit}
-        )
+        check_reason(reason)
+        rows = await self.open(selection, limit)
         return await self._requeue(rows, reason, snapshot) if rows else []
+
+    async def open(
+        self, selection: Selection, limit: int, after_job_id: str | None = None
+    ) -> list[dict[str, Any]]:
+        """The selection's dead letters that can be requeued, in the order of their ids."""
+        return await self._database.fetch_all(
+            SQL.open_dead_letters,
+            {**selection.params, "limit": limit, "after_job_id": after_job_id},
+        )
+
+    async def snapshot_ids(
+        self, rows: Sequence[Mapping[str, Any]], choice: SnapshotChoice
+    ) -> list[str]:
+        """Where each of the dead letters goes. Raises Refused for an endpoint that is gone."""
+        if choice is SnapshotChoice.OLD:
+            return [str(row["snapshot_id"]) for row in rows]
+        self.check_endpoints({row["endpoint_key"]: None for row in rows}, choice)
+        return [await self._snapshots.store(row["namespace"], row["endpoint_key"]) for row in rows]
+
+    async def queue_again(
+        self,
+        connection: Connection,
+        rows: Sequence[Mapping[str, Any]],
+        snapshot_ids: Sequence[str],
+        reason: str,
+        batch_id: str | None = None,
+    ) -> list[Requeued]:
+        """Decides on dead letters and queues their new jobs; those decided meanwhile are left out.
+
+        The caller owns the transaction, and calls `wake` after it.
+        """
+        params = {
+            "namespace": array(row["namespace"] for row in rows),
+            "job_id": array(row["job_id"] for row in rows),
+            "sequence": array(row["sequence"] + 1 for row in rows),
+            "new_job_id": array(_new_job_id(row) for row in rows),
+            "snapshot_id": array(snapshot_ids),
+            "reason": reason,
+            "max_attempts": self._max_attempts,
+            "batch_id": batch_id,
+        }
+        cursor = await connection.execute(SQL.requeue, params, binary=True)
+        return [Requeued(row["job_id"], row["new_job_id"]) for row in await cursor.fetchall()]
+
+    def wake(self) -> None:
+        """Says that jobs have been queued."""
+        self._wake()
 
     async def discard(self, job_id: str, reason: str) -> None:
         """Notes that the dead letter stays one.
 
         Raises NotFound, AlreadyRequeued, and RequestInvalid if there is no reason.
         """
-        _check_reason(reason)
+        check_reason(reason)
         row = await self._find(job_id)
         key = {"namespace": row["namespace"], "job_id": row["job_id"], "reason": reason}
         if row["sequence"] or not await self._database.fetch_one(SQL.discard, key):
@@ -147,45 +224,19 @@ class DeadLetters:
     async def _requeue(
         self, rows: Sequence[Mapping[str, Any]], reason: str, choice: SnapshotChoice
     ) -> list[Requeued]:
-        params = {
-            "namespace": array(row["namespace"] for row in rows),
-            "job_id": array(row["job_id"] for row in rows),
-            "sequence": array(row["sequence"] + 1 for row in rows),
-            "new_job_id": array(_new_job_id(row) for row in rows),
-            "snapshot_id": array([await self._snapshot(row, choice) for row in rows]),
-            "reason": reason,
-            "max_attempts": self._max_attempts,
-        }
-        found = await self._database.fetch_all(SQL.requeue, params)
+        snapshot_ids = await self.snapshot_ids(rows, choice)
+        async with self._database.transaction() as connection:
+            requeued = await self.queue_again(connection, rows, snapshot_ids, reason)
         self._wake()
-        return [Requeued(row["job_id"], row["new_job_id"]) for row in found]
-
-    async def _snapshot(self, row: Mapping[str, Any], choice: SnapshotChoice) -> str:
-        if choice is SnapshotChoice.OLD:
-            return str(row["snapshot_id"])
-        key = row["endpoint_key"]
-        if key not in self._snapshots.keys:
-            raise Refused(
-                f"endpoint {key} is not configured any more; the old snapshot is where its jobs "
-                "went before",
-                endpointKey=key,
-            )
-        return await self._snapshots.store(row["namespace"], key)
+        return requeued
 
 
 def _new_job_id(row: Mapping[str, Any]) -> str:
     return derived_id(row["cycle_id"], "requeue", row["job_id"], str(row["sequence"] + 1))
 
 
-def _params(selection: Selection) -> dict[str, Any]:
-    return {
-        "namespace": selection.namespace,
-        "endpoint_key": selection.endpoint_key,
-        "cause": selection.cause,
-    }
-
-
-def _check_reason(reason: str) -> None:
+def check_reason(reason: str) -> None:
+    """Raises RequestInvalid for what says nothing."""
     if not reason.strip() or len(reason) > 1000 or "\x00" in reason:
         raise RequestInvalid("reason: expected 1 to 1000 characters that say why")
 

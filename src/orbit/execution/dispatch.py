@@ -7,63 +7,52 @@ A worker that dies leaves an open attempt behind; once its lease is over, anybod
 `unknown`, because bytes may have left. So every number up to the last has a receipt. A receipt
 is written even if the lease is lost meanwhile, unless the attempt has one: it is the truth about
 the wire. The lease is moved by its holder only.
+
+A lane is a namespace's queue for an endpoint; all nodes share its cap, rate and breaker. While a
+breaker is open one attempt at a time probes the lane, and is not counted against its job: an
+outage, however long, sends nothing to the dead letters.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
-from urllib.parse import unquote_plus, urlsplit
+
+import structlog
+from psycopg.rows import args_row
 
 from orbit import metrics
-from orbit.canonical import canonical_digest
-from orbit.clock import derived_id
 from orbit.database.group_commit import GroupCommit
 from orbit.database.pool import Connection, Database
 from orbit.database.queries import array, load
-from orbit.endpoints import Endpoint, without_query
-from orbit.errors import NotHere
-from orbit.execution.context import ClaimedCycle
-from orbit.execution.recorder import NewJob
+from orbit.endpoints import Breaker, Endpoint
 from orbit.execution.retry import Backoff, full_jitter, parse_retry_after, with_retry_after
 from orbit.execution.wire import Outcome, WireResult
-from orbit.payload import Payload
-from orbit.vault import Vault, fingerprint
 
 SQL = load("dispatch")
 CYCLE_SQL = load("cycle")
 INLINE_BYTES = 65536
-_SECRET_CHARACTERS = 8
+RETRY_SHARE = 0.25  # of a lane's places and tokens, for later attempts while first ones wait
+SECRET_UNREADABLE = "secret unreadable"  # noqa: S105 - a cause
+CUT_OFF = "cut off"
+NOT_OF_LANE = frozenset({SECRET_UNREADABLE, CUT_OFF})  # say nothing of the receiver
+_TALLY_PARTS = 8
+_ANY_ENDPOINT = Endpoint(key="", url="")  # of a job whose endpoint this node does not know
+_log = structlog.get_logger("orbit.dispatch")
 
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """An endpoint as it stood when a job was enqueued."""
-
-    endpoint_key: str
-    url: str = field(repr=False)
-    method: str
-    token: str | None = field(repr=False)
-    headers: Mapping[str, str] = field(repr=False)
-    timeout_seconds: float
-    permanent_statuses: frozenset[int]
-
-    @property
-    def secrets(self) -> tuple[str, ...]:
-        """What must not be kept of an answer; short values of headers and queries are none."""
-        query = urlsplit(self.url).query
-        raw = [pair.partition("=")[2] for pair in query.split("&")]
-        given = [query, *raw, *map(unquote_plus, raw), *self.headers.values()]
-        values = [value for value in given if len(value) >= _SECRET_CHARACTERS]
-        return (*values, *([self.token] if self.token else []))
+LaneKey = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimedJob:
-    """A job whose attempt `attempt` is open and ours. `content` is None if it is large."""
+    """A job whose attempt `attempt` is open and ours. `content` is None if it is large.
+
+    `spared` of the attempts, this one included, are not counted against the job.
+    """
 
     namespace: str
     job_id: str
@@ -71,6 +60,8 @@ class ClaimedJob:
     endpoint_key: str
     lease_number: int
     attempt: int
+    is_probe: bool
+    spared: int
     queue_seconds: float
     snapshot_id: str
     digest: str
@@ -85,33 +76,72 @@ class ClaimedJob:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """A namespace's queue for an endpoint, and in how many seconds its first job is due."""
+    """A lane with jobs waiting, and what holds it up.
+
+    In how many seconds its first job is due, and its breaker lets one through (None: closed);
+    what its rate's tokens were so many seconds ago (None: full).
+    """
 
     namespace: str
     endpoint_key: str
+    is_known: bool
     due_in_seconds: float
+    probe_in_seconds: float | None
+    tokens: float | None
+    tokens_age_seconds: float | None
+
+    @property
+    def key(self) -> LaneKey:
+        return self.namespace, self.endpoint_key
+
+    def ready_in_seconds(self, rate: float | None) -> float:
+        """When a claim may find something; with a rate, that is worth a claim."""
+        ready = max(self.due_in_seconds, self.probe_in_seconds or 0.0)
+        if rate is None or self.tokens is None:
+            return ready
+        missing = grain(rate) - self.tokens
+        return max(ready, missing / rate - (self.tokens_age_seconds or 0.0))
+
+
+def grain(rate: float) -> float:
+    """How many tokens are gathered before they are worth a claim: a tenth of a second's."""
+    return max(1.0, rate * 0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class NextMove:
+    """What becomes of a job after an attempt: the next one in `retry_seconds`, or it is done.
+
+    A job that is done with a `cause` is dead.
+    """
+
+    retry_seconds: float | None
+    cause: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
     """The end of one attempt: its receipt, and the job's next move.
 
-    `retry_seconds` None means that the job is done: delivered, or dead if there is a cause.
+    `is_failure`: it tells against the lane. A payload that is refused for good does not, nor does
+    a worker that died or was stopped.
     """
 
     namespace: str
     job_id: str
     cycle_id: str
+    endpoint_key: str
     lease_number: int
     node_id: str
     attempt: int
+    is_probe: bool
     digest: str
     size: int
     result: WireResult
     queue_seconds: float | None
     started_at: datetime | None
-    retry_seconds: float | None
-    cause: str | None
+    move: NextMove
+    is_failure: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,155 +154,75 @@ class RetryPolicy:
     def next_move(
         self,
         result: WireResult,
-        attempt: int,
+        counted: int,
         max_attempts: int,
-        permanent_statuses: Collection[int],
         now: datetime,
-    ) -> tuple[float | None, str | None]:
-        """Seconds until the next attempt or None, and the cause if the job is dead."""
+        *,
+        permanent_statuses: Collection[int] = (),
+        on_unknown: str = "retry",
+    ) -> NextMove:
+        """The move after the attempt; `counted` of the job's attempts count against it."""
         if result.outcome is Outcome.DELIVERED:
-            return None, None
-        if attempt >= max_attempts or result.status in permanent_statuses:
-            return None, result.cause or result.outcome.value
-        delay = full_jitter(self.backoff, attempt, self.draw)
+            return NextMove(None, None)
+        cause = result.cause or result.outcome.value
+        if result.outcome is Outcome.UNKNOWN and on_unknown == "hold":
+            return NextMove(None, f"unknown, left to a person: {cause}")
+        if counted >= max_attempts or result.status in permanent_statuses:
+            return NextMove(None, cause)
+        delay = full_jitter(self.backoff, max(counted, 1), self.draw)
         asked = parse_retry_after(result.retry_after, now) if result.retry_after else None
-        return with_retry_after(delay, asked, self.backoff.cap_seconds), None
-
-
-class Snapshots:
-    """Endpoints as this node knows them, and as they stood for jobs that exist.
-
-    A definition is stored once under its digest, which takes in a fingerprint of the secrets.
-    """
-
-    def __init__(
-        self, database: Database, vault: Vault, endpoints: Sequence[Endpoint], max_attempts: int
-    ) -> None:
-        self._database, self._vault, self._max_attempts = database, vault, max_attempts
-        self._endpoints = {endpoint.key: endpoint for endpoint in endpoints}
-        self._ids = {key: self._digest(endpoint) for key, endpoint in self._endpoints.items()}
-        self._stored: set[tuple[str, str]] = set()
-        self._read: dict[tuple[str, str], Snapshot] = {}
-
-    @property
-    def keys(self) -> frozenset[str]:
-        """The endpoints that jobs can be made for."""
-        return frozenset(self._endpoints)
-
-    async def jobs(
-        self, cycle: ClaimedCycle, items: Sequence[Payload], endpoint_keys: Sequence[str]
-    ) -> list[NewJob]:
-        """One job per item and endpoint, with ids that are the same each time.
-
-        Raises NotHere for an endpoint that this node does not know.
-        """
-        for key in endpoint_keys if items else ():
-            await self.store(cycle.namespace, key)
-        return [
-            NewJob(
-                job_id=derived_id(cycle.cycle_id, "job", str(index), key),
-                item_index=index,
-                endpoint_key=key,
-                snapshot_id=self._ids[key],
-                max_attempts=self._max_attempts,
-            )
-            for index in range(len(items))
-            for key in endpoint_keys
-        ]
-
-    async def store(self, namespace: str, key: str) -> str:
-        """Makes sure that the endpoint's snapshot is stored; its id. Raises NotHere."""
-        endpoint = self._endpoints.get(key)
-        if endpoint is None:
-            known = ", ".join(sorted(self._endpoints)) or "none"
-            raise NotHere(
-                f"endpoint {key!r} is not configured on this node (known: {known}; "
-                "ORBIT_DISPATCH_ENDPOINTS)"
-            )
-        snapshot_id = self._ids[key]
-        if (namespace, snapshot_id) not in self._stored:
-            row = self._row(namespace, snapshot_id, endpoint)
-            await self._database.persist(lambda: self._database.execute(SQL.insert_snapshot, row))
-            self._stored.add((namespace, snapshot_id))
-        return snapshot_id
-
-    async def read(self, namespace: str, snapshot_id: str) -> Snapshot:
-        """The endpoint as it stood. Raises SecretUnreadable if its key is gone."""
-        found = self._read.get((namespace, snapshot_id))
-        if found is None:
-            row = await self._database.fetch_one(
-                SQL.snapshot, {"namespace": namespace, "snapshot_id": snapshot_id}
-            )
-            if row is None:
-                raise LookupError(f"snapshot {snapshot_id} is not stored")
-            secrets = json.loads(self._vault.decrypt(row["secrets_encrypted"]))
-            found = Snapshot(
-                endpoint_key=row["endpoint_key"],
-                url=secrets["url"],
-                method=row["method"],
-                token=secrets["token"],
-                headers=secrets["headers"],
-                timeout_seconds=row["timeout_seconds"],
-                permanent_statuses=frozenset(row["permanent_statuses"]),
-            )
-            self._read[namespace, snapshot_id] = found
-        return found
-
-    def _digest(self, endpoint: Endpoint) -> str:
-        return canonical_digest(
-            {
-                "key": endpoint.key,
-                "url": without_query(endpoint.url),
-                "method": endpoint.method,
-                "secrets": fingerprint(_secrets(endpoint)),
-                "timeoutSeconds": endpoint.timeout_seconds,
-                "permanentStatuses": sorted(endpoint.permanent_statuses),
-            }
-        )
-
-    def _row(self, namespace: str, snapshot_id: str, endpoint: Endpoint) -> dict[str, Any]:
-        token = endpoint.token
-        return {
-            "namespace": namespace,
-            "snapshot_id": snapshot_id,
-            "endpoint_key": endpoint.key,
-            "url": without_query(endpoint.url),
-            "method": endpoint.method,
-            "secrets_encrypted": self._vault.encrypt(_secrets(endpoint)),
-            "token_fingerprint": None if token is None else fingerprint(token),
-            "timeout_seconds": endpoint.timeout_seconds,
-            "permanent_statuses": array(sorted(endpoint.permanent_statuses)),
-        }
+        return NextMove(with_retry_after(delay, asked, self.backoff.cap_seconds), None)
 
 
 class DispatchQueue:
     """Claims, renews, settles and recovers jobs for one node."""
 
     def __init__(
-        self, database: Database, node_id: str, lease_seconds: float, policy: RetryPolicy
+        self,
+        database: Database,
+        node_id: str,
+        lease_seconds: float,
+        policy: RetryPolicy,
+        endpoints: Mapping[str, Endpoint],
     ) -> None:
         self._database, self._node_id = database, node_id
-        self._lease_seconds, self._policy = lease_seconds, policy
-        self._settlements = GroupCommit(database, self._flush)
+        self._lease_seconds, self._policy, self._endpoints = lease_seconds, policy, endpoints
+        self._part = zlib.crc32(node_id.encode()) % _TALLY_PARTS
+        self._settlements = GroupCommit(database, self._flush, lanes=1)
+
+    def endpoint(self, key: str) -> Endpoint:
+        """The endpoint as this node has it now, which the lane's limits are of."""
+        return self._endpoints.get(key, _ANY_ENDPOINT)
 
     async def lanes(self) -> list[Lane]:
         """Every lane that has a job, due now or later."""
-        return [Lane(**row) for row in await self._database.fetch_all(SQL.busy_lanes)]
+        lanes = [Lane(**row) for row in await self._database.fetch_all(SQL.busy_lanes)]
+        if new := [lane.key for lane in lanes if not lane.is_known]:
+            await self._database.execute(SQL.insert_lanes, _keys(new))
+        return lanes
 
-    async def claim(self, rooms: Mapping[tuple[str, str], int]) -> list[ClaimedJob]:
-        """Opens the next attempt of due jobs: of each lane as many as it has room for."""
-        rows = await self._database.fetch_all(
-            SQL.claim_jobs,
-            {
-                "namespace": array(namespace for namespace, _ in rooms),
-                "endpoint_key": array(key for _, key in rooms),
-                "room": array(rooms.values()),
-                "node_id": self._node_id,
-                "lease_seconds": self._lease_seconds,
-                "inline_bytes": INLINE_BYTES,
-            },
-        )
-        return [ClaimedJob(**row) for row in rows]
+    async def claim(self, rooms: Mapping[LaneKey, int]) -> list[ClaimedJob]:
+        """Opens the next attempt of due jobs: of each lane as many as there is room for.
+
+        That is the caller's room, or less if the lane's cap, rate or breaker says so.
+        """
+        endpoints = [self.endpoint(key) for _, key in rooms]
+        asked = {
+            **_keys(rooms),
+            "room": array(rooms.values()),
+            "cap": array(endpoint.max_concurrency for endpoint in endpoints),
+            "rate": array(endpoint.rate_per_second for endpoint in endpoints),
+            "retry_share": RETRY_SHARE,
+            "chance": self._policy.draw(),
+            "node_id": self._node_id,
+            "lease_seconds": self._lease_seconds,
+            "inline_bytes": INLINE_BYTES,
+        }
+        async with self._database.batch() as connection:
+            await connection.execute(SQL.hold_lanes, _keys(rooms))
+            cursor = connection.cursor(binary=True, row_factory=_claimed_row)
+            await cursor.execute(SQL.claim_jobs, asked)
+        return await cursor.fetchall()
 
     async def content(self, job: ClaimedJob) -> bytes:
         """The job's bytes."""
@@ -290,62 +240,67 @@ class DispatchQueue:
         self,
         job: ClaimedJob,
         result: WireResult,
-        permanent_statuses: Collection[int],
         started_at: datetime,
         now: datetime,
-    ) -> None:
+        *,
+        permanent_statuses: Collection[int] = (),
+        on_unknown: str = "retry",
+    ) -> NextMove:
         """Returns when the attempt's receipt and the job's next move are committed."""
-        retry_seconds, cause = self._policy.next_move(
-            result, job.attempt, job.max_attempts, permanent_statuses, now
+        move = self._policy.next_move(
+            result,
+            job.attempt - job.spared,
+            job.max_attempts,
+            now,
+            permanent_statuses=permanent_statuses,
+            on_unknown=on_unknown,
         )
+        is_of_lane = result.status not in permanent_statuses and result.cause not in NOT_OF_LANE
         await self._settlements.commit(
             Settlement(
                 namespace=job.namespace,
                 job_id=job.job_id,
                 cycle_id=job.cycle_id,
+                endpoint_key=job.endpoint_key,
                 lease_number=job.lease_number,
                 node_id=self._node_id,
                 attempt=job.attempt,
+                is_probe=job.is_probe,
                 digest=job.digest,
                 size=job.size,
                 result=result,
                 queue_seconds=job.queue_seconds,
                 started_at=started_at,
-                retry_seconds=retry_seconds,
-                cause=cause,
+                move=move,
+                is_failure=result.outcome is not Outcome.DELIVERED and is_of_lane,
             )
         )
+        return move
 
     async def recover(self, now: datetime, limit: int = 500) -> int:
         """Settles as unknown the attempts whose worker is gone; how many there were."""
-        lost = WireResult(Outcome.UNKNOWN, cause="worker lost", error="the worker's lease ran out")
         async with self._database.transaction() as connection:
             cursor = await connection.execute(SQL.expired_jobs, {"limit": limit})
-            settlements = []
-            for row in await cursor.fetchall():
-                retry_seconds, cause = self._policy.next_move(
-                    lost, row["attempt"], row["max_attempts"], (), now
-                )
-                settlements.append(
-                    Settlement(
-                        namespace=row["namespace"],
-                        job_id=row["job_id"],
-                        cycle_id=row["cycle_id"],
-                        lease_number=row["lease_number"],
-                        node_id=row["node_id"],
-                        attempt=row["attempt"],
-                        digest=row["digest"],
-                        size=row["size"],
-                        result=lost,
-                        queue_seconds=None,
-                        started_at=None,
-                        retry_seconds=retry_seconds,
-                        cause=cause,
-                    )
-                )
-            ended = await self._settle(connection, settlements) if settlements else 0
-        _count(settlements, ended)
-        return len(settlements)
+            lost = [self._lost(row, now) for row in await cursor.fetchall()]
+            if not lost:
+                return 0
+            changes = await self._settle(connection, lost)
+        self._tell(lost, changes)
+        return len(lost)
+
+    def _lost(self, row: Mapping[str, Any], now: datetime) -> Settlement:
+        lost = WireResult(Outcome.UNKNOWN, cause="worker lost", error="the worker's lease ran out")
+        move = self._policy.next_move(
+            lost,
+            row["attempt"] - row["spared"],
+            row["max_attempts"],
+            now,
+            on_unknown=row["on_unknown"],
+        )
+        given = {name: row[name] for name in _LOST}
+        return Settlement(
+            **given, result=lost, queue_seconds=None, started_at=None, move=move, is_failure=False
+        )
 
     async def renew(self, jobs: Sequence[ClaimedJob]) -> set[tuple[str, int]]:
         """Prolongs leases; the ids and lease numbers of those that were prolonged."""
@@ -371,50 +326,119 @@ class DispatchQueue:
         }
 
     async def _flush(self, settlements: Sequence[Settlement]) -> Sequence[None]:
-        async with self._database.transaction() as connection:
-            ended = await self._settle(connection, settlements)
+        async with self._database.connection() as connection:
+            changes = await self._settle(connection, settlements)
+        self._tell(settlements, changes)
         metrics.commit_entries.labels("settlements").observe(len(settlements))
-        _count(settlements, ended)
         return [None] * len(settlements)
 
-    async def _settle(self, connection: Connection, settlements: Sequence[Settlement]) -> int:
-        """Writes the ends of attempts; how many cycles ended with them."""
-        cursor = None
-        cycles = sorted({(s.namespace, s.cycle_id) for s in settlements if s.retry_seconds is None})
-        async with connection.pipeline():
-            await connection.execute(SQL.settle_jobs, _settlement_rows(settlements))
-            await connection.execute(SQL.insert_receipts, _receipt_rows(settlements))
-            if cycles:
-                touched = {
-                    "namespace": array(namespace for namespace, _ in cycles),
-                    "cycle_id": array(cycle_id for _, cycle_id in cycles),
-                    "node_id": self._node_id,
-                }
-                cursor = await connection.execute(CYCLE_SQL.end_dispatched, touched)
-        return 0 if cursor is None else cursor.rowcount
+    async def _settle(
+        self, connection: Connection, settlements: Sequence[Settlement]
+    ) -> list[dict[str, Any]]:
+        """Writes the ends of attempts; how many cycles ended with them, and lanes' changes."""
+        given = {**_rows(settlements), **self._lane_rows(settlements)}
+        given |= {"part": self._part, "settler_id": self._node_id}
+        cursor = await connection.execute(SQL.settle_jobs, given)
+        return await cursor.fetchall()
+
+    def _tell(self, settlements: Sequence[Settlement], changes: list[dict[str, Any]]) -> None:
+        """To be called after the commit."""
+        _count(settlements, changes[0]["ended"])
+        for row in changes:
+            if row["change"] is not None:
+                metrics.lane_changes.labels(row["change"]).inc()
+                _log.warning(f"lane_{row['change']}", **{name: row[name] for name in _TOLD})
+
+    def _lane_rows(self, settlements: Sequence[Settlement]) -> dict[str, Any]:
+        """What the batch says of each lane, with its breaker's limits; without a breaker: no."""
+        lanes: dict[LaneKey, list[Settlement]] = {}
+        for settlement in settlements:
+            lanes.setdefault((settlement.namespace, settlement.endpoint_key), []).append(settlement)
+        found = [
+            (key, breaker, ends)
+            for key, ends in lanes.items()
+            if (breaker := self.endpoint(key[1]).breaker) is not None
+        ]
+        results = [_lane_result(ends) for _, _, ends in found]
+        breakers: list[Breaker] = [breaker for _, breaker, _ in found]
+        return {
+            "lane_namespace": array(key[0] for key, _, _ in found),
+            "lane_key": array(key[1] for key, _, _ in found),
+            **{name: array(r[name] for r in results) for name in _LANE_RESULT},
+            "limit_failures": array(breaker.failures for breaker in breakers),
+            "limit_share": array(breaker.share for breaker in breakers),
+            "least": array(breaker.least for breaker in breakers),
+            "window_seconds": array(breaker.window_seconds for breaker in breakers),
+            "hold_seconds": array(breaker.hold_seconds for breaker in breakers),
+            "longest_hold_seconds": array(breaker.longest_hold_seconds for breaker in breakers),
+        }
+
+
+_claimed_row = args_row(ClaimedJob)  # the statement's columns are its fields, in their order
+_LOST = (
+    "namespace",
+    "job_id",
+    "cycle_id",
+    "endpoint_key",
+    "lease_number",
+    "node_id",
+    "attempt",
+    "is_probe",
+    "digest",
+    "size",
+)
+_TOLD = ("namespace", "endpoint_key", "failures", "hold_seconds")
+_LANE_RESULT = ("attempts", "failures", "last_failures", "has_success", "has_probe_failed")
+
+
+def _lane_result(ends: Sequence[Settlement]) -> dict[str, int | bool]:
+    """Counts of one lane's ends, in the order in which they came."""
+    last_failures = 0
+    for end in ends:
+        if end.result.outcome is Outcome.DELIVERED:
+            last_failures = 0
+        else:
+            last_failures += end.is_failure
+    return {
+        "attempts": len(ends),
+        "failures": sum(end.is_failure for end in ends),
+        "last_failures": last_failures,
+        "has_success": any(end.result.outcome is Outcome.DELIVERED for end in ends),
+        "has_probe_failed": any(end.is_probe and end.is_failure for end in ends),
+    }
+
+
+def _keys(lanes: Iterable[LaneKey]) -> dict[str, Any]:
+    return {
+        "namespace": array(namespace for namespace, _ in lanes),
+        "endpoint_key": array(key for _, key in lanes),
+    }
 
 
 def _count(settlements: Sequence[Settlement], ended: int) -> None:
+    for outcome, count in Counter(s.result.outcome for s in settlements).items():
+        metrics.attempts.labels(outcome.value).inc(count)
     for settlement in settlements:
-        result = settlement.result
-        metrics.attempts.labels(result.outcome.value).inc()
-        if result.total_seconds is not None:
-            metrics.attempt_seconds.observe(result.total_seconds)
-        if settlement.retry_seconds is None and settlement.cause is not None:
+        if settlement.result.total_seconds is not None:
+            metrics.attempt_seconds.observe(settlement.result.total_seconds)
+        if settlement.move.retry_seconds is None and settlement.move.cause is not None:
             metrics.dead_letters.inc()
     metrics.cycles_ended.labels("finished").inc(ended)
 
 
-def _secrets(endpoint: Endpoint) -> str:
-    """What is kept encrypted; the URL is among it since its query may hold a key."""
-    secrets = {"token": endpoint.token, "headers": dict(endpoint.headers), "url": endpoint.url}
-    return json.dumps(secrets, sort_keys=True)
-
-
-def _receipt_rows(settlements: Sequence[Settlement]) -> dict[str, Any]:
+def _rows(settlements: Sequence[Settlement]) -> dict[str, Any]:
+    """One array per column, for the receipts and for the leases."""
     results = [s.result for s in settlements]
     return {
-        **_job_rows(settlements),
+        "namespace": array(s.namespace for s in settlements),
+        "job_id": array(s.job_id for s in settlements),
+        "lease_number": array(s.lease_number for s in settlements),
+        "node_id": array(s.node_id for s in settlements),
+        "attempt": array(s.attempt for s in settlements),
+        "size": array(s.size for s in settlements),
+        "retry_seconds": array(s.move.retry_seconds for s in settlements),
+        "cause": array(s.move.cause for s in settlements),
+        "endpoint_key": array(s.endpoint_key for s in settlements),
         "outcome": array(r.outcome.value for r in results),
         "status": array(r.status for r in results),
         "error": array(r.error for r in results),
@@ -425,24 +449,7 @@ def _receipt_rows(settlements: Sequence[Settlement]) -> dict[str, Any]:
         "total_seconds": array(r.total_seconds for r in results),
         "answer": [r.answer for r in results],
         "answer_content_type": array(r.answer_content_type for r in results),
+        "is_probe": array(s.is_probe for s in settlements),
+        "is_reused": array(r.is_reused for r in results),
         "started_at": array(s.started_at for s in settlements),
-    }
-
-
-def _settlement_rows(settlements: Sequence[Settlement]) -> dict[str, Any]:
-    return {
-        **_job_rows(settlements),
-        "retry_seconds": array(s.retry_seconds for s in settlements),
-        "cause": array(s.cause for s in settlements),
-    }
-
-
-def _job_rows(settlements: Sequence[Settlement]) -> dict[str, Any]:
-    return {
-        "namespace": array(s.namespace for s in settlements),
-        "job_id": array(s.job_id for s in settlements),
-        "lease_number": array(s.lease_number for s in settlements),
-        "node_id": array(s.node_id for s in settlements),
-        "attempt": array(s.attempt for s in settlements),
-        "size": array(s.size for s in settlements),
     }

@@ -2,13 +2,15 @@
 
 A `use` is `module:name` (the name may be dotted), the name of an entry point of the group
 `orbit.steps`, or one of Orbit's own. `http` is no callable and is refused here. Importing runs
-the user's code, so whatever it raises, even an exit, becomes one clear refusal.
+the user's code, so whatever it raises, even an exit, becomes one clear refusal. Whether the
+callable takes what its place gives is judged by its signature; it is not called.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import import_module, invalidate_caches
 from importlib.metadata import EntryPoint, entry_points
@@ -43,6 +45,23 @@ def resolve(use: str) -> Callable[..., Any]:
     if not callable(found):
         raise PluginUnusable(f"{use} is not callable; it is of type {type(found).__name__}")
     return found  # type: ignore[no-any-return]
+
+
+def check_arguments(function: Callable[..., Any], names: Sequence[str]) -> None:
+    """Raises PluginUnusable unless the callable takes these arguments, by position.
+
+    What tells no signature (some callables written in C) is let be.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):
+        return
+    try:
+        signature.bind(*names)
+    except TypeError:
+        given = ", ".join(names)
+        shown = str(signature.replace(return_annotation=inspect.Signature.empty))[:200]
+        raise PluginUnusable(f"it is called with ({given}), and takes {shown}") from None
 
 
 def _imported(module: str, use: str) -> Any:

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import json
 import random
 import re
 import sysconfig
@@ -22,18 +23,17 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from http import HTTPStatus
 from pathlib import Path, PurePath
 from typing import Any, Protocol
-
-import aiohttp
 
 from orbit.endpoints import without_query
 from orbit.errors import NotHere, OrbitError, PayloadTooLarge, StepFailed
 from orbit.execution.context import ExecutionContext, Stage, Step
+from orbit.execution.http1 import Client
 from orbit.execution.plugin import resolve
 from orbit.execution.recorder import StepRecord
 from orbit.execution.retry import full_jitter
-from orbit.execution.wire import request_body
 from orbit.payload import DEFAULT_CONTENT_TYPE, Payload
 from orbit.vocabulary import printable
 
@@ -67,7 +67,7 @@ class Transformer:
 
     def __init__(
         self,
-        http: aiohttp.ClientSession,
+        http: Client,
         max_payload_bytes: int,
         draw: Callable[[], float] = random.random,
     ) -> None:
@@ -151,41 +151,45 @@ class Transformer:
         return list(values)
 
     async def _post(self, step: Step, payload: Payload, context: ExecutionContext) -> Payload:
-        headers = {"Content-Type": payload.content_type, **step_headers(context)}
-        async with self._http.post(
-            step.url or "",
-            data=request_body(payload.content),
-            headers=headers,
-            allow_redirects=False,
-        ) as answer:
-            if answer.status == 204:
-                return payload
-            if answer.status != 200:
-                raise RuntimeError(f"answered {answer.status} {answer.reason or ''}".rstrip())
-            content = await self.read(answer)
-            return Payload(content, answer.headers.get("Content-Type", DEFAULT_CONTENT_TYPE))
-
-    async def read(self, answer: aiohttp.ClientResponse) -> bytes:
-        """An answer's body, refused as soon as it is over the limit."""
-        parts, size = [], 0
-        async for part in answer.content.iter_chunked(1 << 16):
-            size += len(part)
-            if size > self._max_payload_bytes:
-                raise PayloadTooLarge(
-                    f"answered more than {self._max_payload_bytes:,} bytes "
-                    "(ORBIT_MAX_PAYLOAD_BYTES)"
-                )
-            parts.append(part)
-        return b"".join(parts)
+        status, content, content_type = await self._send(step, payload, context)
+        return payload if status == 204 else Payload(content, content_type)
 
     async def post_json(self, step: Step, body: Any, context: ExecutionContext) -> Any:
         """An HTTP step that speaks JSON: the parsed answer of status 200."""
-        async with self._http.post(
-            step.url or "", json=body, headers=step_headers(context), allow_redirects=False
-        ) as answer:
-            if answer.status != 200:
-                raise RuntimeError(f"answered {answer.status} {answer.reason or ''}".rstrip())
-            return Payload(await self.read(answer)).json()
+        question = Payload(json.dumps(body).encode(), "application/json")
+        status, content, _ = await self._send(step, question, context)
+        if status != 200:
+            raise RuntimeError(f"answered {_phrase(status)}")
+        return Payload(content).json()
+
+    async def _send(
+        self, step: Step, payload: Payload, context: ExecutionContext
+    ) -> tuple[int, bytes, str]:
+        """Status (200 or 204), body and content type; the caller's time limit bounds it."""
+        found = await self._http.exchange(
+            "POST",
+            step.url or "",
+            {"Content-Type": payload.content_type, **step_headers(context)},
+            payload.content,
+            timeout_seconds=None,
+            read_bytes=self._max_payload_bytes,
+        )
+        if found.status is not None and found.status not in (200, 204):
+            raise RuntimeError(f"answered {_phrase(found.status)}")
+        if found.is_truncated:
+            raise PayloadTooLarge(
+                f"answered more than {self._max_payload_bytes:,} bytes (ORBIT_MAX_PAYLOAD_BYTES)"
+            )
+        if found.status is None or found.cause is not None:
+            raise RuntimeError(f"{found.cause}: {found.error}")
+        content_type = found.headers.get("content-type", DEFAULT_CONTENT_TYPE)
+        return found.status, found.body, content_type
+
+
+def _phrase(status: int) -> str:
+    with contextlib.suppress(ValueError):
+        return f"{status} {HTTPStatus(status).phrase}"
+    return str(status)
 
 
 def step_headers(context: ExecutionContext) -> Mapping[str, str]:
@@ -332,9 +336,8 @@ def _is_users(file: str) -> bool:
     path = PurePath(file)
     if file.startswith("<frozen ") or path.is_relative_to(_OURS):
         return False
-    if {"site-packages", "dist-packages"} & set(path.parts):
-        return not path.is_relative_to(Path(aiohttp.__file__).parent)
-    return not path.is_relative_to(_STANDARD_LIBRARY)
+    is_installed = bool({"site-packages", "dist-packages"} & set(path.parts))
+    return is_installed or not path.is_relative_to(_STANDARD_LIBRARY)
 
 
 def _described(error: Exception, place: str = "") -> str:

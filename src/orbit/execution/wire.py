@@ -1,32 +1,26 @@
 """One attempt on the wire: what goes out, and what became of it.
 
-Nothing here is sent twice: the client's own resending is off, redirects are not followed, and
-the body is read whole before the first byte leaves. The answer is read to a bound, in bytes and
-in time. Whatever happens is a value: `not_sent` (no connection, so no byte left), `delivered`
-and `failed` (an answer's status was seen), `unknown` (bytes may have left, no answer seen).
+Nothing here is sent twice: the client never sends again by itself and follows no redirect. The
+answer is read to a bound, in bytes and in time. Whatever happens is a value: `not_sent` (no byte
+of the request left), `delivered` and `failed` (an answer's status was seen), `unknown` (bytes
+left, no answer seen).
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import io
-import socket
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from types import SimpleNamespace
-from typing import Any
 
-import aiohttp
-
-from orbit import __version__
+from orbit import metrics
+from orbit.execution.http1 import Client, Exchange
 from orbit.vocabulary import printable
 
 ANSWER_BYTES = 4096
 _ANSWER_BYTES_READ = 65536  # a longer answer costs the connection, which is then not reused
-_PIECE_BYTES = 65536
+_ON_REUSED = metrics.attempt_connections.labels("reused")
+_ON_NEW = metrics.attempt_connections.labels("new")
 
 
 class Outcome(StrEnum):
@@ -42,7 +36,8 @@ class Outcome(StrEnum):
 class Outgoing:
     """A request, ready to be sent. `timeout_seconds` bounds all of it.
 
-    `secrets` are masked in what is kept of the answer, should the receiver repeat them.
+    `secrets` are masked in what is kept of the answer, should the receiver repeat them. `proxy`
+    is a forward proxy's URL; without one the request goes straight to its receiver.
     """
 
     method: str
@@ -51,6 +46,7 @@ class Outgoing:
     content: bytes = field(repr=False)
     timeout_seconds: float
     secrets: Sequence[str] = field(default=(), repr=False)
+    proxy: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +54,8 @@ class WireResult:
     """What became of one attempt.
 
     `cause` is short and the same for the same kind of failure; `error` says more. Seconds count
-    from the beginning of the attempt. `answer` is the beginning of the answer's body.
+    from the beginning of the attempt. `answer` is the beginning of the answer's body. `is_reused`
+    tells whether what was sent went out on a connection that an earlier request had used.
     """
 
     outcome: Outcome
@@ -71,59 +68,33 @@ class WireResult:
     answer: bytes = b""
     answer_content_type: str | None = None
     retry_after: str | None = None
+    is_reused: bool | None = None
 
 
 class Wire:
-    """The HTTP client that all of a node's attempts share; its connections are kept alive."""
+    """Sends attempts over the client that a node's attempts and steps share."""
 
-    def __init__(self, connections: int) -> None:
-        trace = aiohttp.TraceConfig(_given)  # type: ignore[arg-type]  # any factory will do
-        trace.on_connection_create_end.append(_connected)
-        trace.on_connection_reuseconn.append(_connected)
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=connections, ttl_dns_cache=30),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            trust_env=False,
-            timeout=aiohttp.ClientTimeout(),
-            headers={"User-Agent": f"orbit/{__version__}", "Accept": "*/*"},
-            skip_auto_headers=("Accept-Encoding",),
-            trace_configs=[trace],
-        )
-        # The client sends idempotent methods again by itself when a kept-alive connection was
-        # closed. Orbit counts every send, so it must not; there is no public switch.
-        self._session._retry_connection = False  # noqa: SLF001
-
-    async def close(self) -> None:
-        await self._session.close()
+    def __init__(self, client: Client) -> None:
+        self._client = client
 
     async def send(self, outgoing: Outgoing) -> WireResult:
         """Sends once. Never raises for what the network or the receiver does."""
-        times = SimpleNamespace(started=time.monotonic(), connected=None, first_byte=None)
-        answer = _Answer(outgoing.secrets)
-        try:
-            async with (
-                asyncio.timeout(outgoing.timeout_seconds),
-                self._session.request(
-                    outgoing.method,
-                    outgoing.url,
-                    data=request_body(outgoing.content),
-                    headers=outgoing.headers,
-                    allow_redirects=False,
-                    trace_request_ctx=times,
-                ) as response,
-            ):
-                times.first_byte = time.monotonic()
-                answer.see(response)
-                await answer.read(response)
-        except (aiohttp.ClientError, OSError, ValueError, TimeoutError) as error:
-            return _ended(outgoing, times, answer, error)
-        return _ended(outgoing, times, answer, None)
-
-
-def request_body(content: bytes) -> bytes | io.BytesIO:
-    """A body for the client; a large one goes out in pieces, at the pace of the connection."""
-    return content if len(content) <= _PIECE_BYTES else io.BytesIO(content)
+        secrets = [secret for secret in outgoing.secrets if secret]
+        # One that straddles the end of what is kept is seen whole, so that no half of it stays.
+        margin = max((len(secret.encode()) for secret in secrets), default=0)
+        found = await self._client.exchange(
+            outgoing.method,
+            outgoing.url,
+            outgoing.headers,
+            outgoing.content,
+            timeout_seconds=outgoing.timeout_seconds,
+            read_bytes=_ANSWER_BYTES_READ,
+            keep_bytes=ANSWER_BYTES + margin,
+            proxy=outgoing.proxy,
+        )
+        if found.is_sent:
+            (_ON_REUSED if found.is_reused else _ON_NEW).inc()
+        return _result(outgoing, found, secrets)
 
 
 def request_headers(
@@ -142,113 +113,50 @@ def request_headers(
     return headers
 
 
-class _Answer:
-    """As much of an answer as was seen, without the secrets of its request."""
-
-    def __init__(self, secrets: Sequence[str]) -> None:
-        self._secrets = [secret.encode() for secret in secrets if secret]
-        # One that straddles the end of what is kept is seen whole, so that no half of it stays.
-        self._bytes = ANSWER_BYTES + max(map(len, self._secrets), default=0)
-        self.status: int | None = None
-        self.content = b""
-        self.content_type: str | None = None
-        self.retry_after: str | None = None
-
-    def see(self, response: aiohttp.ClientResponse) -> None:
-        self.status = response.status
-        content_type = response.headers.get("Content-Type", "")[:8192]
-        self.content_type = self.described(content_type)[:255] or None
-        self.retry_after = response.headers.get("Retry-After")
-
-    async def read(self, response: aiohttp.ClientResponse) -> None:
-        size = 0
-        async for part in response.content.iter_any():
-            if len(self.content) < self._bytes:
-                self.content += part[: self._bytes - len(self.content)]
-            size += len(part)
-            if size > _ANSWER_BYTES_READ:
-                response.close()
-                return
-
-    def kept(self) -> bytes:
-        """The beginning of the body."""
-        content = self.content
-        for secret in self._secrets:
-            content = content.replace(secret, b"***")
-        return content[:ANSWER_BYTES]
-
-    def described(self, text: str) -> str:
-        """A text of the receiver's making, on one line."""
-        for secret in self._secrets:
-            text = text.replace(secret.decode(), "***")
-        return printable(text)
-
-
-def _given(trace_request_ctx: SimpleNamespace) -> SimpleNamespace:
-    return trace_request_ctx
-
-
-async def _connected(_session: Any, times: SimpleNamespace, _params: Any) -> None:
-    times.connected = time.monotonic()
-
-
-def _ended(
-    outgoing: Outgoing, times: SimpleNamespace, answer: _Answer, error: Exception | None
-) -> WireResult:
-    outcome, cause = _outcome(times, answer, error)
-    text = _explained(outgoing, answer, error)
+def _result(outgoing: Outgoing, found: Exchange, secrets: Sequence[str]) -> WireResult:
+    outcome, cause = _outcome(found)
+    answer, content_type = found.body, found.headers.get("content-type")
+    for secret in secrets:
+        answer = answer.replace(secret.encode(), b"***")
+    if content_type is not None:
+        content_type = _described(content_type[:8192], secrets)[:255] or None
     return WireResult(
         outcome=outcome,
-        status=answer.status,
+        status=found.status,
         cause=cause,
-        error=text,
-        connect_seconds=_since(times, times.connected),
-        first_byte_seconds=_since(times, times.first_byte),
-        total_seconds=time.monotonic() - times.started,
-        answer=answer.kept(),
-        answer_content_type=answer.content_type,
-        retry_after=answer.retry_after,
+        error=_explained(outgoing, found, secrets),
+        connect_seconds=_since(found, found.connected_at),
+        first_byte_seconds=_since(found, found.first_byte_at),
+        total_seconds=_since(found, found.ended_at),
+        answer=answer[:ANSWER_BYTES],
+        answer_content_type=content_type,
+        retry_after=found.headers.get("retry-after"),
+        is_reused=found.is_reused if found.is_sent else None,
     )
 
 
-def _outcome(
-    times: SimpleNamespace, answer: _Answer, error: Exception | None
-) -> tuple[Outcome, str | None]:
-    if answer.status is not None:  # an answer's body that breaks off does not unsay its status
-        if 200 <= answer.status <= 299:
+def _outcome(found: Exchange) -> tuple[Outcome, str | None]:
+    if found.status is not None:  # an answer's body that breaks off does not unsay its status
+        if 200 <= found.status <= 299:
             return Outcome.DELIVERED, None
-        return Outcome.FAILED, f"status {answer.status}"
-    cause = _cause(error)
-    return (Outcome.NOT_SENT if times.connected is None else Outcome.UNKNOWN), cause
+        return Outcome.FAILED, f"status {found.status}"
+    return (Outcome.UNKNOWN if found.is_sent else Outcome.NOT_SENT), found.cause
 
 
-_CAUSES: tuple[tuple[str, tuple[type[Exception], ...]], ...] = (
-    ("timeout", (TimeoutError,)),
-    ("name not resolved", (aiohttp.ClientConnectorDNSError, socket.gaierror)),
-    ("tls", (aiohttp.ClientConnectorCertificateError, aiohttp.ClientSSLError)),
-    ("cannot connect", (aiohttp.ClientConnectorError,)),
-    ("connection lost", (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, OSError)),
-    ("answer not understood", (aiohttp.ClientResponseError,)),
-)
-
-
-def _cause(error: Exception | None) -> str:
-    """The first kind that the error is of; refused connections apart, since they say most."""
-    if isinstance(error, aiohttp.ClientConnectorError) and isinstance(
-        error.os_error, ConnectionRefusedError
-    ):
-        return "connection refused"
-    kinds = (cause for cause, types in _CAUSES if isinstance(error, types))
-    return next(kinds, "error")
-
-
-def _explained(outgoing: Outgoing, answer: _Answer, error: Exception | None) -> str | None:
-    if error is None:
+def _explained(outgoing: Outgoing, found: Exchange, secrets: Sequence[str]) -> str | None:
+    if found.cause is None:
         return None
-    if isinstance(error, TimeoutError):
+    if found.cause == "timeout":
         return f"no complete answer within {outgoing.timeout_seconds:g} s"
-    return answer.described((str(error) or type(error).__name__)[:8192])[:500]
+    return _described((found.error or found.cause)[:8192], secrets)[:500]
 
 
-def _since(times: SimpleNamespace, at: float | None) -> float | None:
-    return None if at is None else at - times.started
+def _described(text: str, secrets: Sequence[str]) -> str:
+    """A text of the receiver's making, on one line."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return printable(text)
+
+
+def _since(found: Exchange, at: float | None) -> float | None:
+    return None if at is None else at - found.started_at

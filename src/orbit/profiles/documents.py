@@ -14,7 +14,7 @@ from typing import Any
 
 from orbit.cron import parse_cron, time_zone
 from orbit.errors import ConfigurationInvalid
-from orbit.execution.plugin import PluginUnusable, resolve
+from orbit.execution.plugin import PluginUnusable, check_arguments, resolve
 from orbit.profiles.complaints import SchemaName, complaints, schema
 from orbit.profiles.model import (
     Documents,
@@ -52,6 +52,14 @@ __all__ = [
 
 PROFILES_FILE = "profiles.json"
 RUN_PROFILES_FILE = "runProfiles.json"
+
+Call = tuple[str, ...]
+_STEP_CALL: Call = ("payload", "context")
+_CALLS: tuple[tuple[str, str, Call], ...] = (
+    ("initiation", "use", ("context",)),
+    ("normalization", "use", ("batch", "context")),
+    ("normalization", "split", _STEP_CALL),
+)
 
 
 def read_documents(
@@ -152,34 +160,49 @@ def _check_schedules(file: SourceFile) -> None:
 
 
 def _check_uses(file: SourceFile, attempt: Callable[[str], object]) -> None:
-    """Tries every `use` that is not http, each name once."""
-    outcome: dict[str, str | None] = {"http": None}
+    """Tries every `use` that is not http, each name once, and what it takes for each call."""
+    tried: dict[str, object] = {}
+    outcome: dict[tuple[str, Call], str | None] = {}
     for policy_place, policy in _policies(file):
-        for place, use in _uses(policy):
-            if use not in outcome:
-                outcome[use] = _complaint_about(use, attempt)
-            message = outcome[use]
+        for place, use, call in _uses(policy):
+            if use == "http":
+                continue
+            if use not in tried:
+                tried[use] = _tried(use, attempt)
+            if (use, call) not in outcome:
+                outcome[use, call] = _complaint_about(tried[use], call)
+            message = outcome[use, call]
             if message:
                 file.report((*policy_place, *place), f"expected a usable plug-in: {message}")
 
 
-def _complaint_about(use: str, attempt: Callable[[str], object]) -> str | None:
+def _tried(use: str, attempt: Callable[[str], object]) -> object:
+    """What the attempt gave, or how it was refused."""
     try:
-        attempt(use)
+        return attempt(use)
+    except PluginUnusable as error:
+        return error
+
+
+def _complaint_about(tried: object, call: Call) -> str | None:
+    if isinstance(tried, PluginUnusable):
+        return str(tried)
+    try:
+        if callable(tried):
+            check_arguments(tried, call)
     except PluginUnusable as error:
         return str(error)
     return None
 
 
-def _uses(policy: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
-    """Every `use` and `split` of a policy, whatever else may be wrong with it."""
-    for name, keys in (("initiation", ("use",)), ("normalization", ("use", "split"))):
+def _uses(policy: Mapping[str, Any]) -> Iterator[tuple[Place, str, Call]]:
+    """Every `use` and `split` of a policy with how it is called, whatever else may be wrong."""
+    for name, key, call in _CALLS:
         part = policy.get(name)
-        for key in keys if isinstance(part, dict) else ():
-            if isinstance(part, dict) and isinstance(part.get(key), str):
-                yield (name, key), part[key]
+        if isinstance(part, dict) and isinstance(part.get(key), str):
+            yield (name, key), part[key], call
     tiers = policy.get("tiers")
     for tier, steps in tiers.items() if isinstance(tiers, dict) else ():
         for index, step in enumerate(steps if isinstance(steps, list) else ()):
             if isinstance(step, dict) and isinstance(step.get("use"), str):
-                yield ("tiers", tier, index, "use"), step["use"]
+                yield ("tiers", tier, index, "use"), step["use"], _STEP_CALL

@@ -16,6 +16,7 @@ from typing import Any
 from orbit.database.pool import Database
 from orbit.database.queries import array, load
 from orbit.errors import NotFound
+from orbit.reading.lanes import Hold, holds
 from orbit.reading.receipts import Receipt, receipt_of, safe_url
 from orbit.reading.slots import Slot
 from orbit.reading.view import (
@@ -33,6 +34,7 @@ from orbit.reading.view import (
 
 SQL = load("reading")
 MAX_LINEAGE = 10_000
+_WAITING = ("ready", "retrying")  # states of a job that is to be sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,10 @@ class ItemView(View):
 
 @dataclass(frozen=True, slots=True)
 class JobView(View):
-    """A dispatch job with its attempts' receipts; `cause` is that of its dead letter."""
+    """A dispatch job with its attempts' receipts; `cause` is that of its dead letter.
+
+    `held`, while it waits in a lane whose breaker is open: why it is not sent.
+    """
 
     job_id: str
     item_index: int
@@ -123,6 +128,7 @@ class JobView(View):
     due_at: datetime | None
     created_at: datetime
     cause: str | None
+    held: Hold | None
     receipts: list[Receipt]
 
 
@@ -288,20 +294,34 @@ async def _jobs(
             "last_id": f"{time}-ffff-ffff-ffffffffffff",
         },
     )
-    receipts = await read_all(
+    receipts, has_all_receipts = await _receipts(database, params["namespace"], rows[:limit])
+    waiting = {row["endpoint_key"] for row in rows if row["state"] in _WAITING}
+    held = await holds(database, params["namespace"], waiting)
+    jobs = [
+        JobView(
+            **{**row, "url": safe_url(row["url"])},
+            held=held.get(row["endpoint_key"]) if row["state"] in _WAITING else None,
+            receipts=receipts[row["job_id"]],
+        )
+        for row in rows[:limit]
+    ]
+    return jobs, len(rows) <= limit and has_all_receipts
+
+
+async def _receipts(
+    database: Database, namespace: str, jobs: Sequence[Row]
+) -> tuple[Mapping[str, list[Receipt]], bool]:
+    """The receipts of each job, and whether those are all."""
+    found = await read_all(
         database,
         SQL.job_receipts,
         {
-            "namespace": params["namespace"],
-            "job_id": array(row["job_id"] for row in rows[:limit]),
+            "namespace": namespace,
+            "job_id": array(row["job_id"] for row in jobs),
             "count": MAX_LINEAGE + 1,
         },
     )
     by_job: dict[str, list[Receipt]] = defaultdict(list)
-    for receipt in receipts[:MAX_LINEAGE]:
+    for receipt in found[:MAX_LINEAGE]:
         by_job[receipt["job_id"]].append(receipt_of(receipt))
-    jobs = [
-        JobView(**{**row, "url": safe_url(row["url"])}, receipts=by_job[row["job_id"]])
-        for row in rows[:limit]
-    ]
-    return jobs, len(rows) <= limit and len(receipts) <= MAX_LINEAGE
+    return by_job, len(found) <= MAX_LINEAGE

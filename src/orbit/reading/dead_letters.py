@@ -1,10 +1,14 @@
-"""Dead letters: jobs out of retries, why, and what people decided about them."""
+"""Dead letters: jobs out of retries, why, and what people decided about them.
+
+They are listed by when they died, not by when their jobs were made, and grouped by cause. A
+snapshot of an endpoint has a version for people: its rank among those of its namespace.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from orbit.database.pool import Database
@@ -25,15 +29,22 @@ from orbit.reading.view import (
 )
 
 SQL = load("reading")
+MAX_GROUPS = 1000
+_MAX_VERSIONS = 10_000
+_LATEST = ("infinity", LARGEST_ID)
 
 
 @dataclass(frozen=True, slots=True)
 class Decision(View):
-    """What a person decided; `new_job_id` is the job that came of a requeue."""
+    """What a person decided; `new_job_id` is the job that came of a requeue.
+
+    `batch_id`: the bulk requeue that brought it back, if that went in steps.
+    """
 
     decision: str
     new_job_id: str | None
     reason: str
+    batch_id: str | None
     decided_at: datetime
 
 
@@ -47,6 +58,7 @@ class DeadLetter(View):
     job_id: str
     namespace: str
     cycle_run_id: str
+    run_profile_id: str | None
     endpoint_key: str
     cause: str
     attempts: int
@@ -65,10 +77,37 @@ class DeadLetter(View):
 
 
 @dataclass(frozen=True, slots=True)
+class DeadLetterGroup(View):
+    """Open dead letters of one cause; `may_have_arrived` of them have an unknown attempt."""
+
+    namespace: str
+    endpoint_key: str
+    cause: str
+    open: int
+    may_have_arrived: int
+    oldest_at: datetime
+    newest_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotVersions(View):
+    """The endpoint's snapshot that the job was bound to, and the endpoint as it is now.
+
+    `state` is `unchanged`, `changed` or `not_configured`. A version is None if it isn't known:
+    the job's is past its retention, or the endpoint is not configured on the node asked.
+    """
+
+    state: str
+    version: int | None
+    current_version: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class DeadLetterDetail(View):
-    """A dead letter with all its receipts and decisions."""
+    """A dead letter with its snapshot's version, and all its receipts and decisions."""
 
     dead_letter: DeadLetter
+    snapshot: SnapshotVersions
     receipts: list[Receipt]
     decisions: list[Decision]
 
@@ -79,6 +118,7 @@ async def dead_letters(
     namespace: str | None = None,
     endpoint_key: str | None = None,
     cause: str | None = None,
+    run_profile_id: str | None = None,
     state: str | None = None,
     limit: int = 50,
     cursor: str | None = None,
@@ -91,36 +131,54 @@ async def dead_letters(
         "namespace": namespace,
         "endpoint_key": endpoint_key,
         "cause": cause,
+        "run_profile_id": run_profile_id,
         "is_open": None if state is None else state == "open",
     }
     filters = {name: value for name, value in wanted.items() if value is not None}
 
     async def scan(after: Position | None, count: int) -> Sequence[Row]:
-        before = after[0] if after else LARGEST_ID
-        return await database.fetch_all(SQL.dead_letter_window, {"before": before, "count": count})
+        before_at, before = after or _LATEST
+        return await database.fetch_all(
+            SQL.dead_letter_window, {"before_at": before_at, "before": before, "count": count}
+        )
 
     async def choose(rows: Sequence[Row]) -> Mapping[Position, DeadLetter]:
         asked = [row for row in rows if all(row[name] == value for name, value in filters.items())]
-        return {(one.job_id,): one for one in await _read(database, asked)}
+        found = await _read(database, asked)
+        return {(one.created_at.isoformat(), one.job_id): one for one, _ in found}
 
     return await read_page(
         scan,
-        lambda row: (row["job_id"],),
+        lambda row: (row["created_at"].astimezone(UTC).isoformat(), row["job_id"]),
         choose,
-        after=position_of(cursor, check_cursor_id),
+        after=position_of(cursor, datetime.fromisoformat, check_cursor_id),
         limit=limit,
         is_filtered=bool(filters),
     )
 
 
-async def dead_letter(database: Database, job_id: str) -> DeadLetterDetail:
-    """One dead letter. Raises NotFound."""
+async def dead_letter_groups(
+    database: Database, namespace: str | None = None
+) -> list[DeadLetterGroup]:
+    """The open dead letters grouped by namespace, endpoint and cause, the most first."""
+    asked = {"namespace": namespace, "count": MAX_GROUPS}
+    rows = await read_all(database, SQL.dead_letter_groups, asked)
+    return [DeadLetterGroup(**row) for row in rows]
+
+
+async def dead_letter(
+    database: Database, job_id: str, current_snapshots: Mapping[str, str]
+) -> DeadLetterDetail:
+    """One dead letter. Raises NotFound.
+
+    `current_snapshots` gives the snapshot of each endpoint that is configured now.
+    """
     asked = known_id(job_id, "dead letter")
     row = await database.fetch_one(SQL.dead_letter_namespace, {"job_id": asked})
     if row is None:
         raise NotFound(f"there is no dead letter {asked}")
     key = {"namespace": row["namespace"], "job_id": asked}
-    (found,) = await _read(database, [key])
+    ((found, snapshot_id),) = await _read(database, [key])
     receipts = await read_all(
         database,
         SQL.job_receipts,
@@ -128,11 +186,35 @@ async def dead_letter(database: Database, job_id: str) -> DeadLetterDetail:
     )
     decisions = await read_all(database, SQL.dead_letter_decisions, key)
     return DeadLetterDetail(
-        found, [receipt_of(one) for one in receipts], [_decision(one) for one in decisions]
+        found,
+        await _versions(database, found, snapshot_id, current_snapshots.get(found.endpoint_key)),
+        [receipt_of(one) for one in receipts],
+        [_decision(one) for one in decisions],
     )
 
 
-async def _read(database: Database, rows: Sequence[Row]) -> list[DeadLetter]:
+async def _versions(
+    database: Database, letter: DeadLetter, snapshot_id: str | None, current_id: str | None
+) -> SnapshotVersions:
+    rows = await database.fetch_all(
+        SQL.snapshot_versions,
+        {
+            "namespace": letter.namespace,
+            "endpoint_key": letter.endpoint_key,
+            "count": _MAX_VERSIONS,
+        },
+    )
+    known = {row["snapshot_id"]: number for number, row in enumerate(rows, 1)}
+    if current_id is None:
+        return SnapshotVersions("not_configured", known.get(snapshot_id or ""), None)
+    state = "unchanged" if current_id == snapshot_id else "changed"
+    # One that no job was made with yet is not stored: it will be the next.
+    current = known.get(current_id, len(rows) + 1)
+    return SnapshotVersions(state, known.get(snapshot_id or ""), current)
+
+
+async def _read(database: Database, rows: Sequence[Row]) -> list[tuple[DeadLetter, str | None]]:
+    """The dead letters, each with the id of its job's snapshot."""
     if not rows:
         return []
     asked = {
@@ -141,21 +223,23 @@ async def _read(database: Database, rows: Sequence[Row]) -> list[DeadLetter]:
     }
     receipts = {row["job_id"]: row for row in await read_all(database, SQL.last_receipts, asked)}
     return [
-        _dead_letter(row, receipts.get(row["job_id"]))
+        (_dead_letter(row, receipts.get(row["job_id"])), row["snapshot_id"])
         for row in await read_all(database, SQL.dead_letters, asked)
     ]
 
 
-def _dead_letter(row: dict[str, Any], receipt: Row | None) -> DeadLetter:
+def _dead_letter(row: Mapping[str, Any], receipt: Row | None) -> DeadLetter:
+    letter = {name: value for name, value in row.items() if name != "snapshot_id"}
     decided = {
-        "decision": row.pop("decision"),
-        "new_job_id": row.pop("new_job_id"),
-        "reason": row.pop("decision_reason"),
-        "decided_at": row.pop("decided_at"),
+        "decision": letter.pop("decision"),
+        "new_job_id": letter.pop("new_job_id"),
+        "reason": letter.pop("decision_reason"),
+        "batch_id": letter.pop("batch_id"),
+        "decided_at": letter.pop("decided_at"),
     }
     is_open = decided["decision"] is None
     return DeadLetter(
-        **{**row, "url": row["url"] and safe_url(row["url"])},
+        **{**letter, "url": row["url"] and safe_url(row["url"])},
         state="open" if is_open else "decided",
         decision=None if is_open else Decision(**decided),
         last_receipt=receipt_of(receipt) if receipt else None,
@@ -163,4 +247,6 @@ def _dead_letter(row: dict[str, Any], receipt: Row | None) -> DeadLetter:
 
 
 def _decision(row: Row) -> Decision:
-    return Decision(row["decision"], row["new_job_id"], row["reason"], row["decided_at"])
+    return Decision(
+        row["decision"], row["new_job_id"], row["reason"], row["batch_id"], row["decided_at"]
+    )

@@ -12,6 +12,7 @@ from datetime import datetime
 from orbit.database.pool import Database
 from orbit.database.queries import load
 from orbit.database.upgrade import HEAD
+from orbit.reading.lanes import LaneView, waiting_lanes
 from orbit.reading.slots import Slot
 from orbit.reading.view import View, read_all
 
@@ -63,16 +64,6 @@ class FailedCycles(View):
 
 
 @dataclass(frozen=True, slots=True)
-class Lane(View):
-    """A namespace's queue for an endpoint, counted up to 1,000; when its first job is due."""
-
-    namespace: str
-    endpoint_key: str
-    queued: int
-    due_at: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
 class Due(View):
     """When a schedule's next slot is to be decided; None: never."""
 
@@ -93,7 +84,7 @@ class Store(View):
 
 @dataclass(frozen=True, slots=True)
 class Status(View):
-    """The overview."""
+    """The overview; `lanes` are those with jobs to send."""
 
     now: datetime
     is_paused: bool
@@ -101,7 +92,7 @@ class Status(View):
     nodes: list[NodeView]
     cycles: ActiveCycles
     failed_cycles: FailedCycles
-    lanes: list[Lane]
+    lanes: list[LaneView]
     attempts_in_flight: int
     open_dead_letters: int
     slots_not_fired: list[Slot]
@@ -127,7 +118,7 @@ async def status(database: Database, *, lease_seconds: float, is_paused: bool) -
         nodes=await _nodes(database, lease_seconds, store["revision"]),
         cycles=await _active_cycles(database),
         failed_cycles=await _failed_cycles(database),
-        lanes=[Lane(**row) for row in await read_all(database, SQL.lanes)],
+        lanes=await waiting_lanes(database),
         attempts_in_flight=in_flight["attempts"],
         open_dead_letters=dead["open"],
         slots_not_fired=[Slot(**row) for row in await read_all(database, SQL.slots_not_fired)],

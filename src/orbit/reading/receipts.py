@@ -41,7 +41,11 @@ class Latency(View):
 
 @dataclass(frozen=True, slots=True)
 class Receipt(View):
-    """What became of one attempt on the wire."""
+    """What became of one attempt on the wire.
+
+    `is_probe`: it probed a held lane, and is not counted against its job. `is_reused`: it went
+    out on a connection that was open already; None if nothing left.
+    """
 
     attempt: int
     outcome: str
@@ -51,6 +55,8 @@ class Receipt(View):
     size: int
     latency: Latency
     answer: Answer | None
+    is_probe: bool
+    is_reused: bool | None
     node_id: str
     started_at: datetime | None
     created_at: datetime
@@ -72,6 +78,8 @@ def receipt_of(row: Mapping[str, Any]) -> Receipt:
             row["total_seconds"],
         ),
         answer=answer_of(row["answer"], row["answer_content_type"]),
+        is_probe=row["is_probe"],
+        is_reused=row["is_reused"],
         node_id=row["node_id"],
         started_at=row["started_at"],
         created_at=row["created_at"],

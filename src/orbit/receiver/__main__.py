@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from orbit.errors import OrbitError
 from orbit.receiver.server import DEFAULT_PORT, ReceiverOptions, run
+
+TOKEN_VARIABLE = "ORBIT_RECEIVER_TOKEN"  # noqa: S105 - a variable's name
+SECRET_VARIABLE = "ORBIT_RECEIVER_SIGNING_SECRET"  # noqa: S105 - a variable's name
 
 
 def parse(arguments: list[str] | None = None) -> ReceiverOptions:
@@ -19,7 +23,14 @@ def parse(arguments: list[str] | None = None) -> ReceiverOptions:
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     add("--port", type=int, default=DEFAULT_PORT, help="0 takes a free one (%(default)s)")
-    add("--token", help="bearer token that every delivery must bring")
+    token, secret = (os.environ.get(name) or None for name in (TOKEN_VARIABLE, SECRET_VARIABLE))
+    add("--token", default=token, help=f"bearer token of every delivery (or {TOKEN_VARIABLE})")
+    add(
+        "--signing-secret",
+        default=secret,
+        metavar="whsec_…",
+        help=f"what every delivery must be signed with (or {SECRET_VARIABLE})",
+    )
     add(
         "--path-token",
         dest="path_tokens",

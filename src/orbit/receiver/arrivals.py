@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 from urllib.parse import quote
 
 from orbit.receiver.seen import FileSeen, Verdict
-from orbit.receiver.verify import Delivery
+from orbit.receiver.verify import BodyTooLarge, Delivery
 
 _EXTENSIONS = {
     "application/json": ".json",
@@ -37,10 +37,6 @@ _EXTENSIONS = {
 }
 _NO_NAME = "_"
 _IN_MEMORY_BYTES = 256 * 1024
-
-
-class BodyTooLarge(Exception):
-    """The body is over the receiver's limit; what came of it has been thrown away."""
 
 
 @dataclass(frozen=True, slots=True)

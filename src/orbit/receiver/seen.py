@@ -4,7 +4,11 @@
 the delivery's id) it looks the key up, runs the effect if it is new, and remembers it. An
 effect that raises is not remembered: the sender will come again. If a process dies between
 effect and remembering, the effect is repeated on the next attempt, so let it be one that can
-be (a rename, an upsert).
+be (a rename, an upsert; with `orbit.receiver.postgres` both are one transaction).
+
+`claim(key, digest)` is the same for an effect that is awaited: the caller holds the id as long
+as the block lasts, and says `keep()` in it when the effect has come about. It never waits for
+another who holds the id, but answers `BUSY`.
 
 `MemorySeen` forgets with its process; `FileSeen` appends to an index file and returns only
 when the line is on the disk. Concurrent callers share one fsync: whoever holds the sync lock
@@ -16,14 +20,16 @@ back with another body: that is `CONFLICT`, a fault of the sender's.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import enum
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from orbit.errors import OrbitError
 
@@ -47,13 +53,36 @@ class Verdict(enum.Enum):
     NEW = "new"
     DUPLICATE = "duplicate"
     CONFLICT = "conflict"
+    BUSY = "busy"
+
+
+class Claim:
+    """An id that is held: the verdict on it, and whether it is to be remembered.
+
+    `connection` is the transaction that will remember it, where there is one.
+    """
+
+    __slots__ = ("connection", "is_kept", "verdict")
+
+    def __init__(self, verdict: Verdict, connection: Any = None) -> None:
+        self.verdict = verdict
+        self.connection = connection
+        self.is_kept = False
+
+    def keep(self) -> None:
+        """The effect came about: at the end of its block the id is remembered."""
+        self.is_kept = True
 
 
 class Seen(Protocol):
-    """Takes each id's effect once; safe to call from many threads."""
+    """Lets each id take effect once, among any number of tasks."""
 
-    def once(self, key: str, digest: str, effect: Callable[[], None]) -> Verdict:
-        """Runs `effect` if `key` is new. `digest` is the body's, in any one notation."""
+    def claim(self, key: str, digest: str) -> AbstractAsyncContextManager[Claim]:
+        """Holds `key`, and remembers it at the block's end if told to `keep()`.
+
+        `digest` is the body's, in any one notation. When the block has ended without an
+        exception, what was kept is durable as far as this memory is.
+        """
 
 
 class MemorySeen:
@@ -73,17 +102,32 @@ class MemorySeen:
     def once(self, key: str, digest: str, effect: Callable[[], None]) -> Verdict:
         """Runs `effect` if `key` is new; two callers with one id wait for each other.
 
-        Raises ValueError for a key or digest that is empty or has white space.
+        The verdict is never BUSY. Raises ValueError for a key or digest that is empty or has
+        white space.
         """
-        if key.split() != [key] or digest.split() != [digest]:
-            raise ValueError("key and digest are single words")
+        _check_words(key, digest)
         with self._holding(key):
-            known = self._digests.get(key)
-            if known is not None:
-                return Verdict.DUPLICATE if known == digest else Verdict.CONFLICT
-            effect()
-            self._keep(key, digest)
+            verdict = self._verdict(key, digest)
+            if verdict is Verdict.NEW:
+                effect()
+                self._keep(key, digest)
+            return verdict
+
+    @contextlib.asynccontextmanager
+    async def claim(self, key: str, digest: str) -> AsyncIterator[Claim]:
+        """Holds `key` while the block lasts; raises ValueError as `once` does."""
+        _check_words(key, digest)
+        with self._holding(key, is_waiting=False) as is_mine:
+            claim = Claim(self._verdict(key, digest) if is_mine else Verdict.BUSY)
+            yield claim
+            if claim.is_kept and claim.verdict is Verdict.NEW:
+                await asyncio.to_thread(self._keep, key, digest)
+
+    def _verdict(self, key: str, digest: str) -> Verdict:
+        known = self._digests.get(key)
+        if known is None:
             return Verdict.NEW
+        return Verdict.DUPLICATE if known == digest else Verdict.CONFLICT
 
     def _keep(self, key: str, digest: str) -> None:
         self._remember(key, digest)
@@ -95,15 +139,17 @@ class MemorySeen:
                 self._digests.popitem(last=False)
 
     @contextlib.contextmanager
-    def _holding(self, key: str) -> Iterator[None]:
-        """Holds this id's lock, which exists only while somebody wants it."""
+    def _holding(self, key: str, *, is_waiting: bool = True) -> Iterator[bool]:
+        """Holds this id's lock, which exists only while somebody wants it; says whether it does."""
         with self._guard:
             lock, users = self._busy.get(key, (threading.Lock(), 0))
             self._busy[key] = lock, users + 1
+        is_mine = lock.acquire(blocking=is_waiting)
         try:
-            with lock:
-                yield
+            yield is_mine
         finally:
+            if is_mine:
+                lock.release()
             with self._guard:
                 lock, users = self._busy.pop(key)
                 if users > 1:
@@ -178,3 +224,8 @@ class FileSeen(MemorySeen):
                 self._remember(key, digest)
         os.ftruncate(self._descriptor, length)
         return length
+
+
+def _check_words(key: str, digest: str) -> None:
+    if key.split() != [key] or digest.split() != [digest]:
+        raise ValueError("key and digest are single words")

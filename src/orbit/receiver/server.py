@@ -1,12 +1,12 @@
 """The reference receiver: takes deliveries, stores each once, shows what came.
 
-Made for trying Orbit out and for testing it. It can fail on purpose: by chance, always, late,
-or by never answering. POST, PUT, PATCH and DELETE on any path deliver; `GET /received` lists
-arrivals (`?since=POSITION&limit=N`), `GET /health` says that it is up. A delivery is answered
-with 200 only when its body and its id are on the disk; a repetition of it too. The same id
-with another body is answered with 409 and a loud line: a sender must never do that. Large
-bodies go to a file as they come, never whole into memory. SIGTERM and SIGINT end it with exit
-code 0.
+Made for trying Orbit out and for testing it. It checks token, signature and digest, and can
+fail on purpose: by chance, always, late, or by never answering. POST, PUT, PATCH and DELETE on
+any path deliver; `GET /received` lists arrivals (`?since=POSITION&limit=N`), `GET /health` says
+that it is up. A delivery is answered with 200 only when its body and its id are on the disk; a
+repetition of it too. The same id with another body is answered with 409 and a loud line: a
+sender must never do that. Large bodies go to a file as they come, never whole into memory.
+SIGTERM and SIGINT end it with exit code 0.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ from starlette.routing import Route
 
 from orbit.clock import Clock, SystemClock
 from orbit.errors import AddressInUse
-from orbit.receiver.arrivals import Arrival, Arrivals, BodyTooLarge, IncomingBody
+from orbit.receiver.arrivals import Arrival, Arrivals, IncomingBody
 from orbit.receiver.seen import Verdict
 from orbit.receiver.verify import (
     Delivery,
     DeliveryRefused,
+    DeliverySignature,
     read_delivery,
     verify_bearer,
     verify_content_digest,
 )
+from orbit.webhooks import SigningKeys
 
 DEFAULT_PORT = 8787
 MAX_BODY_BYTES = 64 * 1024 * 1024
@@ -59,13 +61,15 @@ class ReceiverOptions:
     makes the same ones fail in every run, counted by arrival. `status` is the answer to all;
     outside 2xx nothing is stored. `latency_seconds` passes between storing and answering.
     `is_hanging` reads every delivery and never answers. `token` None admits everyone, except
-    on the paths that `path_tokens` gives a token of their own.
+    on the paths that `path_tokens` gives a token of their own. With a `signing_secret` (or
+    several, with spaces between) every delivery must be signed.
     """
 
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
     token: str | None = field(default=None, repr=False)
     path_tokens: Mapping[str, str] = field(default_factory=dict, repr=False)
+    signing_secret: str | None = field(default=None, repr=False)
     store: Path = Path(".orbit/received")
     is_quiet: bool = False
     fail_rate: float = 0.0
@@ -84,6 +88,8 @@ class ReceiverOptions:
             raise ValueError("the status is a number from 200 to 599")
         if not 0 <= self.port <= 65535:
             raise ValueError("the port is a number from 0 (any free one) to 65535")
+        if self.signing_secret is not None:
+            _keys(self.signing_secret)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +111,8 @@ class Receiver:
         self._options = options
         self._clock = clock or SystemClock()
         self._arrivals = Arrivals(options.store)
+        secret = options.signing_secret
+        self._keys = None if secret is None else _keys(secret)
         self._chance = random.Random(options.seed)
         self.stopping = asyncio.Event()
 
@@ -156,16 +164,19 @@ class Receiver:
             token = self._options.path_tokens.get(request.url.path, self._options.token)
             if token is not None:
                 verify_bearer(request.headers.get("authorization"), token)
+            signature = DeliverySignature(request.headers, self._keys) if self._keys else None
             async for chunk in request.stream():
                 body.write(chunk)
+                if signature:
+                    signature.update(chunk)
             digest = body.sha256.hex()
+            if signature:
+                signature.verify()
             delivery = read_delivery(request.headers)
             verify_content_digest(request.headers.get("content-digest"), body.sha256)
             result = await self._settle(delivery, body, request)
         except DeliveryRefused as error:
             result = _Result("refused", error.status, reason=f"{error.code}: {error}")
-        except BodyTooLarge as error:
-            result = _Result("refused", 413, reason=f"body_too_large: {error}")
         except OSError as error:
             result = _Result("failed", 507, reason=f"store_failed: {error.strerror or error}")
         except ClientDisconnect:
@@ -189,7 +200,7 @@ class Receiver:
                 return _Result("stored", self._options.status, file=path.as_posix())
             case Verdict.DUPLICATE:
                 return _Result("duplicate", self._options.status)
-            case Verdict.CONFLICT:
+            case Verdict.CONFLICT | Verdict.BUSY:  # which a store that waits is not
                 reason = "id_conflict: this id came before with another body"
                 return _Result("conflict", 409, reason=reason)
 
@@ -244,6 +255,7 @@ def run(options: ReceiverOptions) -> None:
             create_app(receiver),
             log_config=None,
             access_log=False,
+            http="h11",  # bounds what a head may be
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=_DRAIN_SECONDS,
         )
@@ -313,6 +325,13 @@ def _answer(arrival: Arrival) -> Response:
     if arrival.status == HTTPStatus.UNAUTHORIZED:
         answer.headers["WWW-Authenticate"] = "Bearer"
     return answer
+
+
+def _keys(secret: str) -> SigningKeys:
+    try:
+        return SigningKeys.parse(secret)
+    except ValueError as error:
+        raise ValueError(f"the signing secret is {error}") from None
 
 
 def _problem(status: int, code: str, detail: str) -> JSONResponse:

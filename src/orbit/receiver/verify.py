@@ -1,21 +1,32 @@
 """Checks that a delivery is genuine and whole, before anything is done with it.
 
 Plain functions over header values, for any web framework. A check returns nothing, or what it
-read, and raises a `DeliveryRefused` that carries the HTTP status to answer with. Headers are
-any mapping that is case-insensitive or has lower-case names. No error text holds a token.
+read, and raises a `DeliveryRefused` that carries the HTTP status to answer with;
+`verify_delivery` makes all of them. Headers are any mapping that is case-insensitive or has
+lower-case names. No error text holds a token, a secret or a signature.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import hmac
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from orbit.clock import SystemClock
 from orbit.errors import OrbitError
+from orbit.webhooks import (
+    DEFAULT_TOLERANCE_SECONDS,
+    SignatureMismatch,
+    SignedContent,
+    SigningKeys,
+    TimestampOutsideWindow,
+    check_window,
+)
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:~-]{0,127}")
 _DIGEST_MEMBER = re.compile(r"([a-z*][a-z0-9_.*-]*)=:([A-Za-z0-9+/]*={0,2}):(?:;.*)?")
@@ -36,10 +47,31 @@ class BearerInvalid(DeliveryRefused):
     status = 401
 
 
+class SignatureInvalid(DeliveryRefused):
+    """The signature is absent, or not one of this delivery under a secret that we share."""
+
+    code = "signature_invalid"
+    status = 401
+
+
+class TimestampStale(DeliveryRefused):
+    """The delivery was signed too long ago, or in the future: perhaps recorded and replayed."""
+
+    code = "timestamp_outside_window"
+    status = 401
+
+
 class BodyAltered(DeliveryRefused):
     """The body is not the one that the sender's `Content-Digest` names."""
 
     code = "body_altered"
+
+
+class BodyTooLarge(DeliveryRefused):
+    """The body is over the receiver's limit; what came of it has been thrown away."""
+
+    code = "body_too_large"
+    status = 413
 
 
 class IdMissing(DeliveryRefused):
@@ -70,15 +102,91 @@ class Delivery:
     attempt: int = 0
 
 
-def verify_bearer(authorization: str | None, token: str) -> None:
-    """Checks an `Authorization` header against the token, in constant time.
+def verify_delivery(
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    token: str | Sequence[str] | None = None,
+    signing_secret: SigningKeys | str | None = None,
+    tolerance_seconds: float = DEFAULT_TOLERANCE_SECONDS,
+) -> Delivery:
+    """Makes every check on a delivery and returns what it says of itself.
+
+    `token` is one, or all that are valid while one replaces another; `signing_secret` likewise
+    may be several with spaces between. A check whose secret is None is left out, but not both.
+    Raises DeliveryRefused, or ValueError where there is nothing to check with.
+    """
+    tokens = valid_tokens(token)
+    if not (tokens or signing_secret):
+        raise ValueError("a token or a signing secret is needed to know who sends")
+    if tokens:
+        verify_bearer(headers.get("authorization"), *tokens)
+    if signing_secret is not None:
+        signature = DeliverySignature(headers, signing_secret, tolerance_seconds)
+        signature.update(body)
+        signature.verify()
+    verify_content_digest(headers.get("content-digest"), hashlib.sha256(body).digest())
+    return read_delivery(headers)
+
+
+def valid_tokens(token: str | Sequence[str] | None) -> tuple[str, ...]:
+    """One token, several or none, as a tuple; raises ValueError if one of them is empty."""
+    tokens = (token,) if isinstance(token, str) else tuple(token or ())
+    if not all(tokens):
+        raise ValueError("a token is empty; is its variable set?")
+    return tokens
+
+
+def verify_bearer(authorization: str | None, *tokens: str) -> None:
+    """Checks an `Authorization` header against the tokens that are valid, in constant time.
 
     Raises BearerInvalid.
     """
-    scheme, _, given = (authorization or "").partition(" ")
-    is_right = hmac.compare_digest(given.strip().encode(), token.encode())
-    if scheme.lower() != "bearer" or not is_right:
+    scheme, _, text = (authorization or "").partition(" ")
+    given = text.strip().encode()
+    fits = [hmac.compare_digest(given, token.encode()) for token in tokens]  # all, in any case
+    if scheme.lower() != "bearer" or not given or not any(fits):
         raise BearerInvalid("the bearer token is missing or wrong")
+
+
+class DeliverySignature:
+    """The signature of a delivery (Standard Webhooks), checked against a body in pieces.
+
+    Made from the headers, before the body is read; raises SignatureInvalid where they are
+    absent or malformed, ValueError where the secret cannot be used.
+    """
+
+    def __init__(
+        self,
+        headers: Mapping[str, str],
+        signing_secret: SigningKeys | str,
+        tolerance_seconds: float = DEFAULT_TOLERANCE_SECONDS,
+    ) -> None:
+        keys = signing_secret
+        if isinstance(keys, str):
+            keys = SigningKeys.parse(keys)
+        self._signature = headers.get("webhook-signature", "")
+        self._timestamp = headers.get("webhook-timestamp", "")
+        self._tolerance_seconds = tolerance_seconds
+        try:
+            self._content = SignedContent(keys, headers.get("webhook-id", ""), self._timestamp)
+        except ValueError as error:
+            raise SignatureInvalid(str(error)) from None
+
+    def update(self, chunk: bytes) -> None:
+        """Takes the next bytes of the body."""
+        self._content.update(chunk)
+
+    def verify(self) -> None:
+        """Checks what came, at its end; raises SignatureInvalid or TimestampStale."""
+        try:
+            self._content.verify(self._signature)
+            now = SystemClock().now().timestamp()
+            check_window(self._timestamp, now, self._tolerance_seconds)
+        except SignatureMismatch as error:
+            raise SignatureInvalid(str(error)) from None
+        except TimestampOutsideWindow as error:
+            raise TimestampStale(str(error)) from None
 
 
 def verify_content_digest(content_digest: str | None, sha256: bytes) -> bool:

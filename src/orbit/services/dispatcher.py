@@ -1,28 +1,42 @@
 """The dispatcher: claims due jobs lane by lane, sends them, settles what became of them.
 
-Each endpoint has its own room, over all namespaces, so that a slow one does not hold up the
-others. An attempt is sent only while its lease is certainly ours by this machine's monotonic
-clock. One that has not begun is given back, and its number with it.
+A lane is a namespace's queue for an endpoint, and has its own room, so that a slow one does not
+hold up the others. An attempt is sent only while its lease is certainly ours by this machine's
+monotonic clock. One that has not begun is given back, and its number with it. A place is free
+again as soon as its attempt is over; the settlement is committed beside the next ones.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
-from collections.abc import Collection, Mapping, Sequence
+import heapq
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from orbit.clock import Clock
 from orbit.database.pool import TRANSIENT, Database, first_line
 from orbit.errors import SecretUnreadable
-from orbit.execution.dispatch import ClaimedJob, DispatchQueue, Lane, Snapshot, Snapshots
+from orbit.execution.dispatch import (
+    CUT_OFF,
+    SECRET_UNREADABLE,
+    ClaimedJob,
+    DispatchQueue,
+    LaneKey,
+    grain,
+)
 from orbit.execution.memory import PayloadMemory
+from orbit.execution.snapshots import Snapshot, Snapshots
 from orbit.execution.wire import Outcome, Outgoing, Wire, WireResult, request_headers
 from orbit.services.base import LAST_WORDS_SECONDS, Service, within
+from orbit.webhooks import sign
 
-_DEFAULT_ROOM = 16
 _RECOVERY_SHARE = 6  # expired attempts are looked for this many times in a lease length
+_GATHER_SECONDS = 0.005  # a few free places wait so long for more, so that a claim is worth it
+_GATHER_SHARE = 2  # the part of all places that is worth a claim at once
+_UNSETTLED_PER_PLACE = 8  # what may wait for its commit, before nothing more is claimed
 
 
 @dataclass(slots=True, eq=False)
@@ -32,8 +46,10 @@ class _Sending:
     job: ClaimedJob
     expires: float
     started_at: datetime
+    has_place: bool = True
     is_begun: bool = False
     is_over: bool = False
+    snapshot: Snapshot | None = None
     task: asyncio.Task[None] | None = None
 
     @property
@@ -41,15 +57,19 @@ class _Sending:
         """A job may be in hand twice, if its lease ran out and came back to this node."""
         return self.job.job_id, self.job.lease_number
 
+    @property
+    def lane(self) -> LaneKey:
+        """The lane that it takes a place of."""
+        return self.job.namespace, self.job.endpoint_key
+
 
 class Dispatcher(Service):
-    """Sends jobs, up to a number in flight in all and per endpoint.
+    """Sends jobs, up to a number in flight in all and per lane.
 
-    An endpoint has its `max_concurrency` on this node, whatever the number of namespaces, and at
-    most half of all places (at least one) while other endpoints have jobs due or in flight. So
-    one endpoint that hangs holds up no other, unless it had filled the node before they had work.
-    It cannot, nor can several, where what they are allowed together is less than all there is.
-    Free places go first to the endpoint, then to the namespace, that has the fewest.
+    A lane takes places up to its endpoint's `max_concurrency`. While other lanes have jobs due or
+    in flight it also leaves at least as many free as it holds: one that hangs can take half of
+    the places, two a third each, and there are always some for a lane that is well. Free places
+    go first to the lane that has the fewest.
     """
 
     name = "dispatcher"
@@ -64,30 +84,40 @@ class Dispatcher(Service):
         clock: Clock,
         *,
         concurrency: int,
-        rooms: Mapping[str, int],
         lease_seconds: float,
         poll_seconds: float,
     ) -> None:
         super().__init__(database)
         self._queue, self._snapshots, self._wire = queue, snapshots, wire
         self._memory, self._clock = memory, clock
-        self._concurrency, self._endpoint_rooms = concurrency, rooms
+        self._concurrency = concurrency
         self._lease_seconds, self._poll_seconds = lease_seconds, poll_seconds
         self._sending: dict[tuple[str, int], _Sending] = {}
-        self._lanes: Counter[tuple[str, str]] = Counter()
-        self._endpoints: Counter[str] = Counter()
-        self._recover_at = 0.0
+        self._on_wire: Counter[LaneKey] = Counter()  # each takes a place of this node
+        self._held: Counter[LaneKey] = Counter()  # each takes a place of its lane, until settled
+        self._ready_at: dict[LaneKey, float] = {}  # by the monotonic clock, as of the last look
+        self._look_at = self._recover_at = 0.0
 
     async def run_once(self) -> float:
-        """Claims what there is room for, lane by lane; rests until the next job is due."""
+        """Claims what there is room for, lane by lane; rests until the next job is due.
+
+        Which lanes have jobs is looked up once in a poll length, or when told of new ones.
+        """
         await self._recover()
-        if len(self._sending) >= self._concurrency:
+        if self._free <= 0 or len(self._sending) >= self._concurrency * _UNSETTLED_PER_PLACE:
             return self._poll_seconds
-        lanes = await self._queue.lanes()
-        later = [lane.due_in_seconds for lane in lanes if lane.due_in_seconds > 0]
-        rest = min(later, default=self._poll_seconds)
-        rooms = self._shared([lane for lane in lanes if lane.due_in_seconds <= 0])
-        return 0 if rooms and await self._claim(rooms) else min(rest, self._poll_seconds)
+        if self._clock.monotonic() >= self._look_at:
+            await self._look()
+        now = self._clock.monotonic()
+        rooms = self._shared([lane for lane, at in self._ready_at.items() if at <= now])
+        if rooms and await self._claim(rooms):
+            return _GATHER_SECONDS
+        return max(self._rest_seconds(), 0.0)
+
+    def wake(self) -> None:
+        """There are new jobs: looks at all lanes before the next claim."""
+        self._look_at = 0.0
+        super().wake()
 
     async def beat(self) -> None:
         """Prolongs the leases of attempts under way."""
@@ -119,45 +149,63 @@ class Dispatcher(Service):
         """Attempts under way."""
         return len(self._sending)
 
-    def _room(self, endpoint_key: str, others: Collection[str]) -> int:
-        room = self._endpoint_rooms.get(endpoint_key, _DEFAULT_ROOM)
-        if others:
-            room = min(room, max(1, self._concurrency // 2))
-        return room - self._endpoints[endpoint_key]
+    @property
+    def _free(self) -> int:
+        return self._concurrency - self._on_wire.total()
 
-    def _shared(self, due: Sequence[Lane]) -> dict[tuple[str, str], int]:
-        """The node's free places, dealt out one by one among the lanes with jobs due."""
-        busy = {lane.endpoint_key for lane in due} | set(self._endpoints)
-        rooms = {
-            lane.endpoint_key: self._room(lane.endpoint_key, busy - {lane.endpoint_key})
-            for lane in due
+    async def _look(self) -> None:
+        """Which lanes have jobs, and when each is ready for a claim."""
+        asked_at = self._clock.monotonic()
+        self._look_at = asked_at + self._poll_seconds
+        self._ready_at = {
+            lane.key: asked_at
+            + lane.ready_in_seconds(self._queue.endpoint(lane.endpoint_key).rate_per_second)
+            for lane in await self._queue.lanes()
         }
-        turns = deque((one.namespace, one.endpoint_key) for one in sorted(due, key=self._load))
-        shares: Counter[tuple[str, str]] = Counter()
-        free = self._concurrency - len(self._sending)
+
+    def _rest_seconds(self) -> float:
+        """Until the next look, or until a lane that can take more is ready."""
+        later = [at for lane, at in self._ready_at.items() if self._room(lane) > 0]
+        return min([self._look_at, *later]) - self._clock.monotonic()
+
+    def _room(self, lane: LaneKey) -> int:
+        return self._queue.endpoint(lane[1]).max_concurrency - self._held[lane]
+
+    def _shared(self, due: Sequence[LaneKey]) -> dict[LaneKey, int]:
+        """The node's free places, dealt out one by one among the lanes with jobs due."""
+        free, shares = self._free, Counter[LaneKey]()
+        is_alone = len({*due, *self._on_wire}) == 1
+        turns = [(self._on_wire[lane], lane) for lane in due]
+        heapq.heapify(turns)
         while turns and free > 0:
-            lane = turns.popleft()
-            if rooms[lane[1]] > 0:
+            held, lane = heapq.heappop(turns)
+            if shares[lane] < self._room(lane) and (is_alone or held < free):
                 shares[lane] += 1
-                rooms[lane[1]] -= 1
                 free -= 1
-                turns.append(lane)
-        return dict(shares)
+                heapq.heappush(turns, (held + 1, lane))
+        return +shares
 
-    def _load(self, lane: Lane) -> tuple[int, int, float]:
-        held = self._lanes[lane.namespace, lane.endpoint_key]
-        return self._endpoints[lane.endpoint_key], held, lane.due_in_seconds
-
-    async def _claim(self, rooms: Mapping[tuple[str, str], int]) -> int:
+    async def _claim(self, rooms: dict[LaneKey, int]) -> int:
         asked_at = self._clock.monotonic()
         jobs = await self._queue.claim(rooms)
+        self._expect(rooms, {(job.namespace, job.endpoint_key) for job in jobs}, asked_at)
+        now = self._clock.now()
         for job in jobs:
-            sending = _Sending(job, asked_at + self._lease_seconds, self._clock.now())
-            self._lanes[job.namespace, job.endpoint_key] += 1
-            self._endpoints[job.endpoint_key] += 1
+            sending = _Sending(job, asked_at + self._lease_seconds, now)
+            self._on_wire[sending.lane] += 1
+            self._held[sending.lane] += 1
             self._sending[sending.key] = sending
-            sending.task = asyncio.create_task(self._deliver(sending), name=f"job-{job.job_id}")
+            sending.task = asyncio.create_task(self._deliver(sending))
         return len(jobs)
+
+    def _expect(self, asked: Iterable[LaneKey], fruitful: Collection[LaneKey], at: float) -> None:
+        """A lane that gave nothing is left until the next look; a rate makes it wait its turn."""
+        for lane in asked:
+            rate = self._queue.endpoint(lane[1]).rate_per_second
+            if lane not in fruitful:
+                self._ready_at.pop(lane, None)
+            elif rate is not None:
+                self._ready_at[lane] = at + grain(rate) / rate
 
     async def _recover(self) -> None:
         now = self._clock.monotonic()
@@ -172,19 +220,52 @@ class Dispatcher(Service):
         try:
             async with self._memory.reserve(job.size):
                 sending.started_at = self._clock.now()
-                result, snapshot = await self._attempt(sending)
+                result = await self._attempt(sending)
             sending.is_over = True
+            self._vacate(sending)
             if result is None:
                 await within(self._lease_seconds, self._give_back([job]))
-                return
-            permanent = snapshot.permanent_statuses if snapshot else ()
-            await self._queue.settle(job, result, permanent, sending.started_at, self._clock.now())
-            self._tell(job, result)
+            else:
+                await self._settle(sending, result)
+                self._tell(job, result)
         except Exception:  # noqa: BLE001 - whatever it is, the lease runs out
             # The attempt is then settled as unknown.
             self._log.exception("attempt_interrupted", **_named(job))
         finally:
+            self._vacate(sending)
             self._forget(sending)
+
+    def _vacate(self, sending: _Sending) -> None:
+        """Frees the attempt's place on this node, once."""
+        if sending.has_place:
+            sending.has_place = False
+            _take_one(self._on_wire, sending.lane)
+            self._offer()
+
+    def _forget(self, sending: _Sending) -> None:
+        """Frees its place in the lane: it is settled, or given back, or lost."""
+        self._sending.pop(sending.key, None)
+        _take_one(self._held, sending.lane)
+        self._offer()
+
+    def _offer(self) -> None:
+        """Enough free places are worth a claim at once."""
+        if self._free * _GATHER_SHARE >= self._concurrency:
+            super().wake()
+
+    async def _settle(self, sending: _Sending, result: WireResult) -> None:
+        snapshot = sending.snapshot
+        move = await self._queue.settle(
+            sending.job,
+            result,
+            sending.started_at,
+            self._clock.now(),
+            permanent_statuses=snapshot.permanent_statuses if snapshot else (),
+            on_unknown=snapshot.on_unknown if snapshot else "retry",
+        )
+        if move.retry_seconds is not None:
+            at = self._clock.monotonic() + move.retry_seconds
+            self._ready_at[sending.lane] = min(at, self._ready_at.get(sending.lane, at))
 
     async def _give_back(self, jobs: Sequence[ClaimedJob]) -> None:
         await self._database.persist(lambda: self._queue.release(jobs))
@@ -196,9 +277,14 @@ class Dispatcher(Service):
             await self._give_back([sending.job for sending in unbegun])
 
     def _tell(self, job: ClaimedJob, result: WireResult) -> None:
-        """Successes are for who looks closely; the facts have them all."""
-        is_delivered = result.outcome is Outcome.DELIVERED
-        (self._log.debug if is_delivered else self._log.warning)(
+        """Successes are in the facts, and in the log for who looks closely."""
+        if result.outcome is not Outcome.DELIVERED:
+            tell = self._log.warning
+        elif self._log.is_enabled_for(logging.DEBUG):
+            tell = self._log.debug
+        else:
+            return
+        tell(
             "attempt_ended",
             outcome=result.outcome.value,
             attempt=job.attempt,
@@ -207,23 +293,24 @@ class Dispatcher(Service):
             **_named(job),
         )
 
-    async def _attempt(self, sending: _Sending) -> tuple[WireResult | None, Snapshot | None]:
+    async def _attempt(self, sending: _Sending) -> WireResult | None:
         """Sends once; no result if nothing was sent, for want of the database or of the lease."""
         job = sending.job
         try:
             snapshot = await self._snapshots.read(job.namespace, job.snapshot_id)
+            sending.snapshot = snapshot
             content = await self._queue.content(job)
         except SecretUnreadable as error:
-            return WireResult(Outcome.NOT_SENT, cause="secret unreadable", error=str(error)), None
+            return WireResult(Outcome.NOT_SENT, cause=SECRET_UNREADABLE, error=str(error))
         except TRANSIENT as error:
             self._log.warning("attempt_not_begun", error=first_line(error), **_named(job))
             await asyncio.sleep(self._poll_seconds)  # given back, it is due at once
-            return None, None
-        outgoing = _outgoing(job, snapshot, content)
+            return None
+        outgoing = _outgoing(job, snapshot, content, int(self._clock.now().timestamp()))
         if self._clock.monotonic() >= sending.expires:
-            return None, snapshot
+            return None
         sending.is_begun = True
-        return await self._wire.send(outgoing), snapshot
+        return await self._wire.send(outgoing)
 
     async def _last_words(self, giving_back: asyncio.Task[None]) -> None:
         """Settles what is cut off; waits for what is over and only has to be committed."""
@@ -238,19 +325,14 @@ class Dispatcher(Service):
 
     async def _settle_cut_off(self, sending: _Sending) -> None:
         error = "the node was told to stop before an answer was seen"
-        result = WireResult(Outcome.UNKNOWN, cause="cut off", error=error)
-        await self._queue.settle(sending.job, result, (), sending.started_at, self._clock.now())
+        result = WireResult(Outcome.UNKNOWN, cause=CUT_OFF, error=error)
+        await self._settle(sending, result)
 
-    def _forget(self, sending: _Sending) -> None:
-        job = sending.job
-        self._sending.pop(sending.key, None)
-        self._lanes[job.namespace, job.endpoint_key] -= 1
-        if not self._lanes[job.namespace, job.endpoint_key]:
-            del self._lanes[job.namespace, job.endpoint_key]
-        self._endpoints[job.endpoint_key] -= 1
-        if not self._endpoints[job.endpoint_key]:
-            del self._endpoints[job.endpoint_key]
-        self.wake()
+
+def _take_one(places: Counter[LaneKey], lane: LaneKey) -> None:
+    places[lane] -= 1
+    if not places[lane]:
+        del places[lane]
 
 
 def _tasks(attempts: Collection[_Sending]) -> list[asyncio.Task[None]]:
@@ -264,7 +346,8 @@ def _cancelled(attempts: Collection[_Sending]) -> list[asyncio.Task[None]]:
     return tasks
 
 
-def _outgoing(job: ClaimedJob, snapshot: Snapshot, content: bytes) -> Outgoing:
+def _outgoing(job: ClaimedJob, snapshot: Snapshot, content: bytes, now: int) -> Outgoing:
+    """The request; `now` in Unix seconds is what its signature vouches for."""
     headers = request_headers(
         content_type=job.content_type,
         digest=job.digest,
@@ -272,6 +355,9 @@ def _outgoing(job: ClaimedJob, snapshot: Snapshot, content: bytes) -> Outgoing:
         token=snapshot.token,
         given=snapshot.headers,
     )
+    if snapshot.signing_keys is not None:
+        headers["webhook-timestamp"] = str(now)
+        headers["webhook-signature"] = sign(snapshot.signing_keys, job.job_id, now, content)
     headers["Orbit-Namespace"] = job.namespace
     if job.profile_id:
         headers["Orbit-Profile-Id"] = job.profile_id
@@ -287,6 +373,7 @@ def _outgoing(job: ClaimedJob, snapshot: Snapshot, content: bytes) -> Outgoing:
         content,
         snapshot.timeout_seconds,
         snapshot.secrets,
+        snapshot.proxy,
     )
 
 

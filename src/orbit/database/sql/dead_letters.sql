@@ -20,15 +20,21 @@ LEFT JOIN LATERAL (
 WHERE dead.job_id = %(job_id)s::uuid;
 
 -- name: open_dead_letters
--- The undecided dead letters of a namespace that can be sent again, oldest first; without those
--- that may have arrived. The primary keys serve it.
+-- The undecided dead letters of a namespace that can be sent again, in the order of their ids,
+-- after one; without those that may have arrived. The primary keys serve it.
 SELECT dead.namespace, dead.job_id, dead.cycle_id, dead.endpoint_key, job.snapshot_id,
     0 AS sequence
 FROM dead_letter_dispatch dead
 JOIN dispatch_job job ON job.namespace = dead.namespace AND job.job_id = dead.job_id
 WHERE dead.namespace = %(namespace)s
+    AND dead.job_id > COALESCE(%(after_job_id)s::uuid, '00000000-0000-0000-0000-000000000000')
     AND (%(endpoint_key)s::text IS NULL OR dead.endpoint_key = %(endpoint_key)s)
     AND (%(cause)s::text IS NULL OR dead.cause = %(cause)s)
+    AND (%(since)s::timestamptz IS NULL OR dead.created_at >= %(since)s)
+    AND (%(until)s::timestamptz IS NULL OR dead.created_at < %(until)s)
+    AND (%(run_profile_id)s::text IS NULL OR EXISTS (SELECT FROM cycle_run
+        WHERE cycle_run.namespace = dead.namespace AND cycle_run.cycle_id = dead.cycle_id
+            AND cycle_run.run_profile_id = %(run_profile_id)s))
     AND EXISTS (SELECT FROM payload WHERE payload.namespace = dead.namespace
         AND payload.cycle_id = dead.cycle_id AND payload.digest = job.digest)
     AND NOT EXISTS (SELECT FROM dead_letter_decision decision
@@ -39,21 +45,30 @@ WHERE dead.namespace = %(namespace)s
 ORDER BY dead.job_id LIMIT %(limit)s;
 
 -- name: count_open_dead_letters
--- How many those are in all, and how many are left out since they may have arrived.
-SELECT count(*) FILTER (WHERE NOT receipt.is_unknown)::int AS matching,
-    count(*) FILTER (WHERE receipt.is_unknown)::int AS may_have_arrived
+-- How many those are in all and for which endpoints; how many are left out, since they may have
+-- arrived or since their payload is past its retention. The primary keys serve it.
+SELECT count(*) FILTER (WHERE seen.has_payload AND NOT seen.is_unknown)::int AS matching,
+    count(*) FILTER (WHERE seen.has_payload AND seen.is_unknown)::int AS may_have_arrived,
+    count(*) FILTER (WHERE NOT seen.has_payload)::int AS without_payload,
+    COALESCE(array_agg(DISTINCT dead.endpoint_key)
+        FILTER (WHERE seen.has_payload AND NOT seen.is_unknown), '{}') AS endpoint_keys
 FROM dead_letter_dispatch dead
-JOIN dispatch_job job ON job.namespace = dead.namespace AND job.job_id = dead.job_id
+LEFT JOIN dispatch_job job ON job.namespace = dead.namespace AND job.job_id = dead.job_id
 CROSS JOIN LATERAL (
     SELECT EXISTS (SELECT FROM delivery_receipt
-        WHERE delivery_receipt.namespace = dead.namespace
-            AND delivery_receipt.job_id = dead.job_id AND outcome = 'unknown') AS is_unknown
-) receipt
+            WHERE delivery_receipt.namespace = dead.namespace
+                AND delivery_receipt.job_id = dead.job_id AND outcome = 'unknown') AS is_unknown,
+        EXISTS (SELECT FROM payload WHERE payload.namespace = dead.namespace
+            AND payload.cycle_id = dead.cycle_id AND payload.digest = job.digest) AS has_payload
+) seen
 WHERE dead.namespace = %(namespace)s
     AND (%(endpoint_key)s::text IS NULL OR dead.endpoint_key = %(endpoint_key)s)
     AND (%(cause)s::text IS NULL OR dead.cause = %(cause)s)
-    AND EXISTS (SELECT FROM payload WHERE payload.namespace = dead.namespace
-        AND payload.cycle_id = dead.cycle_id AND payload.digest = job.digest)
+    AND (%(since)s::timestamptz IS NULL OR dead.created_at >= %(since)s)
+    AND (%(until)s::timestamptz IS NULL OR dead.created_at < %(until)s)
+    AND (%(run_profile_id)s::text IS NULL OR EXISTS (SELECT FROM cycle_run
+        WHERE cycle_run.namespace = dead.namespace AND cycle_run.cycle_id = dead.cycle_id
+            AND cycle_run.run_profile_id = %(run_profile_id)s))
     AND NOT EXISTS (SELECT FROM dead_letter_decision decision
         WHERE decision.namespace = dead.namespace AND decision.job_id = dead.job_id);
 
@@ -65,8 +80,10 @@ WITH asked AS MATERIALIZED (
         %(new_job_id)s::uuid[], %(snapshot_id)s::text[])
         AS asked (namespace, job_id, sequence, new_job_id, snapshot_id)
 ), decided AS (
-    INSERT INTO dead_letter_decision (namespace, job_id, sequence, decision, new_job_id, reason)
-    SELECT namespace, job_id, sequence, 'requeued', new_job_id, %(reason)s FROM asked
+    INSERT INTO dead_letter_decision (namespace, job_id, sequence, decision, new_job_id, reason,
+        batch_id)
+    SELECT namespace, job_id, sequence, 'requeued', new_job_id, %(reason)s, %(batch_id)s::uuid
+    FROM asked
     ORDER BY namespace, job_id
     ON CONFLICT DO NOTHING
     RETURNING namespace, job_id, new_job_id

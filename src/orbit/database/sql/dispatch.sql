@@ -2,25 +2,28 @@
 --
 -- A claim raises the attempt's number and commits before a byte leaves. A lease with a node is
 -- an attempt that may be on the wire; once its time is over it can only be settled as unknown.
--- Locks are taken in the order dispatch_lease, then cycle_lease by key.
+-- Locks are taken in the order dispatch_lease, cycle_lease, lane, each by key. A claim begins
+-- with its lanes, and waits for no other lock after them.
 
 -- name: insert_snapshot
 -- An endpoint as it stands now, once per definition.
 INSERT INTO endpoint_snapshot (namespace, snapshot_id, endpoint_key, url, method,
-    secrets_encrypted, token_fingerprint, timeout_seconds, permanent_statuses)
+    secrets_encrypted, token_fingerprint, timeout_seconds, permanent_statuses, on_unknown)
 VALUES (%(namespace)s, %(snapshot_id)s, %(endpoint_key)s, %(url)s, %(method)s,
     %(secrets_encrypted)b, %(token_fingerprint)s, %(timeout_seconds)s,
-    %(permanent_statuses)s::int[])
+    %(permanent_statuses)s::int[], %(on_unknown)s)
 ON CONFLICT DO NOTHING;
 
 -- name: snapshot
 -- An endpoint as it stood.
-SELECT endpoint_key, url, method, secrets_encrypted, timeout_seconds, permanent_statuses
+SELECT endpoint_key, url, method, secrets_encrypted, timeout_seconds, permanent_statuses,
+    on_unknown
 FROM endpoint_snapshot WHERE namespace = %(namespace)s AND snapshot_id = %(snapshot_id)s;
 
 -- name: busy_lanes
--- Every lane that has a job to send now or later, and when the first is due. A loose scan of
--- dispatch_lease_ready: its cost grows with the lanes, not with the jobs.
+-- Every lane that has a job to send now or later: when the first is due, when the breaker lets
+-- one through, and the rate's tokens. A loose scan of dispatch_lease_ready: its cost grows with
+-- the lanes, not with the jobs.
 WITH RECURSIVE lanes AS (
     (SELECT namespace, endpoint_key FROM dispatch_lease WHERE node_id IS NULL
     ORDER BY namespace, endpoint_key LIMIT 1)
@@ -32,43 +35,127 @@ WITH RECURSIVE lanes AS (
         ORDER BY namespace, endpoint_key LIMIT 1
     ) next
 )
-SELECT lanes.namespace, lanes.endpoint_key,
-    extract(epoch FROM first.due_at - orbit_now())::float8 AS due_in_seconds
+SELECT lanes.namespace, lanes.endpoint_key, lane.namespace IS NOT NULL AS is_known,
+    extract(epoch FROM first.due_at - orbit_now())::float8 AS due_in_seconds,
+    extract(epoch FROM lane.probe_at - orbit_now())::float8 AS probe_in_seconds,
+    lane.tokens, extract(epoch FROM orbit_now() - lane.tokens_at)::float8 AS tokens_age_seconds
 FROM lanes CROSS JOIN LATERAL (
-    SELECT due_at FROM dispatch_lease
-    WHERE node_id IS NULL AND dispatch_lease.namespace = lanes.namespace
-        AND dispatch_lease.endpoint_key = lanes.endpoint_key
-    ORDER BY due_at LIMIT 1
+    SELECT min(class.due_at) AS due_at FROM (VALUES (false), (true)) AS kind (is_retry)
+    CROSS JOIN LATERAL (
+        SELECT due_at FROM dispatch_lease
+        WHERE node_id IS NULL AND dispatch_lease.namespace = lanes.namespace
+            AND dispatch_lease.endpoint_key = lanes.endpoint_key
+            AND dispatch_lease.is_retry = kind.is_retry
+        ORDER BY due_at LIMIT 1
+    ) class
 ) first
+LEFT JOIN LATERAL (
+    SELECT * FROM lane WHERE lane.namespace = lanes.namespace
+        AND lane.endpoint_key = lanes.endpoint_key OFFSET 0
+) lane ON true
 WHERE first.due_at < 'infinity';
 
+-- name: insert_lanes
+-- Lanes that had no job before.
+INSERT INTO lane (namespace, endpoint_key)
+SELECT * FROM unnest(%(namespace)s::text[], %(endpoint_key)s::text[])
+    AS lane (namespace, endpoint_key)
+ORDER BY namespace, endpoint_key
+ON CONFLICT DO NOTHING;
+
+-- name: hold_lanes
+-- Locks lanes in key order. To be sent before claim_jobs, as a statement of its own: what that
+-- counts is then all that other nodes have claimed.
+SELECT FROM lane JOIN unnest(%(namespace)s::text[], %(endpoint_key)s::text[])
+    AS asked (namespace, endpoint_key)
+    ON lane.namespace = asked.namespace AND lane.endpoint_key = asked.endpoint_key
+ORDER BY lane.namespace, lane.endpoint_key
+FOR NO KEY UPDATE OF lane;
+
 -- name: claim_jobs
--- Takes due jobs of the given lanes, as many of each as the caller has room for, and opens
--- their next attempt. dispatch_lease_ready serves it. OFFSET 0 keeps the look-ups what they are,
--- one by its whole key for each job, whatever the planner believes of the tables' sizes.
-WITH lane AS MATERIALIZED (
-    SELECT * FROM unnest(%(namespace)s::text[], %(endpoint_key)s::text[], %(room)s::int[])
-        AS lane (namespace, endpoint_key, room)
+-- Opens the next attempt of due jobs: of each lane as many as the caller has room for and its cap
+-- and tokens allow, or one probe of a held lane. Later attempts come first up to their share.
+-- dispatch_lease_ready and dispatch_lease_taken serve it; OFFSET 0 keeps the look-ups what they
+-- are, one by its whole key for each job, whatever the planner believes of the tables' sizes.
+WITH open_lane AS MATERIALIZED (
+    SELECT asked.*, lane.probe_at IS NOT NULL AS is_probe, flying.retries,
+        CASE WHEN asked.rate IS NOT NULL THEN LEAST(GREATEST(asked.rate, 1),
+            COALESCE(lane.tokens, GREATEST(asked.rate, 1))
+            + extract(epoch FROM orbit_now() - lane.tokens_at)::float8 * asked.rate) END AS tokens,
+        CASE WHEN lane.probe_at IS NULL THEN LEAST(asked.room, asked.cap - flying.jobs)
+            WHEN lane.probe_at <= orbit_now() AND flying.jobs = 0 THEN 1
+            ELSE 0 END AS free
+    FROM unnest(%(namespace)s::text[], %(endpoint_key)s::text[], %(room)s::int[],
+        %(cap)s::int[], %(rate)s::float8[]) AS asked (namespace, endpoint_key, room, cap, rate)
+    CROSS JOIN LATERAL (
+        SELECT * FROM lane WHERE lane.namespace = asked.namespace
+            AND lane.endpoint_key = asked.endpoint_key OFFSET 0
+    ) lane
+    CROSS JOIN LATERAL (
+        SELECT count(*)::int AS jobs, count(*) FILTER (WHERE is_retry)::int AS retries
+        FROM dispatch_lease WHERE node_id IS NOT NULL
+            AND dispatch_lease.namespace = asked.namespace
+            AND dispatch_lease.endpoint_key = asked.endpoint_key
+    ) flying
+), room AS MATERIALIZED (
+    SELECT namespace, endpoint_key, cap, rate, is_probe, retries, tokens,
+        LEAST(free, floor(tokens)::int) AS jobs
+    FROM open_lane WHERE LEAST(free, floor(tokens)::int) > 0
+), share AS MATERIALIZED (
+    SELECT room.*, GREATEST(0, LEAST(jobs,
+        floor(cap * %(retry_share)s::float8 + %(chance)s::float8)::int - retries,
+        CASE WHEN rate IS NULL THEN jobs
+            ELSE floor(jobs * %(retry_share)s::float8 + %(chance)s::float8)::int END)) AS reserved
+    FROM room
 ), due AS MATERIALIZED (
-    SELECT ready.* FROM lane CROSS JOIN LATERAL (
-        SELECT namespace, job_id, due_at FROM dispatch_lease
-        WHERE node_id IS NULL AND dispatch_lease.namespace = lane.namespace
-            AND dispatch_lease.endpoint_key = lane.endpoint_key AND due_at <= orbit_now()
-        ORDER BY due_at LIMIT lane.room
-        FOR UPDATE SKIP LOCKED
+    SELECT ready.*, share.endpoint_key, share.is_probe FROM share CROSS JOIN LATERAL (
+        WITH later AS MATERIALIZED (
+            SELECT namespace, job_id, due_at FROM dispatch_lease
+            WHERE node_id IS NULL AND dispatch_lease.namespace = share.namespace
+                AND dispatch_lease.endpoint_key = share.endpoint_key AND is_retry
+                AND due_at <= orbit_now()
+            ORDER BY due_at LIMIT share.reserved
+            FOR UPDATE SKIP LOCKED
+        ), first AS MATERIALIZED (
+            SELECT namespace, job_id, due_at FROM dispatch_lease
+            WHERE node_id IS NULL AND dispatch_lease.namespace = share.namespace
+                AND dispatch_lease.endpoint_key = share.endpoint_key AND NOT is_retry
+                AND due_at <= orbit_now()
+            ORDER BY due_at LIMIT share.jobs - (SELECT count(*) FROM later)
+            FOR UPDATE SKIP LOCKED
+        ), rest AS MATERIALIZED (
+            SELECT namespace, job_id, due_at FROM dispatch_lease
+            WHERE node_id IS NULL AND dispatch_lease.namespace = share.namespace
+                AND dispatch_lease.endpoint_key = share.endpoint_key AND is_retry
+                AND due_at <= orbit_now()
+            ORDER BY due_at OFFSET share.reserved
+            LIMIT share.jobs - (SELECT count(*) FROM later) - (SELECT count(*) FROM first)
+            FOR UPDATE SKIP LOCKED
+        )
+        SELECT * FROM later UNION ALL SELECT * FROM first UNION ALL SELECT * FROM rest
     ) ready
+), spent AS (
+    UPDATE lane SET tokens = share.tokens - taken.jobs, tokens_at = orbit_now()
+    FROM share JOIN (SELECT namespace, endpoint_key, count(*) AS jobs FROM due GROUP BY 1, 2)
+        AS taken USING (namespace, endpoint_key)
+    WHERE share.rate IS NOT NULL AND lane.namespace = share.namespace
+        AND lane.endpoint_key = share.endpoint_key
 ), claimed AS (
     UPDATE dispatch_lease SET
         due_at = orbit_now() + %(lease_seconds)s * interval '1 second',
-        lease_number = lease_number + 1, attempt = attempt + 1, node_id = %(node_id)s::uuid
+        lease_number = lease_number + 1, attempt = attempt + 1, node_id = %(node_id)s::uuid,
+        is_probe = due.is_probe, spared = spared + due.is_probe::int
     FROM due
     WHERE dispatch_lease.namespace = due.namespace AND dispatch_lease.job_id = due.job_id
     RETURNING dispatch_lease.namespace, dispatch_lease.job_id, dispatch_lease.cycle_id,
         dispatch_lease.endpoint_key, dispatch_lease.lease_number, dispatch_lease.attempt,
+        dispatch_lease.is_probe, dispatch_lease.spared,
         extract(epoch FROM orbit_now() - due.due_at)::float8 AS queue_seconds
 )
-SELECT claimed.*, job.snapshot_id, job.digest, job.content_type, job.size, job.max_attempts,
-    run.profile_id, run.run_profile_id, run.traceparent, payload.content
+SELECT claimed.namespace, claimed.job_id::text, claimed.cycle_id::text, claimed.endpoint_key,
+    claimed.lease_number, claimed.attempt, claimed.is_probe, claimed.spared,
+    claimed.queue_seconds, job.snapshot_id, job.digest, job.content_type, job.size,
+    job.max_attempts, run.profile_id, run.run_profile_id, run.traceparent, payload.content
 FROM claimed
 CROSS JOIN LATERAL (
     SELECT snapshot_id, digest, content_type, size, max_attempts FROM dispatch_job
@@ -107,7 +194,8 @@ RETURNING dispatch_lease.job_id, dispatch_lease.lease_number;
 -- name: release_jobs
 -- Gives back jobs whose attempt was opened and never begun: no byte left, so the number is
 -- given back too.
-UPDATE dispatch_lease SET due_at = orbit_now(), node_id = NULL, attempt = attempt - 1
+UPDATE dispatch_lease SET due_at = orbit_now(), node_id = NULL, attempt = attempt - 1,
+    spared = spared - is_probe::int
 FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(lease_number)s::int[])
     AS held (namespace, job_id, lease_number)
 WHERE dispatch_lease.namespace = held.namespace AND dispatch_lease.job_id = held.job_id
@@ -116,67 +204,81 @@ WHERE dispatch_lease.namespace = held.namespace AND dispatch_lease.job_id = held
 
 -- name: expired_jobs
 -- Attempts whose worker let its lease run out, locked, so that they can be settled as unknown
--- in this transaction. dispatch_lease_taken serves it.
-WITH expired AS MATERIALIZED (
-    SELECT namespace, job_id, cycle_id, endpoint_key, lease_number, attempt, node_id
-    FROM dispatch_lease WHERE node_id IS NOT NULL AND due_at <= orbit_now()
-    ORDER BY due_at LIMIT %(limit)s
-    FOR UPDATE SKIP LOCKED
+-- in this transaction. A loose scan of dispatch_lease_taken over the lanes.
+WITH RECURSIVE lanes AS (
+    (SELECT namespace, endpoint_key FROM dispatch_lease WHERE node_id IS NOT NULL
+    ORDER BY namespace, endpoint_key LIMIT 1)
+    UNION ALL
+    SELECT next.* FROM lanes CROSS JOIN LATERAL (
+        SELECT namespace, endpoint_key FROM dispatch_lease
+        WHERE node_id IS NOT NULL AND (dispatch_lease.namespace, dispatch_lease.endpoint_key)
+            > (lanes.namespace, lanes.endpoint_key)
+        ORDER BY namespace, endpoint_key LIMIT 1
+    ) next
+), expired AS MATERIALIZED (
+    SELECT late.* FROM lanes CROSS JOIN LATERAL (
+        SELECT namespace, job_id, cycle_id, endpoint_key, lease_number, attempt, is_probe, spared,
+            node_id
+        FROM dispatch_lease WHERE node_id IS NOT NULL
+            AND dispatch_lease.namespace = lanes.namespace
+            AND dispatch_lease.endpoint_key = lanes.endpoint_key AND due_at <= orbit_now()
+        ORDER BY due_at LIMIT %(limit)s
+        FOR UPDATE SKIP LOCKED
+    ) late LIMIT %(limit)s
 )
-SELECT expired.*, job.digest, job.size, job.max_attempts
+SELECT expired.*, job.digest, job.size, job.max_attempts,
+    COALESCE(snapshot.on_unknown, 'retry') AS on_unknown
 FROM expired CROSS JOIN LATERAL (
-    SELECT digest, size, max_attempts FROM dispatch_job job
+    SELECT digest, size, max_attempts, snapshot_id FROM dispatch_job job
     WHERE job.namespace = expired.namespace AND job.job_id = expired.job_id OFFSET 0
-) job;
-
--- name: insert_receipts
--- What became of attempts. A receipt that exists stays: an attempt has one end. To follow
--- settle_jobs, whose locks keep two sessions from writing the same receipt at once.
-INSERT INTO delivery_receipt (namespace, job_id, attempt, outcome, status, error, digest, size,
-    queue_seconds, connect_seconds, first_byte_seconds, total_seconds, answer,
-    answer_content_type, lease_number, node_id, started_at)
-SELECT namespace, job_id, attempt, outcome, status, error, digest, size, queue_seconds,
-    connect_seconds, first_byte_seconds, total_seconds, answer, answer_content_type,
-    lease_number, node_id, started_at
-FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(attempt)s::int[], %(outcome)s::text[],
-    %(status)s::int[], %(error)s::text[], %(digest)s::text[], %(size)s::int[],
-    %(queue_seconds)s::float8[], %(connect_seconds)s::float8[],
-    %(first_byte_seconds)s::float8[], %(total_seconds)s::float8[], %(answer)b::bytea[],
-    %(answer_content_type)s::text[], %(lease_number)s::int[], %(node_id)s::uuid[],
-    %(started_at)s::timestamptz[])
-    AS receipt (namespace, job_id, attempt, outcome, status, error, digest, size, queue_seconds,
-        connect_seconds, first_byte_seconds, total_seconds, answer, answer_content_type,
-        lease_number, node_id, started_at)
-ON CONFLICT DO NOTHING;
+) job LEFT JOIN LATERAL (
+    SELECT on_unknown FROM endpoint_snapshot snapshot
+    WHERE snapshot.namespace = expired.namespace AND snapshot.snapshot_id = job.snapshot_id
+    OFFSET 0
+) snapshot ON true;
 
 -- name: settle_jobs
--- Moves on the leases that are still their worker's: done (delivered, or dead with its cause)
--- they go, else they wait for the next attempt. Counts the done ones in their cycles. Locks the
--- jobs' leases in key order, then those of the cycles in key order.
+-- The ends of attempts: leases wait or go, cycles end with their last job, receipts are written
+-- and tallied, breakers judged. Locks jobs' leases (only their holder gets to them here), then
+-- cycles', tallies and lanes, each by key: the conditions on a count that are always true keep
+-- that order. A receipt that exists stays; a lane that is well is only looked at.
 WITH result AS MATERIALIZED (
-    SELECT * FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(lease_number)s::int[],
-        %(node_id)s::uuid[], %(attempt)s::int[], %(size)s::int[], %(retry_seconds)s::float8[],
+    SELECT * FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(attempt)s::int[],
+        %(endpoint_key)s::text[], %(outcome)s::text[], %(status)s::int[], %(error)s::text[],
+        %(digest)s::text[], %(size)s::int[], %(queue_seconds)s::float8[],
+        %(connect_seconds)s::float8[], %(first_byte_seconds)s::float8[],
+        %(total_seconds)s::float8[], %(answer)b::bytea[], %(answer_content_type)s::text[],
+        %(is_probe)s::boolean[], %(is_reused)s::boolean[], %(lease_number)s::int[],
+        %(node_id)s::uuid[], %(started_at)s::timestamptz[], %(retry_seconds)s::float8[],
         %(cause)s::text[])
-        AS result (namespace, job_id, lease_number, node_id, attempt, size, retry_seconds, cause)
-), mine AS MATERIALIZED (
-    SELECT result.* FROM dispatch_lease lease JOIN result
-        ON lease.namespace = result.namespace AND lease.job_id = result.job_id
-        AND lease.lease_number = result.lease_number AND lease.node_id = result.node_id
-    ORDER BY lease.namespace, lease.job_id
-    FOR UPDATE OF lease
-), done AS (
-    DELETE FROM dispatch_lease USING mine
-    WHERE dispatch_lease.namespace = mine.namespace AND dispatch_lease.job_id = mine.job_id
-        AND mine.retry_seconds IS NULL
-    RETURNING dispatch_lease.namespace, dispatch_lease.job_id, dispatch_lease.cycle_id,
-        dispatch_lease.endpoint_key, dispatch_lease.is_requeued, mine.attempt, mine.size,
-        mine.cause
+        AS result (namespace, job_id, attempt, endpoint_key, outcome, status, error, digest, size,
+            queue_seconds, connect_seconds, first_byte_seconds, total_seconds, answer,
+            answer_content_type, is_probe, is_reused, lease_number, node_id, started_at,
+            retry_seconds, cause)
+), verdict AS MATERIALIZED (
+    SELECT * FROM unnest(%(lane_namespace)s::text[], %(lane_key)s::text[], %(attempts)s::int[],
+        %(failures)s::int[], %(last_failures)s::int[], %(has_success)s::boolean[],
+        %(has_probe_failed)s::boolean[], %(limit_failures)s::int[], %(limit_share)s::float8[],
+        %(least)s::int[], %(window_seconds)s::float8[], %(hold_seconds)s::float8[],
+        %(longest_hold_seconds)s::float8[])
+        AS verdict (namespace, endpoint_key, attempts, failures, last_failures, has_success,
+            has_probe_failed, limit_failures, limit_share, least, window_seconds, hold_seconds,
+            longest_hold_seconds)
 ), retried AS (
-    UPDATE dispatch_lease SET node_id = NULL,
-        due_at = orbit_now() + mine.retry_seconds * interval '1 second'
-    FROM mine
-    WHERE dispatch_lease.namespace = mine.namespace AND dispatch_lease.job_id = mine.job_id
-        AND mine.retry_seconds IS NOT NULL
+    UPDATE dispatch_lease lease SET node_id = NULL, is_retry = true,
+        due_at = orbit_now() + result.retry_seconds * interval '1 second'
+    FROM result
+    WHERE lease.namespace = result.namespace AND lease.job_id = result.job_id
+        AND lease.lease_number = result.lease_number AND lease.node_id = result.node_id
+        AND result.retry_seconds IS NOT NULL
+    RETURNING lease.job_id
+), done AS (
+    DELETE FROM dispatch_lease lease USING result
+    WHERE lease.namespace = result.namespace AND lease.job_id = result.job_id
+        AND lease.lease_number = result.lease_number AND lease.node_id = result.node_id
+        AND result.retry_seconds IS NULL AND (SELECT count(*) FROM retried) IS NOT NULL
+    RETURNING lease.namespace, lease.job_id, lease.cycle_id, lease.endpoint_key,
+        lease.is_requeued, result.attempt, result.size, result.cause
 ), dead AS (
     INSERT INTO dead_letter_dispatch (namespace, job_id, cycle_id, endpoint_key, cause, attempts)
     SELECT namespace, job_id, cycle_id, endpoint_key, cause, attempt FROM done
@@ -187,15 +289,121 @@ WITH result AS MATERIALIZED (
         sum(attempt)::int AS attempts, sum(attempt::bigint * size)::bigint AS bytes
     FROM done WHERE NOT is_requeued GROUP BY namespace, cycle_id
 ), held AS MATERIALIZED (
-    SELECT lease.namespace, lease.cycle_id FROM cycle_lease lease
-    JOIN counted ON counted.namespace = lease.namespace AND counted.cycle_id = lease.cycle_id
+    SELECT lease.namespace, lease.cycle_id, lease.items, lease.jobs,
+        lease.outstanding - counted.jobs AS outstanding,
+        lease.delivered + counted.jobs - counted.dead AS delivered,
+        lease.dead_lettered + counted.dead AS dead_lettered,
+        lease.attempts + counted.attempts AS attempts, lease.bytes + counted.bytes AS bytes,
+        lease.lease_number
+    FROM cycle_lease lease JOIN counted
+        ON counted.namespace = lease.namespace AND counted.cycle_id = lease.cycle_id
     ORDER BY lease.namespace, lease.cycle_id
     FOR NO KEY UPDATE OF lease
+), going_on AS (
+    UPDATE cycle_lease SET outstanding = held.outstanding, delivered = held.delivered,
+        dead_lettered = held.dead_lettered, attempts = held.attempts, bytes = held.bytes
+    FROM held
+    WHERE cycle_lease.namespace = held.namespace AND cycle_lease.cycle_id = held.cycle_id
+        AND held.outstanding <> 0
+), ended AS (
+    DELETE FROM cycle_lease USING held
+    WHERE cycle_lease.namespace = held.namespace AND cycle_lease.cycle_id = held.cycle_id
+        AND held.outstanding = 0
+    RETURNING held.*
+), checkpoints AS (
+    INSERT INTO cycle_checkpoint (namespace, cycle_id, stage, detail, lease_number, node_id)
+    SELECT namespace, cycle_id, stage, jsonb_build_object('items', items, 'jobs', jobs,
+        'delivered', delivered, 'deadLettered', dead_lettered, 'attempts', attempts,
+        'bytes', bytes), lease_number, %(settler_id)s::uuid
+    FROM ended CROSS JOIN (VALUES ('dispatch_complete'), ('cycle_finished')) AS last (stage)
+    ON CONFLICT DO NOTHING
+), ledger AS (
+    INSERT INTO value_ledger_entry (namespace, cycle_id, profile_id, run_profile_id, state,
+        tags, items, jobs, delivered, dead_lettered, attempts, bytes, wall_seconds)
+    SELECT ended.namespace, ended.cycle_id, run.profile_id, run.run_profile_id, 'finished',
+        run.value_tags, ended.items, ended.jobs, ended.delivered, ended.dead_lettered,
+        ended.attempts, ended.bytes, extract(epoch FROM orbit_now() - run.created_at)
+    FROM ended
+    CROSS JOIN LATERAL (
+        SELECT * FROM cycle_run run
+        WHERE run.namespace = ended.namespace AND run.cycle_id = ended.cycle_id OFFSET 0
+    ) run
+    WHERE run.profile_id IS NOT NULL
+    ON CONFLICT DO NOTHING
+), written AS (
+    INSERT INTO delivery_receipt (namespace, job_id, attempt, endpoint_key, outcome, status,
+        error, digest, size, queue_seconds, connect_seconds, first_byte_seconds, total_seconds,
+        answer, answer_content_type, is_probe, is_reused, lease_number, node_id, started_at)
+    SELECT namespace, job_id, attempt, endpoint_key, outcome, status, error, digest, size,
+        queue_seconds, connect_seconds, first_byte_seconds, total_seconds, answer,
+        answer_content_type, is_probe, is_reused, lease_number, node_id, started_at
+    FROM result WHERE (SELECT count(*) FROM held) IS NOT NULL
+    ON CONFLICT DO NOTHING
+    RETURNING namespace, endpoint_key, outcome
+), tallied AS (
+    INSERT INTO lane_tally (namespace, endpoint_key, part, delivered, failed, not_sent, unknown)
+    SELECT namespace, endpoint_key, %(part)s,
+        count(*) FILTER (WHERE outcome = 'delivered'),
+        count(*) FILTER (WHERE outcome = 'failed'),
+        count(*) FILTER (WHERE outcome = 'not_sent'),
+        count(*) FILTER (WHERE outcome = 'unknown')
+    FROM written GROUP BY namespace, endpoint_key ORDER BY namespace, endpoint_key
+    ON CONFLICT (namespace, endpoint_key, part) DO UPDATE SET
+        delivered = lane_tally.delivered + EXCLUDED.delivered,
+        failed = lane_tally.failed + EXCLUDED.failed,
+        not_sent = lane_tally.not_sent + EXCLUDED.not_sent,
+        unknown = lane_tally.unknown + EXCLUDED.unknown
+    RETURNING lane_tally.part
+), watched AS MATERIALIZED (
+    SELECT lane.namespace, lane.endpoint_key, lane.holds, lane.probe_at, verdict.has_success,
+        verdict.has_probe_failed, verdict.limit_failures, verdict.limit_share, verdict.least,
+        verdict.hold_seconds, verdict.longest_hold_seconds,
+        CASE WHEN verdict.has_success THEN verdict.last_failures
+            ELSE lane.failures + verdict.failures END AS failures,
+        window_at < orbit_now() - verdict.window_seconds * interval '1 second' AS is_over,
+        lane.window_attempts, lane.window_failures, verdict.attempts AS new_attempts,
+        verdict.failures AS new_failures
+    FROM lane JOIN verdict
+        ON lane.namespace = verdict.namespace AND lane.endpoint_key = verdict.endpoint_key
+    WHERE (verdict.failures > 0 OR lane.failures > 0 OR lane.window_failures > 0
+        OR lane.probe_at IS NOT NULL) AND (SELECT count(*) FROM tallied) IS NOT NULL
+    ORDER BY lane.namespace, lane.endpoint_key
+    FOR NO KEY UPDATE OF lane
+), weighed AS MATERIALIZED (
+    SELECT watched.*,
+        CASE WHEN is_over THEN 0 ELSE window_attempts END + new_attempts AS attempts_seen,
+        CASE WHEN is_over THEN 0 ELSE window_failures END + new_failures AS failures_seen
+    FROM watched
+), judged AS MATERIALIZED (
+    SELECT weighed.*, LEAST(longest_hold_seconds,
+            hold_seconds * 2 ^ LEAST(holds, 30)) AS next_hold_seconds,
+        CASE WHEN probe_at IS NOT NULL AND has_success THEN 'closed'
+            WHEN probe_at IS NOT NULL AND has_probe_failed THEN 'held'
+            WHEN probe_at IS NULL AND failures >= limit_failures THEN 'opened'
+            WHEN probe_at IS NULL AND attempts_seen >= least
+                AND failures_seen >= limit_share * attempts_seen THEN 'opened' END AS change
+    FROM weighed
+), moved AS (
+    UPDATE lane SET
+        failures = CASE WHEN judged.change = 'closed' THEN 0 ELSE judged.failures END,
+        window_at = CASE WHEN judged.is_over OR judged.change = 'closed' THEN orbit_now()
+            ELSE lane.window_at END,
+        window_attempts = CASE WHEN judged.change = 'closed' THEN 0 ELSE attempts_seen END,
+        window_failures = CASE WHEN judged.change = 'closed' THEN 0 ELSE failures_seen END,
+        holds = CASE judged.change WHEN 'closed' THEN 0 WHEN 'opened' THEN 1
+            WHEN 'held' THEN judged.holds + 1 ELSE judged.holds END,
+        probe_at = CASE WHEN judged.change = 'closed' THEN NULL
+            WHEN judged.change IS NULL THEN lane.probe_at
+            ELSE orbit_now() + next_hold_seconds * interval '1 second' END
+    FROM judged
+    WHERE lane.namespace = judged.namespace AND lane.endpoint_key = judged.endpoint_key
+), changed AS (
+    INSERT INTO lane_change (namespace, endpoint_key, change, failures, window_attempts,
+        window_failures, hold_seconds, node_id)
+    SELECT namespace, endpoint_key, change, failures, attempts_seen, failures_seen,
+        CASE WHEN change <> 'closed' THEN next_hold_seconds END, %(settler_id)s::uuid
+    FROM judged WHERE change IS NOT NULL
+    RETURNING namespace, endpoint_key, change, failures, hold_seconds
 )
-UPDATE cycle_lease SET outstanding = outstanding - counted.jobs,
-    delivered = delivered + counted.jobs - counted.dead,
-    dead_lettered = dead_lettered + counted.dead,
-    attempts = cycle_lease.attempts + counted.attempts,
-    bytes = cycle_lease.bytes + counted.bytes
-FROM held JOIN counted ON counted.namespace = held.namespace AND counted.cycle_id = held.cycle_id
-WHERE cycle_lease.namespace = held.namespace AND cycle_lease.cycle_id = held.cycle_id;
+SELECT (SELECT count(*) FROM ended)::int AS ended, changed.*
+FROM (SELECT) AS always LEFT JOIN changed ON true;

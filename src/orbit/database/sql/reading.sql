@@ -87,8 +87,8 @@ ORDER BY status.item_index, status.endpoint_key, status.job_id LIMIT %(count)s;
 -- name: job_receipts
 -- What became of the attempts of given jobs. The primary key serves it.
 SELECT job_id, attempt, outcome, status, error, digest, size, queue_seconds, connect_seconds,
-    first_byte_seconds, total_seconds, answer, answer_content_type, node_id, started_at,
-    created_at
+    first_byte_seconds, total_seconds, answer, answer_content_type, is_probe, is_reused, node_id,
+    started_at, created_at
 FROM delivery_receipt
 WHERE namespace = %(namespace)s AND job_id = ANY (%(job_id)s::uuid[])
 ORDER BY job_id, attempt LIMIT %(count)s;
@@ -132,9 +132,12 @@ SELECT namespace, run_profile_id, NULLIF(due_at, 'infinity') AS due_at FROM sche
 ORDER BY schedule.due_at, namespace, run_profile_id;
 
 -- name: dead_letter_window
--- The dead letters before one, newest first. dead_letter_dispatch_newest serves it.
+-- The dead letters that died before one, newest first. dead_letter_dispatch_by_time serves it.
 SELECT dead.namespace, dead.job_id, dead.cycle_id, dead.endpoint_key, dead.cause,
-    decided.decision IS NULL AS is_open
+    dead.created_at, decided.decision IS NULL AS is_open,
+    (SELECT NULLIF(run_profile_id, '') FROM cycle_run
+        WHERE cycle_run.namespace = dead.namespace
+            AND cycle_run.cycle_id = dead.cycle_id) AS run_profile_id
 FROM dead_letter_dispatch dead
 LEFT JOIN LATERAL (
     SELECT decision FROM dead_letter_decision
@@ -142,15 +145,33 @@ LEFT JOIN LATERAL (
         AND dead_letter_decision.job_id = dead.job_id
     LIMIT 1
 ) decided ON true
-WHERE dead.job_id < %(before)s::uuid ORDER BY dead.job_id DESC LIMIT %(count)s;
+WHERE (dead.created_at, dead.job_id) < (%(before_at)s::timestamptz, %(before)s::uuid)
+ORDER BY dead.created_at DESC, dead.job_id DESC LIMIT %(count)s;
+
+-- name: dead_letter_groups
+-- The open dead letters by namespace, endpoint and cause, the most first. It reads them all.
+SELECT dead.namespace, dead.endpoint_key, dead.cause, count(*)::int AS open,
+    count(*) FILTER (WHERE EXISTS (SELECT FROM delivery_receipt receipt
+        WHERE receipt.namespace = dead.namespace AND receipt.job_id = dead.job_id
+            AND receipt.outcome = 'unknown'))::int AS may_have_arrived,
+    min(dead.created_at) AS oldest_at, max(dead.created_at) AS newest_at
+FROM dead_letter_dispatch dead
+WHERE (%(namespace)s::text IS NULL OR dead.namespace = %(namespace)s)
+    AND NOT EXISTS (SELECT FROM dead_letter_decision decision
+        WHERE decision.namespace = dead.namespace AND decision.job_id = dead.job_id)
+GROUP BY dead.namespace, dead.endpoint_key, dead.cause
+ORDER BY open DESC, dead.namespace, dead.endpoint_key, dead.cause LIMIT %(count)s;
 
 -- name: dead_letters
--- Given dead letters with their job, last receipt and last decision, newest first. The primary
+-- Given dead letters with their job, run profile and last decision, newest first. The primary
 -- keys serve it.
 SELECT dead.job_id, dead.namespace, dead.cycle_id AS cycle_run_id, dead.endpoint_key, dead.cause,
     dead.attempts, dead.created_at, job.item_index, job.digest, job.content_type, job.size,
-    job.requeued_from, snapshot.url, snapshot.method, decided.decision, decided.new_job_id,
-    decided.reason AS decision_reason, decided.decided_at,
+    (SELECT NULLIF(run_profile_id, '') FROM cycle_run
+        WHERE cycle_run.namespace = dead.namespace
+            AND cycle_run.cycle_id = dead.cycle_id) AS run_profile_id,
+    job.snapshot_id, job.requeued_from, snapshot.url, snapshot.method, decided.decision, decided.new_job_id,
+    decided.reason AS decision_reason, decided.batch_id, decided.decided_at,
     EXISTS (SELECT FROM delivery_receipt receipt WHERE receipt.namespace = dead.namespace
         AND receipt.job_id = dead.job_id AND receipt.outcome = 'unknown') AS may_have_arrived
 FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[]) AS asked (namespace, job_id)
@@ -160,11 +181,11 @@ LEFT JOIN dispatch_job job ON job.namespace = asked.namespace AND job.job_id = a
 LEFT JOIN endpoint_snapshot snapshot
     ON snapshot.namespace = job.namespace AND snapshot.snapshot_id = job.snapshot_id
 LEFT JOIN LATERAL (
-    SELECT decision, new_job_id, reason, decided_at FROM dead_letter_decision decision
+    SELECT decision, new_job_id, reason, batch_id, decided_at FROM dead_letter_decision decision
     WHERE decision.namespace = asked.namespace AND decision.job_id = asked.job_id
     ORDER BY sequence DESC LIMIT 1
 ) decided ON true
-ORDER BY dead.job_id DESC;
+ORDER BY dead.created_at DESC, dead.job_id DESC;
 
 -- name: dead_letter_namespace
 -- Which namespace a dead letter is in. dead_letter_dispatch_newest serves it.
@@ -172,16 +193,66 @@ SELECT namespace FROM dead_letter_dispatch WHERE job_id = %(job_id)s::uuid;
 
 -- name: dead_letter_decisions
 -- What people decided about a dead letter, in order.
-SELECT sequence, decision, new_job_id, reason, decided_at FROM dead_letter_decision
+SELECT sequence, decision, new_job_id, reason, batch_id, decided_at FROM dead_letter_decision
 WHERE namespace = %(namespace)s AND job_id = %(job_id)s::uuid ORDER BY sequence;
+
+-- name: snapshot_versions
+-- The snapshots of an endpoint in a namespace, in the order of their first use: version 1, 2, ...
+SELECT snapshot_id FROM endpoint_snapshot
+WHERE namespace = %(namespace)s AND endpoint_key = %(endpoint_key)s
+ORDER BY created_at, snapshot_id LIMIT %(count)s;
+
+-- name: requeue_window
+-- The bulk requeues before one, newest first. requeue_batch_newest serves it.
+SELECT batch.namespace, batch.batch_id, COALESCE(ended.state, 'running') AS state
+FROM requeue_batch batch
+LEFT JOIN requeue_batch_end ended
+    ON ended.namespace = batch.namespace AND ended.batch_id = batch.batch_id
+WHERE batch.batch_id < %(before)s::uuid ORDER BY batch.batch_id DESC LIMIT %(count)s;
+
+-- name: requeue_batches
+-- Given bulk requeues, how far they are, and what has become of their jobs by now; one that
+-- ended with no job out is not counted again. dead_letter_decision_by_batch serves it.
+SELECT batch.batch_id, batch.namespace, batch.endpoint_key, batch.cause, batch.run_profile_id,
+    batch.since_at, batch.until_at, batch.reason, batch.asked_by, batch.snapshot, batch.canary,
+    batch.rate, batch.is_stopping AS stop_on_failure, batch.size_limit, batch.matching,
+    batch.created_at, COALESCE(ended.state, 'running') AS state, lease.phase, lease.last_error,
+    COALESCE(jobs.requeued, ended.requeued) AS requeued,
+    COALESCE(jobs.delivered, ended.delivered) AS delivered,
+    COALESCE(jobs.failed, ended.failed) AS failed, COALESCE(jobs.pending, 0) AS pending, ended.why, ended.job_id,
+    ended.ended_at
+FROM unnest(%(namespace)s::text[], %(batch_id)s::uuid[]) AS asked (namespace, batch_id)
+JOIN requeue_batch batch
+    ON batch.namespace = asked.namespace AND batch.batch_id = asked.batch_id
+LEFT JOIN requeue_batch_end ended
+    ON ended.namespace = asked.namespace AND ended.batch_id = asked.batch_id
+LEFT JOIN requeue_lease lease
+    ON lease.namespace = asked.namespace AND lease.batch_id = asked.batch_id
+LEFT JOIN LATERAL (
+    SELECT count(*)::int AS requeued, count(*) FILTER (WHERE seen.is_delivered)::int AS delivered,
+        count(*) FILTER (WHERE NOT seen.is_delivered AND seen.is_dead)::int AS failed,
+        count(*) FILTER (WHERE NOT seen.is_delivered AND NOT seen.is_dead)::int AS pending
+    FROM dead_letter_decision decision
+    CROSS JOIN LATERAL (
+        SELECT EXISTS (SELECT FROM delivery_receipt receipt
+                WHERE receipt.namespace = decision.namespace
+                    AND receipt.job_id = decision.new_job_id
+                    AND receipt.outcome = 'delivered') AS is_delivered,
+            EXISTS (SELECT FROM dead_letter_dispatch dead
+                WHERE dead.namespace = decision.namespace
+                    AND dead.job_id = decision.new_job_id) AS is_dead
+    ) seen
+    WHERE decision.namespace = asked.namespace AND decision.batch_id = asked.batch_id
+) jobs ON ended.pending IS DISTINCT FROM 0
+ORDER BY batch.batch_id DESC;
 
 -- name: last_receipts
 -- The last receipt of each given job. The primary key serves it.
 SELECT last.* FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[]) AS asked (namespace, job_id)
 CROSS JOIN LATERAL (
     SELECT job_id, attempt, outcome, status, error, digest, size, queue_seconds, connect_seconds,
-        first_byte_seconds, total_seconds, answer, answer_content_type, node_id, started_at,
-        created_at
+        first_byte_seconds, total_seconds, answer, answer_content_type, is_probe, is_reused,
+        node_id, started_at, created_at
     FROM delivery_receipt receipt
     WHERE receipt.namespace = asked.namespace AND receipt.job_id = asked.job_id
     ORDER BY attempt DESC LIMIT 1
@@ -209,9 +280,8 @@ LEFT JOIN LATERAL (
 ) last ON true
 GROUP BY last.stage;
 
--- name: lanes
--- The lanes with jobs to send: how many, counted up to 1,000, and since or until when the first
--- is due. A loose scan of dispatch_lease_ready.
+-- name: waiting_lanes
+-- The lanes with jobs to send, up to 200: a loose scan of dispatch_lease_ready.
 WITH RECURSIVE lanes AS (
     (SELECT namespace, endpoint_key FROM dispatch_lease WHERE node_id IS NULL
     ORDER BY namespace, endpoint_key LIMIT 1)
@@ -223,21 +293,96 @@ WITH RECURSIVE lanes AS (
         ORDER BY namespace, endpoint_key LIMIT 1
     ) next
 )
-SELECT lanes.namespace, lanes.endpoint_key, depth.queued, NULLIF(first.due_at, 'infinity') AS due_at
-FROM (SELECT * FROM lanes LIMIT 200) lanes
+SELECT namespace, endpoint_key FROM lanes LIMIT 200;
+
+-- name: lane_window
+-- The lanes after one, in the order of their key. The primary key serves it.
+SELECT namespace, endpoint_key FROM lane
+WHERE (namespace, endpoint_key) > (%(namespace)s, %(endpoint_key)s)
+ORDER BY namespace, endpoint_key LIMIT %(count)s;
+
+-- name: lane_states
+-- Given lanes: breaker, queue (waiting and in flight, each counted up to 1,000; when the first
+-- is due), and what attempts came to. Indexes of dispatch_lease, the primary keys and
+-- lane_change_newest serve it.
+SELECT asked.namespace, asked.endpoint_key, lane.namespace IS NOT NULL AS is_known,
+    CASE WHEN lane.probe_at IS NULL THEN 'closed' ELSE 'open' END AS breaker,
+    opened.created_at AS opened_at, lane.probe_at, COALESCE(lane.failures, 0) AS failures,
+    COALESCE(lane.window_attempts, 0) AS window_attempts,
+    COALESCE(lane.window_failures, 0) AS window_failures, depth.waiting, flying.in_flight,
+    NULLIF(first.due_at, 'infinity') AS due_at,
+    tally.delivered, tally.failed, tally.not_sent, tally.unknown
+FROM unnest(%(namespace)s::text[], %(endpoint_key)s::text[]) AS asked (namespace, endpoint_key)
+LEFT JOIN lane ON lane.namespace = asked.namespace AND lane.endpoint_key = asked.endpoint_key
+LEFT JOIN LATERAL (
+    SELECT created_at FROM lane_change WHERE lane_change.namespace = lane.namespace
+        AND lane_change.endpoint_key = lane.endpoint_key AND change = 'opened'
+        AND lane.probe_at IS NOT NULL
+    ORDER BY created_at DESC LIMIT 1
+) opened ON true
 CROSS JOIN LATERAL (
-    SELECT count(*)::int AS queued FROM (
+    SELECT count(*)::int AS waiting FROM (
         SELECT FROM dispatch_lease WHERE node_id IS NULL
-            AND dispatch_lease.namespace = lanes.namespace
-            AND dispatch_lease.endpoint_key = lanes.endpoint_key
+            AND dispatch_lease.namespace = asked.namespace
+            AND dispatch_lease.endpoint_key = asked.endpoint_key
         LIMIT 1000) waiting
 ) depth
 CROSS JOIN LATERAL (
-    SELECT due_at FROM dispatch_lease WHERE node_id IS NULL
-        AND dispatch_lease.namespace = lanes.namespace
-        AND dispatch_lease.endpoint_key = lanes.endpoint_key
-    ORDER BY due_at LIMIT 1
-) first;
+    SELECT count(*)::int AS in_flight FROM (
+        SELECT FROM dispatch_lease WHERE node_id IS NOT NULL
+            AND dispatch_lease.namespace = asked.namespace
+            AND dispatch_lease.endpoint_key = asked.endpoint_key
+        LIMIT 1000) taken
+) flying
+CROSS JOIN LATERAL (
+    SELECT min(class.due_at) AS due_at FROM (VALUES (false), (true)) AS kind (is_retry)
+    CROSS JOIN LATERAL (
+        SELECT due_at FROM dispatch_lease WHERE node_id IS NULL
+            AND dispatch_lease.namespace = asked.namespace
+            AND dispatch_lease.endpoint_key = asked.endpoint_key
+            AND dispatch_lease.is_retry = kind.is_retry
+        ORDER BY due_at LIMIT 1
+    ) class
+) first
+CROSS JOIN LATERAL (
+    SELECT COALESCE(sum(delivered), 0)::bigint AS delivered,
+        COALESCE(sum(failed), 0)::bigint AS failed,
+        COALESCE(sum(not_sent), 0)::bigint AS not_sent,
+        COALESCE(sum(unknown), 0)::bigint AS unknown
+    FROM lane_tally WHERE lane_tally.namespace = asked.namespace
+        AND lane_tally.endpoint_key = asked.endpoint_key
+) tally
+ORDER BY asked.namespace, asked.endpoint_key;
+
+-- name: held_lanes
+-- Those of given lanes that their breaker holds: since when, and until the next probe. The
+-- primary key and lane_change_newest serve it.
+SELECT lane.endpoint_key, opened.created_at AS opened_at, lane.probe_at, lane.failures
+FROM unnest(%(namespace)s::text[], %(endpoint_key)s::text[]) AS asked (namespace, endpoint_key)
+JOIN lane ON lane.namespace = asked.namespace AND lane.endpoint_key = asked.endpoint_key
+LEFT JOIN LATERAL (
+    SELECT created_at FROM lane_change WHERE lane_change.namespace = lane.namespace
+        AND lane_change.endpoint_key = lane.endpoint_key AND change = 'opened'
+    ORDER BY created_at DESC LIMIT 1
+) opened ON true
+WHERE lane.probe_at IS NOT NULL;
+
+-- name: lane_changes
+-- What a lane's breaker did, the newest first. lane_change_newest serves it.
+SELECT change, failures, window_attempts, window_failures, hold_seconds, node_id, created_at
+FROM lane_change
+WHERE namespace = %(namespace)s AND endpoint_key = %(endpoint_key)s
+ORDER BY created_at DESC LIMIT %(count)s;
+
+-- name: dispatch_load
+-- What all nodes have to dispatch: lanes held, jobs that wait and attempts that are open, each
+-- counted up to 10,000 by an index.
+SELECT (SELECT count(probe_at) FROM (SELECT probe_at FROM lane LIMIT 10000) lanes)::int
+        AS lanes_held,
+    (SELECT count(*) FROM (SELECT FROM dispatch_lease WHERE node_id IS NULL LIMIT 10000) ready)::int
+        AS waiting,
+    (SELECT count(*) FROM (SELECT FROM dispatch_lease WHERE node_id IS NOT NULL LIMIT 10000)
+        taken)::int AS in_flight;
 
 -- name: in_flight
 -- How many attempts are on the wire, counted up to 10,000. dispatch_lease_taken serves it.

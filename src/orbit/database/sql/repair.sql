@@ -2,7 +2,8 @@
 -- alone what has its lease, so that all of it may run again at any time.
 --
 -- To be run in one transaction, in this order: what may change leases or drop facts is locked out
--- first (configuration, partitions, then dispatch_lease before cycle_lease, as everywhere).
+-- first (configuration, partitions, then requeue_lease, dispatch_lease and cycle_lease, as
+-- everywhere).
 -- These statements read whole tables; they are for a bad day, not for every day.
 
 -- name: prepare
@@ -19,7 +20,7 @@ SELECT pg_advisory_xact_lock(hashtext('orbit.partitions'));
 
 -- name: lock_leases
 -- Waits for every transaction that moves a lease, and keeps others from beginning.
-LOCK TABLE dispatch_lease, cycle_lease IN SHARE ROW EXCLUSIVE MODE;
+LOCK TABLE requeue_lease, dispatch_lease, cycle_lease IN SHARE ROW EXCLUSIVE MODE;
 
 -- name: rebuild_configuration
 -- The revision in force is the one that was activated last.
@@ -32,14 +33,14 @@ ON CONFLICT DO NOTHING;
 -- any that is known: an owner from before, whose last number nobody knows, stays fenced out. A
 -- job whose payload retention has dropped is history.
 INSERT INTO dispatch_lease (namespace, job_id, endpoint_key, cycle_id, due_at, lease_number,
-    attempt, is_requeued)
+    attempt, is_retry, spared, is_requeued)
 SELECT job.namespace, job.job_id, job.endpoint_key, job.cycle_id, orbit_now(),
     COALESCE(seen.lease_number, 0) + %(stride)s, COALESCE(seen.attempt, 0),
-    job.requeued_from IS NOT NULL
+    COALESCE(seen.attempt, 0) > 0, COALESCE(seen.spared, 0), job.requeued_from IS NOT NULL
 FROM dispatch_job job
 LEFT JOIN (
     SELECT namespace, job_id, max(lease_number) AS lease_number, max(attempt) AS attempt,
-        bool_or(outcome = 'delivered') AS is_delivered
+        count(*) FILTER (WHERE is_probe)::int AS spared, bool_or(outcome = 'delivered') AS is_delivered
     FROM delivery_receipt GROUP BY namespace, job_id
 ) seen ON seen.namespace = job.namespace AND seen.job_id = job.job_id
 WHERE seen.is_delivered IS NOT TRUE
@@ -116,3 +117,19 @@ WHERE cycle_lease.namespace = counted.namespace AND cycle_lease.cycle_id = count
 -- name: completed_cycles
 -- The cycles whose jobs are all done: nobody else would end them.
 SELECT namespace, cycle_id FROM cycle_lease WHERE outstanding = 0 ORDER BY namespace, cycle_id;
+
+-- name: rebuild_requeues
+-- A bulk requeue that has not ended goes on from its first dead letter: those that it brought
+-- back are decided. Its canaries are looked at again.
+INSERT INTO requeue_lease (namespace, batch_id, due_at, lease_number, phase, requeued, stepped_at)
+SELECT batch.namespace, batch.batch_id, orbit_now(), %(stride)s,
+    CASE WHEN batch.canary > 0 THEN 'canary' ELSE 'flowing' END,
+    (SELECT count(*) FROM dead_letter_decision decision
+        WHERE decision.namespace = batch.namespace AND decision.batch_id = batch.batch_id),
+    orbit_now()
+FROM requeue_batch batch
+WHERE NOT EXISTS (SELECT FROM requeue_batch_end ended
+        WHERE ended.namespace = batch.namespace AND ended.batch_id = batch.batch_id)
+    AND NOT EXISTS (SELECT FROM requeue_lease lease
+        WHERE lease.namespace = batch.namespace AND lease.batch_id = batch.batch_id)
+ORDER BY batch.namespace, batch.batch_id;

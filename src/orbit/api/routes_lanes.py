@@ -1,0 +1,44 @@
+"""Lanes: listed, and one with its limits and what its breaker did.
+
+Reads only: what a lane may do is said by ORBIT_DISPATCH_ENDPOINTS, and a breaker closes by a
+probe that is delivered.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from orbit.api.bodies import Key, PageFilter
+from orbit.app import Node
+from orbit.reading.lanes import LaneDetail, LaneView, lane, lanes
+from orbit.reading.view import Page
+
+
+class LaneFilter(PageFilter):
+    """Which lanes are listed."""
+
+    namespace: Key | None = None
+    endpoint_key: Key | None = None
+
+
+def lanes_router(node: Node) -> APIRouter:
+    """The routes, for one node."""
+    router = APIRouter(prefix="/lanes", tags=["lanes"])
+    endpoints = {one.key: one for one in node.settings.dispatch_endpoints}
+
+    @router.get("", summary="Lanes: a namespace's queue for an endpoint")
+    async def listed(asked: Annotated[LaneFilter, Query()]) -> Page[LaneView]:
+        """In the order of their key; a lane is listed once a worker has seen a job of it."""
+        return await lanes(node.database, **asked.model_dump())
+
+    @router.get("/{namespace}/{endpointKey}", summary="A lane with limits and last changes")
+    async def shown(
+        namespace: str,
+        endpointKey: str,  # noqa: N803 - the name that OpenAPI shows
+    ) -> LaneDetail:
+        """The limits are those of this node; `changes` are the last 50, newest first."""
+        return await lane(node.database, namespace, endpointKey, endpoints.get(endpointKey))
+
+    return router

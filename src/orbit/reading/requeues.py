@@ -1,0 +1,117 @@
+"""Bulk requeues: what was asked for, how far they are, and what became of their jobs.
+
+The counts are always those of now: jobs of a batch that ended go on until they are delivered or
+dead letters again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from orbit.database.pool import Database
+from orbit.database.queries import array, load
+from orbit.errors import NotFound
+from orbit.reading.view import (
+    LARGEST_ID,
+    Page,
+    Position,
+    Row,
+    View,
+    check_cursor_id,
+    known_id,
+    position_of,
+    read_all,
+    read_page,
+)
+
+SQL = load("reading")
+FIND_SQL = load("requeues")
+
+
+@dataclass(frozen=True, slots=True)
+class BulkRequeue(View):
+    """A bulk requeue; `state` is `running`, `finished`, `stopped` or `cancelled`.
+
+    While it runs it has a `phase`, `canary` or `flowing`, and `last_error` if no step could be
+    done. `matching` is how many dead letters it found; of `requeued` jobs some are `delivered`,
+    `failed` (dead letters again) or `pending`. `why` it ended; `job_id` stopped it.
+    """
+
+    batch_id: str
+    namespace: str
+    endpoint_key: str | None
+    cause: str | None
+    run_profile_id: str | None
+    since_at: datetime | None
+    until_at: datetime
+    reason: str
+    asked_by: str | None
+    snapshot: str
+    canary: int
+    rate: float | None
+    stop_on_failure: bool
+    size_limit: int | None
+    matching: int
+    created_at: datetime
+    state: str
+    phase: str | None
+    last_error: str | None
+    requeued: int
+    delivered: int
+    failed: int
+    pending: int
+    why: str | None
+    job_id: str | None
+    ended_at: datetime | None
+
+
+async def bulk_requeues(
+    database: Database,
+    *,
+    namespace: str | None = None,
+    state: str | None = None,
+    limit: int = 50,
+    cursor: str | None = None,
+) -> Page[BulkRequeue]:
+    """Bulk requeues newest first. Raises RequestInvalid for a cursor that is none."""
+    wanted = {"namespace": namespace, "state": state}
+    filters = {name: value for name, value in wanted.items() if value is not None}
+
+    async def scan(after: Position | None, count: int) -> Sequence[Row]:
+        before = after[0] if after else LARGEST_ID
+        return await database.fetch_all(SQL.requeue_window, {"before": before, "count": count})
+
+    async def choose(rows: Sequence[Row]) -> Mapping[Position, BulkRequeue]:
+        asked = [row for row in rows if all(row[name] == value for name, value in filters.items())]
+        return {(one.batch_id,): one for one in await _read(database, asked)}
+
+    return await read_page(
+        scan,
+        lambda row: (row["batch_id"],),
+        choose,
+        after=position_of(cursor, check_cursor_id),
+        limit=limit,
+        is_filtered=bool(filters),
+    )
+
+
+async def bulk_requeue(database: Database, batch_id: str) -> BulkRequeue:
+    """One bulk requeue. Raises NotFound."""
+    asked = known_id(batch_id, "bulk requeue")
+    row = await database.fetch_one(FIND_SQL.find_batch, {"batch_id": asked})
+    if row is None:
+        raise NotFound(f"there is no bulk requeue {asked}")
+    (found,) = await _read(database, [{"namespace": row["namespace"], "batch_id": asked}])
+    return found
+
+
+async def _read(database: Database, rows: Sequence[Row]) -> list[BulkRequeue]:
+    if not rows:
+        return []
+    asked = {
+        "namespace": array(row["namespace"] for row in rows),
+        "batch_id": array(row["batch_id"] for row in rows),
+    }
+    return [BulkRequeue(**row) for row in await read_all(database, SQL.requeue_batches, asked)]
