@@ -158,7 +158,7 @@ async def test_a_slow_rate_still_sends(database: Database, clock: DatabaseClock)
     assert len(await take(worker)) == 1
     assert await take(worker) == []
     found = await lane(worker)
-    assert 9 < found.ready_in_seconds(0.1) <= 10
+    assert 9 < found.ready_in_seconds(endpoint(rate=0.1)) <= 10
     await let_pass(database, 10)
     assert len(await take(worker)) == 1
 
@@ -313,6 +313,38 @@ async def test_what_the_receiver_refuses_for_good_does_not_open_it(
         await worker.queue.settle(job, result, now, now, permanent_statuses={422})
     assert await breaker(database) == "closed"
     assert await count(database, "dead_letter_dispatch") == 6
+
+
+async def test_a_probe_that_is_refused_for_good_closes_the_breaker(
+    database: Database, clock: DatabaseClock
+) -> None:
+    """The receiver is there again, and judges payloads."""
+    worker = Worker.new(database, clock, endpoint=endpoint(breaker=BREAKER))
+    await queued(worker, 4)
+    await settle_all(worker, await take(worker, 3), FAILED)
+    await let_pass(database, 60)
+    (probe,) = await take(worker)
+    result = WireResult(Outcome.FAILED, status=422, cause="status 422")
+    now = clock.now()
+    await worker.queue.settle(probe, result, now, now, permanent_statuses={422})
+    assert await breaker(database) == "closed"
+
+
+async def test_a_breaker_switched_off_holds_nothing(
+    database: Database, clock: DatabaseClock
+) -> None:
+    """A lane that was held when its breaker was taken away flows at once, and counts attempts."""
+    worker = Worker.new(database, clock, endpoint=endpoint(breaker=BREAKER))
+    without = Worker.new(database, clock, endpoint=endpoint())
+    await queued(worker, 5)
+    await settle_all(worker, await take(worker, 3), FAILED)
+    assert (await lane(without)).ready_in_seconds(endpoint()) <= 0
+    jobs = await take(without)
+    assert [job.is_probe for job in jobs] == [False] * 5
+    await settle_all(without, jobs[:1], FAILED)
+    assert await breaker(database) == "open"
+    await settle_all(without, jobs[1:])
+    assert await breaker(database) == "closed"
 
 
 # ---- unknown, tallies

@@ -23,6 +23,7 @@ from psycopg.rows import DictRow, dict_row
 from psycopg.types.string import TextLoader
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
+from orbit.database.cursor import BinaryList, BinaryListDumper, Cursor
 from orbit.errors import DatabaseUnavailable, OrbitError
 
 Connection = AsyncConnection[DictRow]
@@ -77,6 +78,7 @@ class Database:
             kwargs={
                 "autocommit": True,
                 "row_factory": dict_row,
+                "cursor_factory": Cursor,
                 "prepare_threshold": 0 if is_preparing else None,
                 "application_name": "orbit",
                 **self._options,
@@ -108,6 +110,7 @@ class Database:
     async def _configure(self, connection: Connection) -> None:
         wanted = session_settings(self._transaction_seconds) | _NOTICING
         await connection.execute(_SET, (list(wanted), list(wanted.values())), prepare=False)
+        connection.adapters.register_dumper(BinaryList, BinaryListDumper)
         connection.adapters.register_loader("uuid", TextLoader)
         connection.adapters.register_loader("uuid", _IdLoader)
 

@@ -62,6 +62,8 @@ async def claim(
             {
                 "namespace": array(namespace for namespace, _ in leases),
                 "cycle_id": array(cycle_id for _, cycle_id in leases),
+                "first": min(cycle_id for _, cycle_id in leases),
+                "last": max(cycle_id for _, cycle_id in leases),
                 "inline_bytes": INLINE_BYTES,
             },
             binary=True,

@@ -10,7 +10,7 @@ the wire. The lease is moved by its holder only.
 
 A lane is a namespace's queue for an endpoint; all nodes share its cap, rate and breaker. While a
 breaker is open one attempt at a time probes the lane, and is not counted against its job: an
-outage, however long, sends nothing to the dead letters.
+outage, however long, costs a job at most the attempts that it made before the breaker opened.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from datetime import datetime
 from typing import Any
 
 import structlog
-from psycopg.rows import args_row
 
 from orbit import metrics
 from orbit.database.group_commit import GroupCommit
@@ -41,6 +40,7 @@ SECRET_UNREADABLE = "secret unreadable"  # noqa: S105 - a cause
 CUT_OFF = "cut off"
 NOT_OF_LANE = frozenset({SECRET_UNREADABLE, CUT_OFF})  # say nothing of the receiver
 _TALLY_PARTS = 8
+_NEVER_OPENS = Breaker(failures=2**31 - 1, share=2.0)  # but closes, if it was open before
 _ANY_ENDPOINT = Endpoint(key="", url="")  # of a job whose endpoint this node does not know
 _log = structlog.get_logger("orbit.dispatch")
 
@@ -94,9 +94,11 @@ class Lane:
     def key(self) -> LaneKey:
         return self.namespace, self.endpoint_key
 
-    def ready_in_seconds(self, rate: float | None) -> float:
+    def ready_in_seconds(self, endpoint: Endpoint) -> float:
         """When a claim may find something; with a rate, that is worth a claim."""
-        ready = max(self.due_in_seconds, self.probe_in_seconds or 0.0)
+        is_held = self.probe_in_seconds is not None and endpoint.breaker is not None
+        ready = max(self.due_in_seconds, (self.probe_in_seconds or 0.0) if is_held else 0.0)
+        rate = endpoint.rate_per_second
         if rate is None or self.tokens is None:
             return ready
         missing = grain(rate) - self.tokens
@@ -123,8 +125,8 @@ class NextMove:
 class Settlement:
     """The end of one attempt: its receipt, and the job's next move.
 
-    `is_failure`: it tells against the lane. A payload that is refused for good does not, nor does
-    a worker that died or was stopped.
+    `is_lane_well`: what it says of the lane. None: nothing, as when a payload is refused for good
+    (unless it was a probe: the receiver is back) or when its worker died or was stopped.
     """
 
     namespace: str
@@ -141,7 +143,7 @@ class Settlement:
     queue_seconds: float | None
     started_at: datetime | None
     move: NextMove
-    is_failure: bool
+    is_lane_well: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,17 +214,32 @@ class DispatchQueue:
             "room": array(rooms.values()),
             "cap": array(endpoint.max_concurrency for endpoint in endpoints),
             "rate": array(endpoint.rate_per_second for endpoint in endpoints),
+            "has_breaker": array(endpoint.breaker is not None for endpoint in endpoints),
             "retry_share": RETRY_SHARE,
             "chance": self._policy.draw(),
             "node_id": self._node_id,
             "lease_seconds": self._lease_seconds,
-            "inline_bytes": INLINE_BYTES,
         }
         async with self._database.batch() as connection:
             await connection.execute(SQL.hold_lanes, _keys(rooms))
-            cursor = connection.cursor(binary=True, row_factory=_claimed_row)
-            await cursor.execute(SQL.claim_jobs, asked)
-        return await cursor.fetchall()
+            cursor = await connection.execute(SQL.claim_jobs, asked, binary=True)
+        leases = {row["job_id"]: row for row in await cursor.fetchall()}
+        return await self._claimed(leases) if leases else []
+
+    async def _claimed(self, leases: Mapping[str, dict[str, Any]]) -> list[ClaimedJob]:
+        """The jobs of these leases; what they are never changes, so it is read apart."""
+        cycles = [lease["cycle_id"] for lease in leases.values()]
+        asked = {
+            "namespace": array(lease["namespace"] for lease in leases.values()),
+            "job_id": array(leases),
+            "first_job": min(leases),
+            "last_job": max(leases),
+            "first_cycle": min(cycles),
+            "last_cycle": max(cycles),
+            "inline_bytes": INLINE_BYTES,
+        }
+        rows = await self._database.fetch_all(SQL.claimed_jobs, asked)
+        return [ClaimedJob(**leases[row["job_id"]] | row) for row in rows]
 
     async def content(self, job: ClaimedJob) -> bytes:
         """The job's bytes."""
@@ -255,7 +272,7 @@ class DispatchQueue:
             permanent_statuses=permanent_statuses,
             on_unknown=on_unknown,
         )
-        is_of_lane = result.status not in permanent_statuses and result.cause not in NOT_OF_LANE
+        is_final = result.status in permanent_statuses
         await self._settlements.commit(
             Settlement(
                 namespace=job.namespace,
@@ -272,7 +289,7 @@ class DispatchQueue:
                 queue_seconds=job.queue_seconds,
                 started_at=started_at,
                 move=move,
-                is_failure=result.outcome is not Outcome.DELIVERED and is_of_lane,
+                is_lane_well=_is_lane_well(result, is_final=is_final, is_probe=job.is_probe),
             )
         )
         return move
@@ -299,7 +316,7 @@ class DispatchQueue:
         )
         given = {name: row[name] for name in _LOST}
         return Settlement(
-            **given, result=lost, queue_seconds=None, started_at=None, move=move, is_failure=False
+            **given, result=lost, queue_seconds=None, started_at=None, move=move, is_lane_well=None
         )
 
     async def renew(self, jobs: Sequence[ClaimedJob]) -> set[tuple[str, int]]:
@@ -337,6 +354,8 @@ class DispatchQueue:
     ) -> list[dict[str, Any]]:
         """Writes the ends of attempts; how many cycles ended with them, and lanes' changes."""
         given = {**_rows(settlements), **self._lane_rows(settlements)}
+        cycles = [settlement.cycle_id for settlement in settlements]
+        given |= {"first_cycle": min(cycles), "last_cycle": max(cycles)}
         given |= {"part": self._part, "settler_id": self._node_id}
         cursor = await connection.execute(SQL.settle_jobs, given)
         return await cursor.fetchall()
@@ -350,20 +369,15 @@ class DispatchQueue:
                 _log.warning(f"lane_{row['change']}", **{name: row[name] for name in _TOLD})
 
     def _lane_rows(self, settlements: Sequence[Settlement]) -> dict[str, Any]:
-        """What the batch says of each lane, with its breaker's limits; without a breaker: no."""
+        """What the batch says of each lane, with its breaker's limits."""
         lanes: dict[LaneKey, list[Settlement]] = {}
         for settlement in settlements:
             lanes.setdefault((settlement.namespace, settlement.endpoint_key), []).append(settlement)
-        found = [
-            (key, breaker, ends)
-            for key, ends in lanes.items()
-            if (breaker := self.endpoint(key[1]).breaker) is not None
-        ]
-        results = [_lane_result(ends) for _, _, ends in found]
-        breakers: list[Breaker] = [breaker for _, breaker, _ in found]
+        results = [_lane_result(ends) for ends in lanes.values()]
+        breakers = [self.endpoint(key).breaker or _NEVER_OPENS for _, key in lanes]
         return {
-            "lane_namespace": array(key[0] for key, _, _ in found),
-            "lane_key": array(key[1] for key, _, _ in found),
+            "lane_namespace": array(namespace for namespace, _ in lanes),
+            "lane_key": array(key for _, key in lanes),
             **{name: array(r[name] for r in results) for name in _LANE_RESULT},
             "limit_failures": array(breaker.failures for breaker in breakers),
             "limit_share": array(breaker.share for breaker in breakers),
@@ -374,7 +388,6 @@ class DispatchQueue:
         }
 
 
-_claimed_row = args_row(ClaimedJob)  # the statement's columns are its fields, in their order
 _LOST = (
     "namespace",
     "job_id",
@@ -391,20 +404,24 @@ _TOLD = ("namespace", "endpoint_key", "failures", "hold_seconds")
 _LANE_RESULT = ("attempts", "failures", "last_failures", "has_success", "has_probe_failed")
 
 
+def _is_lane_well(result: WireResult, *, is_final: bool, is_probe: bool) -> bool | None:
+    if result.outcome is Outcome.DELIVERED or (is_final and is_probe):
+        return True
+    return None if is_final or result.cause in NOT_OF_LANE else False
+
+
 def _lane_result(ends: Sequence[Settlement]) -> dict[str, int | bool]:
     """Counts of one lane's ends, in the order in which they came."""
+    verdicts = [end.is_lane_well for end in ends]
     last_failures = 0
-    for end in ends:
-        if end.result.outcome is Outcome.DELIVERED:
-            last_failures = 0
-        else:
-            last_failures += end.is_failure
+    for is_well in verdicts:
+        last_failures = 0 if is_well else last_failures + (is_well is False)
     return {
         "attempts": len(ends),
-        "failures": sum(end.is_failure for end in ends),
+        "failures": verdicts.count(False),
         "last_failures": last_failures,
-        "has_success": any(end.result.outcome is Outcome.DELIVERED for end in ends),
-        "has_probe_failed": any(end.is_probe and end.is_failure for end in ends),
+        "has_success": True in verdicts,
+        "has_probe_failed": any(end.is_probe and end.is_lane_well is False for end in ends),
     }
 
 

@@ -158,8 +158,7 @@ class Dispatcher(Service):
         asked_at = self._clock.monotonic()
         self._look_at = asked_at + self._poll_seconds
         self._ready_at = {
-            lane.key: asked_at
-            + lane.ready_in_seconds(self._queue.endpoint(lane.endpoint_key).rate_per_second)
+            lane.key: asked_at + lane.ready_in_seconds(self._queue.endpoint(lane.endpoint_key))
             for lane in await self._queue.lanes()
         }
 

@@ -135,22 +135,26 @@ FROM unnest(%(namespace)s::text[], %(cycle_id)s::uuid[]) AS claimed (namespace, 
 CROSS JOIN LATERAL (
     SELECT * FROM cycle_run
     WHERE cycle_run.namespace = claimed.namespace AND cycle_run.cycle_id = claimed.cycle_id
+        AND cycle_run.cycle_id BETWEEN %(first)s::uuid AND %(last)s::uuid
     OFFSET 0
 ) run
 CROSS JOIN LATERAL (
     SELECT context FROM initiation
     WHERE initiation.namespace = claimed.namespace AND initiation.cycle_id = claimed.cycle_id
+        AND initiation.cycle_id BETWEEN %(first)s::uuid AND %(last)s::uuid
     OFFSET 0
 ) initiation
 LEFT JOIN LATERAL (
     SELECT stage, digest, content_type, size FROM cycle_checkpoint checkpoint
     WHERE checkpoint.namespace = claimed.namespace AND checkpoint.cycle_id = claimed.cycle_id
+        AND checkpoint.cycle_id BETWEEN %(first)s::uuid AND %(last)s::uuid
     ORDER BY orbit_stage_number(stage) DESC LIMIT 1
 ) last ON true
 LEFT JOIN LATERAL (
     SELECT content FROM payload
     WHERE payload.namespace = claimed.namespace AND payload.cycle_id = claimed.cycle_id
         AND payload.digest = last.digest AND last.size <= %(inline_bytes)s
+        AND payload.cycle_id BETWEEN %(first)s::uuid AND %(last)s::uuid
     OFFSET 0
 ) payload ON true;
 

@@ -75,8 +75,7 @@ FOR NO KEY UPDATE OF lane;
 -- name: claim_jobs
 -- Opens the next attempt of due jobs: of each lane as many as the caller has room for and its cap
 -- and tokens allow, or one probe of a held lane. Later attempts come first up to their share.
--- dispatch_lease_ready and dispatch_lease_taken serve it; OFFSET 0 keeps the look-ups what they
--- are, one by its whole key for each job, whatever the planner believes of the tables' sizes.
+-- dispatch_lease_ready and dispatch_lease_taken serve it.
 WITH open_lane AS MATERIALIZED (
     SELECT asked.*, lane.probe_at IS NOT NULL AS is_probe, flying.retries,
         CASE WHEN asked.rate IS NOT NULL THEN LEAST(GREATEST(asked.rate, 1),
@@ -86,9 +85,11 @@ WITH open_lane AS MATERIALIZED (
             WHEN lane.probe_at <= orbit_now() AND flying.jobs = 0 THEN 1
             ELSE 0 END AS free
     FROM unnest(%(namespace)s::text[], %(endpoint_key)s::text[], %(room)s::int[],
-        %(cap)s::int[], %(rate)s::float8[]) AS asked (namespace, endpoint_key, room, cap, rate)
+        %(cap)s::int[], %(rate)s::float8[], %(has_breaker)s::boolean[])
+        AS asked (namespace, endpoint_key, room, cap, rate, has_breaker)
     CROSS JOIN LATERAL (
-        SELECT * FROM lane WHERE lane.namespace = asked.namespace
+        SELECT tokens, tokens_at, CASE WHEN asked.has_breaker THEN lane.probe_at END AS probe_at
+        FROM lane WHERE lane.namespace = asked.namespace
             AND lane.endpoint_key = asked.endpoint_key OFFSET 0
     ) lane
     CROSS JOIN LATERAL (
@@ -152,25 +153,34 @@ WITH open_lane AS MATERIALIZED (
         dispatch_lease.is_probe, dispatch_lease.spared,
         extract(epoch FROM orbit_now() - due.due_at)::float8 AS queue_seconds
 )
-SELECT claimed.namespace, claimed.job_id::text, claimed.cycle_id::text, claimed.endpoint_key,
-    claimed.lease_number, claimed.attempt, claimed.is_probe, claimed.spared,
-    claimed.queue_seconds, job.snapshot_id, job.digest, job.content_type, job.size,
+SELECT namespace, job_id::text, cycle_id::text, endpoint_key, lease_number, attempt, is_probe,
+    spared, queue_seconds
+FROM claimed;
+
+-- name: claimed_jobs
+-- What jobs are, with their bytes if there are few. The bounds leave out the partitions that hold
+-- none of them, however many there are; OFFSET 0 keeps the look-ups what they are, one by its
+-- whole key for each job, whatever the planner believes of the tables' sizes.
+SELECT job.job_id::text, job.snapshot_id, job.digest, job.content_type, job.size,
     job.max_attempts, run.profile_id, run.run_profile_id, run.traceparent, payload.content
-FROM claimed
+FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[]) AS claimed (namespace, job_id)
 CROSS JOIN LATERAL (
-    SELECT snapshot_id, digest, content_type, size, max_attempts FROM dispatch_job
+    SELECT * FROM dispatch_job
     WHERE dispatch_job.namespace = claimed.namespace AND dispatch_job.job_id = claimed.job_id
+        AND dispatch_job.job_id BETWEEN %(first_job)s::uuid AND %(last_job)s::uuid
     OFFSET 0
 ) job
 CROSS JOIN LATERAL (
     SELECT profile_id, run_profile_id, traceparent FROM cycle_run
-    WHERE cycle_run.namespace = claimed.namespace AND cycle_run.cycle_id = claimed.cycle_id
+    WHERE cycle_run.namespace = claimed.namespace AND cycle_run.cycle_id = job.cycle_id
+        AND cycle_run.cycle_id BETWEEN %(first_cycle)s::uuid AND %(last_cycle)s::uuid
     OFFSET 0
 ) run
 LEFT JOIN LATERAL (
     SELECT content FROM payload
-    WHERE payload.namespace = claimed.namespace AND payload.cycle_id = claimed.cycle_id
+    WHERE payload.namespace = claimed.namespace AND payload.cycle_id = job.cycle_id
         AND payload.digest = job.digest AND job.size <= %(inline_bytes)s
+        AND payload.cycle_id BETWEEN %(first_cycle)s::uuid AND %(last_cycle)s::uuid
     OFFSET 0
 ) payload ON true;
 
@@ -326,7 +336,8 @@ WITH result AS MATERIALIZED (
     FROM ended
     CROSS JOIN LATERAL (
         SELECT * FROM cycle_run run
-        WHERE run.namespace = ended.namespace AND run.cycle_id = ended.cycle_id OFFSET 0
+        WHERE run.namespace = ended.namespace AND run.cycle_id = ended.cycle_id
+            AND run.cycle_id BETWEEN %(first_cycle)s::uuid AND %(last_cycle)s::uuid OFFSET 0
     ) run
     WHERE run.profile_id IS NOT NULL
     ON CONFLICT DO NOTHING

@@ -379,10 +379,10 @@ ORDER BY created_at DESC LIMIT %(count)s;
 -- counted up to 10,000 by an index.
 SELECT (SELECT count(probe_at) FROM (SELECT probe_at FROM lane LIMIT 10000) lanes)::int
         AS lanes_held,
-    (SELECT count(*) FROM (SELECT FROM dispatch_lease WHERE node_id IS NULL LIMIT 10000) ready)::int
-        AS waiting,
-    (SELECT count(*) FROM (SELECT FROM dispatch_lease WHERE node_id IS NOT NULL LIMIT 10000)
-        taken)::int AS in_flight;
+    (SELECT count(*) FROM (SELECT FROM dispatch_lease WHERE node_id IS NULL
+        ORDER BY namespace, endpoint_key LIMIT 10000) ready)::int AS waiting,
+    (SELECT count(*) FROM (SELECT FROM dispatch_lease WHERE node_id IS NOT NULL
+        ORDER BY namespace, endpoint_key LIMIT 10000) taken)::int AS in_flight;
 
 -- name: in_flight
 -- How many attempts are on the wire, counted up to 10,000. dispatch_lease_taken serves it.
