@@ -40,7 +40,7 @@ class _Everywhere(dict[str, Endpoint]):
         super().__init__()
         self._endpoint = endpoint
 
-    def get(self, _key: str, _default: object = None) -> Endpoint:  # type: ignore[override]
+    def get(self, _key: str, _default: object = None) -> Endpoint:
         return self._endpoint
 
 

@@ -148,6 +148,7 @@ WITH open_lane AS MATERIALIZED (
         is_probe = due.is_probe, spared = spared + due.is_probe::int
     FROM due
     WHERE dispatch_lease.namespace = due.namespace AND dispatch_lease.job_id = due.job_id
+        AND (SELECT count(*) FROM due) IS NOT NULL  -- all are found before any is changed
     RETURNING dispatch_lease.namespace, dispatch_lease.job_id, dispatch_lease.cycle_id,
         dispatch_lease.endpoint_key, dispatch_lease.lease_number, dispatch_lease.attempt,
         dispatch_lease.is_probe, dispatch_lease.spared,
@@ -378,6 +379,7 @@ WITH result AS MATERIALIZED (
         ON lane.namespace = verdict.namespace AND lane.endpoint_key = verdict.endpoint_key
     WHERE (verdict.failures > 0 OR lane.failures > 0 OR lane.window_failures > 0
         OR lane.probe_at IS NOT NULL) AND (SELECT count(*) FROM tallied) IS NOT NULL
+        AND (lane.namespace, lane.endpoint_key) IN (SELECT namespace, endpoint_key FROM written)
     ORDER BY lane.namespace, lane.endpoint_key
     FOR NO KEY UPDATE OF lane
 ), weighed AS MATERIALIZED (
@@ -391,7 +393,7 @@ WITH result AS MATERIALIZED (
         CASE WHEN probe_at IS NOT NULL AND has_success THEN 'closed'
             WHEN probe_at IS NOT NULL AND has_probe_failed THEN 'held'
             WHEN probe_at IS NULL AND failures >= limit_failures THEN 'opened'
-            WHEN probe_at IS NULL AND attempts_seen >= least
+            WHEN probe_at IS NULL AND new_failures > 0 AND attempts_seen >= least
                 AND failures_seen >= limit_share * attempts_seen THEN 'opened' END AS change
     FROM weighed
 ), moved AS (
