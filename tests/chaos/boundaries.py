@@ -46,7 +46,7 @@ def install(point: str, moment: str) -> None:
         case "accept":
             _wrap(Intake, "_flush", moment)
         case "receipt":
-            _wrap(DispatchQueue, "_flush", moment, is_transaction=False)
+            _wrap(DispatchQueue, "_flush", moment)
         case "claim_cycle":
             _wrap(runner, "claim", moment)
         case "claim_job":

@@ -18,7 +18,6 @@ from tests.chaos.proof import assert_exactly_once, finished
 log = logging.getLogger(__name__)  # figures: pytest --log-cli-level=info
 
 _COMMITTED = b"C\x00\x00\x00\x0bCOMMIT\x00"  # CommandComplete of COMMIT
-_SETTLED = b"ended\x00"  # RowDescription of the settlement, a transaction of its own
 _SHAPES = (
     RunProfileShape("plain", items=3),
     RunProfileShape("begun", "west", has_initiator=True, items=2),
@@ -77,7 +76,7 @@ class FaithlessProxy:
     def _is_lost(self, chunk: bytes) -> bool:
         if not self.is_faithless:
             return False
-        if (_COMMITTED in chunk or _SETTLED in chunk) and self._chance.random() < 0.3:
+        if _COMMITTED in chunk and self._chance.random() < 0.3:
             self.lost_commits += 1
             return True
         if self._chance.random() < 0.02:

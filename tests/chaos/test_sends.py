@@ -13,6 +13,7 @@ import contextlib
 import json
 import random
 import re
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -106,7 +107,10 @@ def _header(head: str, name: str) -> str:
 async def striking(point: Point) -> AsyncIterator[Striker]:
     """The receiver on a free port."""
     striker = Striker(point.body_bytes)
-    server = await asyncio.start_server(striker.talk, "127.0.0.1", 0, limit=1 << 16)
+    listener = socket.create_server(("127.0.0.1", 0))
+    # A small window: else the kernels' buffers may take the whole body before anybody reads it.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    server = await asyncio.start_server(striker.talk, sock=listener, limit=1 << 16)
     striker.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/in"
     yield striker
     server.close()

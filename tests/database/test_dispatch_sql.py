@@ -269,6 +269,8 @@ async def test_a_cycle_with_jobs_out_is_not_ended(worker: Worker) -> None:
     touched = {
         "namespace": array([cycle.namespace]),
         "cycle_id": array([cycle.cycle_id]),
+        "first": cycle.cycle_id,
+        "last": cycle.cycle_id,
         "node_id": worker.node_id,
     }
     assert await worker.database.fetch_all(CYCLE.end_dispatched, touched) == []

@@ -9,7 +9,7 @@ import pytest
 from orbit.clock import DatabaseClock
 from orbit.database.pool import Database
 from orbit.endpoints import Breaker, Endpoint
-from orbit.execution.dispatch import ClaimedJob, Lane
+from orbit.execution.dispatch import SECRET_UNREADABLE, ClaimedJob, Lane
 from orbit.execution.wire import Outcome, WireResult
 from tests.database.engine import DELIVERED, FAILED, Worker, count, expire, only
 
@@ -177,6 +177,22 @@ async def test_a_run_of_failures_opens_the_breaker(
     assert await take(worker) == []
     assert (await lane(worker)).probe_in_seconds == pytest.approx(60, abs=5)
     assert await count(database, "delivery_receipt") == 3
+
+
+async def test_failures_from_without_a_breaker_open_none_by_themselves(
+    database: Database, clock: DatabaseClock
+) -> None:
+    """A breaker that is switched on waits for the next failure before it judges."""
+    without = Worker.new(database, clock, endpoint=endpoint())
+    worker = Worker.new(database, clock, endpoint=endpoint(breaker=BREAKER))
+    await queued(without, 6)
+    jobs = await take(without)
+    await settle_all(without, jobs[:4], FAILED)
+    neither = WireResult(Outcome.NOT_SENT, cause=SECRET_UNREADABLE)
+    await settle_all(worker, jobs[4:5], neither)
+    assert await breaker(database) == "closed"
+    await settle_all(without, jobs[5:], FAILED)
+    assert await breaker(database) == "closed"
 
 
 async def test_a_success_ends_a_run(database: Database, clock: DatabaseClock) -> None:

@@ -69,11 +69,14 @@ async def _end_completed(connection: Connection) -> int:
     cursor = await connection.execute(SQL.completed_cycles)
     completed = await cursor.fetchall()
     if completed:
+        cycles = [row["cycle_id"] for row in completed]
         await connection.execute(
             CYCLE_SQL.end_dispatched,
             {
                 "namespace": array(row["namespace"] for row in completed),
-                "cycle_id": array(row["cycle_id"] for row in completed),
+                "cycle_id": array(cycles),
+                "first": min(cycles),
+                "last": max(cycles),
                 "node_id": new_id(SystemClock().now()),
             },
         )

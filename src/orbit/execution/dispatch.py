@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -144,6 +144,11 @@ class Settlement:
     started_at: datetime | None
     move: NextMove
     is_lane_well: bool | None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the job has no further attempt."""
+        return self.move.retry_seconds is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,8 +306,9 @@ class DispatchQueue:
             lost = [self._lost(row, now) for row in await cursor.fetchall()]
             if not lost:
                 return 0
-            changes = await self._settle(connection, lost)
-        self._tell(lost, changes)
+            async with connection.pipeline():
+                tell = await self._settle(connection, lost)
+        await tell()
         return len(lost)
 
     def _lost(self, row: Mapping[str, Any], now: datetime) -> Settlement:
@@ -343,30 +349,39 @@ class DispatchQueue:
         }
 
     async def _flush(self, settlements: Sequence[Settlement]) -> Sequence[None]:
-        async with self._database.connection() as connection:
-            changes = await self._settle(connection, settlements)
-        self._tell(settlements, changes)
+        async with self._database.batch() as connection:
+            tell = await self._settle(connection, settlements)
+        await tell()
         metrics.commit_entries.labels("settlements").observe(len(settlements))
         return [None] * len(settlements)
 
     async def _settle(
         self, connection: Connection, settlements: Sequence[Settlement]
-    ) -> list[dict[str, Any]]:
-        """Writes the ends of attempts; how many cycles ended with them, and lanes' changes."""
-        given = {**_rows(settlements), **self._lane_rows(settlements)}
-        cycles = [settlement.cycle_id for settlement in settlements]
-        given |= {"first_cycle": min(cycles), "last_cycle": max(cycles)}
-        given |= {"part": self._part, "settler_id": self._node_id}
-        cursor = await connection.execute(SQL.settle_jobs, given)
-        return await cursor.fetchall()
+    ) -> Callable[[], Awaitable[None]]:
+        """Writes the ends of attempts; gives what is to be called after the commit."""
+        rows = _rows(settlements) | {"part": self._part, "settler_id": self._node_id}
+        await connection.execute(SQL.settle_jobs, rows)
+        await connection.execute(SQL.insert_receipts, rows)
+        ended = None
+        if done := sorted({(s.namespace, s.cycle_id) for s in settlements if s.is_done}):
+            touched = {
+                "namespace": array(namespace for namespace, _ in done),
+                "cycle_id": array(cycle_id for _, cycle_id in done),
+                "first": min(cycle_id for _, cycle_id in done),
+                "last": max(cycle_id for _, cycle_id in done),
+                "node_id": self._node_id,
+            }
+            ended = await connection.execute(CYCLE_SQL.end_dispatched, touched)
+        verdicts = self._lane_rows(settlements) | {"settler_id": self._node_id}
+        changes = await connection.execute(SQL.judge_lanes, verdicts)
 
-    def _tell(self, settlements: Sequence[Settlement], changes: list[dict[str, Any]]) -> None:
-        """To be called after the commit."""
-        _count(settlements, changes[0]["ended"])
-        for row in changes:
-            if row["change"] is not None:
+        async def tell() -> None:
+            _count(settlements, 0 if ended is None else ended.rowcount)
+            for row in await changes.fetchall():
                 metrics.lane_changes.labels(row["change"]).inc()
                 _log.warning(f"lane_{row['change']}", **{name: row[name] for name in _TOLD})
+
+        return tell
 
     def _lane_rows(self, settlements: Sequence[Settlement]) -> dict[str, Any]:
         """What the batch says of each lane, with its breaker's limits."""

@@ -132,6 +132,7 @@ class Dispatcher(Service):
         self._lease_seconds, self._poll_seconds = lease_seconds, poll_seconds
         self._sending: dict[tuple[str, int], _Sending] = {}
         self._on_wire: Counter[LaneKey] = Counter()  # each takes a place of this node
+        self._taken = 0  # their sum
         self._held: Counter[LaneKey] = Counter()  # each takes a place of its lane, until settled
         self._claimed: deque[_Sending] = deque()  # wait for a place
         self._pace = _Pace(clock)
@@ -193,7 +194,7 @@ class Dispatcher(Service):
 
     @property
     def _free(self) -> int:
-        return self._concurrency - self._on_wire.total()
+        return self._concurrency - self._taken
 
     async def _look(self) -> None:
         """Which lanes have jobs, and when each is ready for a claim."""
@@ -260,6 +261,7 @@ class Dispatcher(Service):
         while self._claimed and self._free > 0 and not self.is_stopping:
             sending = self._claimed.popleft()
             sending.has_place = True
+            self._taken += 1
             self._on_wire[sending.lane] += 1
             sending.task = asyncio.create_task(self._deliver(sending))
 
@@ -305,6 +307,7 @@ class Dispatcher(Service):
         """Frees the attempt's place on this node, once."""
         if sending.has_place:
             sending.has_place = False
+            self._taken -= 1
             _take_one(self._on_wire, sending.lane)
             self._pace.count(sending.lane)
             self._begin()

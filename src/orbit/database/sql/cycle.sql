@@ -361,7 +361,8 @@ WITH ended AS (
     FROM ended
     CROSS JOIN LATERAL (
         SELECT * FROM cycle_run run
-        WHERE run.namespace = ended.namespace AND run.cycle_id = ended.cycle_id OFFSET 0
+        WHERE run.namespace = ended.namespace AND run.cycle_id = ended.cycle_id
+            AND run.cycle_id BETWEEN %(first)s::uuid AND %(last)s::uuid OFFSET 0
     ) run
     WHERE run.profile_id IS NOT NULL
     ON CONFLICT DO NOTHING

@@ -146,9 +146,8 @@ WITH open_lane AS MATERIALIZED (
         due_at = orbit_now() + %(lease_seconds)s * interval '1 second',
         lease_number = lease_number + 1, attempt = attempt + 1, node_id = %(node_id)s::uuid,
         is_probe = due.is_probe, spared = spared + due.is_probe::int
-    FROM due
+    FROM (SELECT * FROM due ORDER BY due_at) due  -- sorted, all are found before any is changed
     WHERE dispatch_lease.namespace = due.namespace AND dispatch_lease.job_id = due.job_id
-        AND (SELECT count(*) FROM due) IS NOT NULL  -- all are found before any is changed
     RETURNING dispatch_lease.namespace, dispatch_lease.job_id, dispatch_lease.cycle_id,
         dispatch_lease.endpoint_key, dispatch_lease.lease_number, dispatch_lease.attempt,
         dispatch_lease.is_probe, dispatch_lease.spared,
@@ -249,47 +248,33 @@ FROM expired CROSS JOIN LATERAL (
 ) snapshot ON true;
 
 -- name: settle_jobs
--- The ends of attempts: leases wait or go, cycles end with their last job, receipts are written
--- and tallied, breakers judged. Locks jobs' leases (only their holder gets to them here), then
--- cycles', tallies and lanes, each by key: the conditions on a count that are always true keep
--- that order. A receipt that exists stays; a lane that is well is only looked at.
+-- Moves on the leases that are still their worker's: done (delivered, or dead with its cause)
+-- they go, else they wait for the next attempt. Counts the done ones in their cycles. Locks the
+-- jobs' leases in key order, then those of the cycles in key order.
 WITH result AS MATERIALIZED (
-    SELECT * FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(attempt)s::int[],
-        %(endpoint_key)s::text[], %(outcome)s::text[], %(status)s::int[], %(error)s::text[],
-        %(digest)s::text[], %(size)s::int[], %(queue_seconds)s::float8[],
-        %(connect_seconds)s::float8[], %(first_byte_seconds)s::float8[],
-        %(total_seconds)s::float8[], %(answer)b::bytea[], %(answer_content_type)s::text[],
-        %(is_probe)s::boolean[], %(is_reused)s::boolean[], %(lease_number)s::int[],
-        %(node_id)s::uuid[], %(started_at)s::timestamptz[], %(retry_seconds)s::float8[],
+    SELECT * FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(lease_number)s::int[],
+        %(node_id)s::uuid[], %(attempt)s::int[], %(size)s::int[], %(retry_seconds)s::float8[],
         %(cause)s::text[])
-        AS result (namespace, job_id, attempt, endpoint_key, outcome, status, error, digest, size,
-            queue_seconds, connect_seconds, first_byte_seconds, total_seconds, answer,
-            answer_content_type, is_probe, is_reused, lease_number, node_id, started_at,
-            retry_seconds, cause)
-), verdict AS MATERIALIZED (
-    SELECT * FROM unnest(%(lane_namespace)s::text[], %(lane_key)s::text[], %(attempts)s::int[],
-        %(failures)s::int[], %(last_failures)s::int[], %(has_success)s::boolean[],
-        %(has_probe_failed)s::boolean[], %(limit_failures)s::int[], %(limit_share)s::float8[],
-        %(least)s::int[], %(window_seconds)s::float8[], %(hold_seconds)s::float8[],
-        %(longest_hold_seconds)s::float8[])
-        AS verdict (namespace, endpoint_key, attempts, failures, last_failures, has_success,
-            has_probe_failed, limit_failures, limit_share, least, window_seconds, hold_seconds,
-            longest_hold_seconds)
-), retried AS (
-    UPDATE dispatch_lease lease SET node_id = NULL, is_retry = true,
-        due_at = orbit_now() + result.retry_seconds * interval '1 second'
-    FROM result
-    WHERE lease.namespace = result.namespace AND lease.job_id = result.job_id
+        AS result (namespace, job_id, lease_number, node_id, attempt, size, retry_seconds, cause)
+), mine AS MATERIALIZED (
+    SELECT result.* FROM dispatch_lease lease JOIN result
+        ON lease.namespace = result.namespace AND lease.job_id = result.job_id
         AND lease.lease_number = result.lease_number AND lease.node_id = result.node_id
-        AND result.retry_seconds IS NOT NULL
-    RETURNING lease.job_id
+    ORDER BY lease.namespace, lease.job_id
+    FOR UPDATE OF lease
 ), done AS (
-    DELETE FROM dispatch_lease lease USING result
-    WHERE lease.namespace = result.namespace AND lease.job_id = result.job_id
-        AND lease.lease_number = result.lease_number AND lease.node_id = result.node_id
-        AND result.retry_seconds IS NULL AND (SELECT count(*) FROM retried) IS NOT NULL
-    RETURNING lease.namespace, lease.job_id, lease.cycle_id, lease.endpoint_key,
-        lease.is_requeued, result.attempt, result.size, result.cause
+    DELETE FROM dispatch_lease USING mine
+    WHERE dispatch_lease.namespace = mine.namespace AND dispatch_lease.job_id = mine.job_id
+        AND mine.retry_seconds IS NULL
+    RETURNING dispatch_lease.namespace, dispatch_lease.job_id, dispatch_lease.cycle_id,
+        dispatch_lease.endpoint_key, dispatch_lease.is_requeued, mine.attempt, mine.size,
+        mine.cause
+), retried AS (
+    UPDATE dispatch_lease SET node_id = NULL, is_retry = true,
+        due_at = orbit_now() + mine.retry_seconds * interval '1 second'
+    FROM mine
+    WHERE dispatch_lease.namespace = mine.namespace AND dispatch_lease.job_id = mine.job_id
+        AND mine.retry_seconds IS NOT NULL
 ), dead AS (
     INSERT INTO dead_letter_dispatch (namespace, job_id, cycle_id, endpoint_key, cause, attempts)
     SELECT namespace, job_id, cycle_id, endpoint_key, cause, attempt FROM done
@@ -300,102 +285,95 @@ WITH result AS MATERIALIZED (
         sum(attempt)::int AS attempts, sum(attempt::bigint * size)::bigint AS bytes
     FROM done WHERE NOT is_requeued GROUP BY namespace, cycle_id
 ), held AS MATERIALIZED (
-    SELECT lease.namespace, lease.cycle_id, lease.items, lease.jobs,
-        lease.outstanding - counted.jobs AS outstanding,
-        lease.delivered + counted.jobs - counted.dead AS delivered,
-        lease.dead_lettered + counted.dead AS dead_lettered,
-        lease.attempts + counted.attempts AS attempts, lease.bytes + counted.bytes AS bytes,
-        lease.lease_number
-    FROM cycle_lease lease JOIN counted
-        ON counted.namespace = lease.namespace AND counted.cycle_id = lease.cycle_id
+    SELECT lease.namespace, lease.cycle_id FROM cycle_lease lease
+    JOIN counted ON counted.namespace = lease.namespace AND counted.cycle_id = lease.cycle_id
     ORDER BY lease.namespace, lease.cycle_id
     FOR NO KEY UPDATE OF lease
-), going_on AS (
-    UPDATE cycle_lease SET outstanding = held.outstanding, delivered = held.delivered,
-        dead_lettered = held.dead_lettered, attempts = held.attempts, bytes = held.bytes
-    FROM held
-    WHERE cycle_lease.namespace = held.namespace AND cycle_lease.cycle_id = held.cycle_id
-        AND held.outstanding <> 0
-), ended AS (
-    DELETE FROM cycle_lease USING held
-    WHERE cycle_lease.namespace = held.namespace AND cycle_lease.cycle_id = held.cycle_id
-        AND held.outstanding = 0
-    RETURNING held.*
-), checkpoints AS (
-    INSERT INTO cycle_checkpoint (namespace, cycle_id, stage, detail, lease_number, node_id)
-    SELECT namespace, cycle_id, stage, jsonb_build_object('items', items, 'jobs', jobs,
-        'delivered', delivered, 'deadLettered', dead_lettered, 'attempts', attempts,
-        'bytes', bytes), lease_number, %(settler_id)s::uuid
-    FROM ended CROSS JOIN (VALUES ('dispatch_complete'), ('cycle_finished')) AS last (stage)
-    ON CONFLICT DO NOTHING
-), ledger AS (
-    INSERT INTO value_ledger_entry (namespace, cycle_id, profile_id, run_profile_id, state,
-        tags, items, jobs, delivered, dead_lettered, attempts, bytes, wall_seconds)
-    SELECT ended.namespace, ended.cycle_id, run.profile_id, run.run_profile_id, 'finished',
-        run.value_tags, ended.items, ended.jobs, ended.delivered, ended.dead_lettered,
-        ended.attempts, ended.bytes, extract(epoch FROM orbit_now() - run.created_at)
-    FROM ended
-    CROSS JOIN LATERAL (
-        SELECT * FROM cycle_run run
-        WHERE run.namespace = ended.namespace AND run.cycle_id = ended.cycle_id
-            AND run.cycle_id BETWEEN %(first_cycle)s::uuid AND %(last_cycle)s::uuid OFFSET 0
-    ) run
-    WHERE run.profile_id IS NOT NULL
-    ON CONFLICT DO NOTHING
+)
+UPDATE cycle_lease SET outstanding = outstanding - counted.jobs,
+    delivered = delivered + counted.jobs - counted.dead,
+    dead_lettered = dead_lettered + counted.dead,
+    attempts = cycle_lease.attempts + counted.attempts,
+    bytes = cycle_lease.bytes + counted.bytes
+FROM held JOIN counted ON counted.namespace = held.namespace AND counted.cycle_id = held.cycle_id
+WHERE cycle_lease.namespace = held.namespace AND cycle_lease.cycle_id = held.cycle_id;
+
+-- name: insert_receipts
+-- What became of attempts. A receipt that exists stays: an attempt has one end. To follow
+-- settle_jobs, whose locks keep two sessions from writing the same receipt at once. Adds what
+-- was written to the lanes' tallies, in key order.
+WITH receipt AS MATERIALIZED (
+    SELECT * FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(attempt)s::int[],
+        %(endpoint_key)s::text[], %(outcome)s::text[], %(status)s::int[], %(error)s::text[],
+        %(digest)s::text[], %(size)s::int[], %(queue_seconds)s::float8[],
+        %(connect_seconds)s::float8[], %(first_byte_seconds)s::float8[],
+        %(total_seconds)s::float8[], %(answer)b::bytea[], %(answer_content_type)s::text[],
+        %(is_probe)s::boolean[], %(is_reused)s::boolean[], %(lease_number)s::int[],
+        %(node_id)s::uuid[], %(started_at)s::timestamptz[])
+        AS receipt (namespace, job_id, attempt, endpoint_key, outcome, status, error, digest, size,
+            queue_seconds, connect_seconds, first_byte_seconds, total_seconds, answer,
+            answer_content_type, is_probe, is_reused, lease_number, node_id, started_at)
 ), written AS (
     INSERT INTO delivery_receipt (namespace, job_id, attempt, endpoint_key, outcome, status,
         error, digest, size, queue_seconds, connect_seconds, first_byte_seconds, total_seconds,
         answer, answer_content_type, is_probe, is_reused, lease_number, node_id, started_at)
-    SELECT namespace, job_id, attempt, endpoint_key, outcome, status, error, digest, size,
-        queue_seconds, connect_seconds, first_byte_seconds, total_seconds, answer,
-        answer_content_type, is_probe, is_reused, lease_number, node_id, started_at
-    FROM result WHERE (SELECT count(*) FROM held) IS NOT NULL
+    SELECT * FROM receipt
     ON CONFLICT DO NOTHING
     RETURNING namespace, endpoint_key, outcome
-), tallied AS (
-    INSERT INTO lane_tally (namespace, endpoint_key, part, delivered, failed, not_sent, unknown)
-    SELECT namespace, endpoint_key, %(part)s,
-        count(*) FILTER (WHERE outcome = 'delivered'),
-        count(*) FILTER (WHERE outcome = 'failed'),
-        count(*) FILTER (WHERE outcome = 'not_sent'),
-        count(*) FILTER (WHERE outcome = 'unknown')
-    FROM written GROUP BY namespace, endpoint_key ORDER BY namespace, endpoint_key
-    ON CONFLICT (namespace, endpoint_key, part) DO UPDATE SET
-        delivered = lane_tally.delivered + EXCLUDED.delivered,
-        failed = lane_tally.failed + EXCLUDED.failed,
-        not_sent = lane_tally.not_sent + EXCLUDED.not_sent,
-        unknown = lane_tally.unknown + EXCLUDED.unknown
-    RETURNING lane_tally.part
-), watched AS MATERIALIZED (
-    SELECT lane.namespace, lane.endpoint_key, lane.holds, lane.probe_at, verdict.has_success,
-        verdict.has_probe_failed, verdict.limit_failures, verdict.limit_share, verdict.least,
-        verdict.hold_seconds, verdict.longest_hold_seconds,
-        CASE WHEN verdict.has_success THEN verdict.last_failures
-            ELSE lane.failures + verdict.failures END AS failures,
-        window_at < orbit_now() - verdict.window_seconds * interval '1 second' AS is_over,
-        lane.window_attempts, lane.window_failures, verdict.attempts AS new_attempts,
-        verdict.failures AS new_failures
-    FROM lane JOIN verdict
-        ON lane.namespace = verdict.namespace AND lane.endpoint_key = verdict.endpoint_key
-    WHERE (verdict.failures > 0 OR lane.failures > 0 OR lane.window_failures > 0
-        OR lane.probe_at IS NOT NULL) AND (SELECT count(*) FROM tallied) IS NOT NULL
-        AND (lane.namespace, lane.endpoint_key) IN (SELECT namespace, endpoint_key FROM written)
+)
+INSERT INTO lane_tally (namespace, endpoint_key, part, delivered, failed, not_sent, unknown)
+SELECT namespace, endpoint_key, %(part)s,
+    count(*) FILTER (WHERE outcome = 'delivered'), count(*) FILTER (WHERE outcome = 'failed'),
+    count(*) FILTER (WHERE outcome = 'not_sent'), count(*) FILTER (WHERE outcome = 'unknown')
+FROM written GROUP BY namespace, endpoint_key ORDER BY namespace, endpoint_key
+ON CONFLICT (namespace, endpoint_key, part) DO UPDATE SET
+    delivered = lane_tally.delivered + EXCLUDED.delivered,
+    failed = lane_tally.failed + EXCLUDED.failed,
+    not_sent = lane_tally.not_sent + EXCLUDED.not_sent,
+    unknown = lane_tally.unknown + EXCLUDED.unknown;
+
+-- name: judge_lanes
+-- Counts the ends of attempts in their lanes' breakers, and opens, holds on or closes them; says
+-- what changed. Lanes that are well and had no failure are only looked at. Locks in key order,
+-- after all else that a settlement locks.
+WITH result AS MATERIALIZED (
+    SELECT * FROM unnest(%(lane_namespace)s::text[], %(lane_key)s::text[], %(attempts)s::int[],
+        %(failures)s::int[], %(last_failures)s::int[], %(has_success)s::boolean[],
+        %(has_probe_failed)s::boolean[], %(limit_failures)s::int[], %(limit_share)s::float8[],
+        %(least)s::int[], %(window_seconds)s::float8[], %(hold_seconds)s::float8[],
+        %(longest_hold_seconds)s::float8[])
+        AS result (namespace, endpoint_key, attempts, failures, last_failures, has_success,
+            has_probe_failed, limit_failures, limit_share, least, window_seconds, hold_seconds,
+            longest_hold_seconds)
+), held AS MATERIALIZED (
+    SELECT lane.namespace, lane.endpoint_key, lane.holds, lane.probe_at, result.has_success,
+        result.has_probe_failed, result.limit_failures, result.limit_share, result.least,
+        result.hold_seconds, result.longest_hold_seconds,
+        CASE WHEN result.has_success THEN result.last_failures
+            ELSE lane.failures + result.failures END AS failures,
+        window_at < orbit_now() - result.window_seconds * interval '1 second' AS is_over,
+        lane.window_attempts, lane.window_failures, result.attempts AS new_attempts,
+        result.failures AS new_failures
+    FROM lane JOIN result
+        ON lane.namespace = result.namespace AND lane.endpoint_key = result.endpoint_key
+    WHERE result.failures > 0 OR lane.failures > 0 OR lane.window_failures > 0
+        OR lane.probe_at IS NOT NULL
     ORDER BY lane.namespace, lane.endpoint_key
     FOR NO KEY UPDATE OF lane
-), weighed AS MATERIALIZED (
-    SELECT watched.*,
+), counted AS MATERIALIZED (
+    SELECT held.*,
         CASE WHEN is_over THEN 0 ELSE window_attempts END + new_attempts AS attempts_seen,
         CASE WHEN is_over THEN 0 ELSE window_failures END + new_failures AS failures_seen
-    FROM watched
+    FROM held
 ), judged AS MATERIALIZED (
-    SELECT weighed.*, LEAST(longest_hold_seconds,
+    SELECT counted.*, LEAST(longest_hold_seconds,
             hold_seconds * 2 ^ LEAST(holds, 30)) AS next_hold_seconds,
         CASE WHEN probe_at IS NOT NULL AND has_success THEN 'closed'
             WHEN probe_at IS NOT NULL AND has_probe_failed THEN 'held'
-            WHEN probe_at IS NULL AND failures >= limit_failures THEN 'opened'
-            WHEN probe_at IS NULL AND new_failures > 0 AND attempts_seen >= least
-                AND failures_seen >= limit_share * attempts_seen THEN 'opened' END AS change
-    FROM weighed
+            WHEN probe_at IS NULL AND new_failures > 0 AND (failures >= limit_failures
+                OR attempts_seen >= least AND failures_seen >= limit_share * attempts_seen)
+                THEN 'opened' END AS change
+    FROM counted
 ), moved AS (
     UPDATE lane SET
         failures = CASE WHEN judged.change = 'closed' THEN 0 ELSE judged.failures END,
@@ -410,13 +388,10 @@ WITH result AS MATERIALIZED (
             ELSE orbit_now() + next_hold_seconds * interval '1 second' END
     FROM judged
     WHERE lane.namespace = judged.namespace AND lane.endpoint_key = judged.endpoint_key
-), changed AS (
-    INSERT INTO lane_change (namespace, endpoint_key, change, failures, window_attempts,
-        window_failures, hold_seconds, node_id)
-    SELECT namespace, endpoint_key, change, failures, attempts_seen, failures_seen,
-        CASE WHEN change <> 'closed' THEN next_hold_seconds END, %(settler_id)s::uuid
-    FROM judged WHERE change IS NOT NULL
-    RETURNING namespace, endpoint_key, change, failures, hold_seconds
 )
-SELECT (SELECT count(*) FROM ended)::int AS ended, changed.*
-FROM (SELECT) AS always LEFT JOIN changed ON true;
+INSERT INTO lane_change (namespace, endpoint_key, change, failures, window_attempts,
+    window_failures, hold_seconds, node_id)
+SELECT namespace, endpoint_key, change, failures, attempts_seen, failures_seen,
+    CASE WHEN change <> 'closed' THEN next_hold_seconds END, %(settler_id)s::uuid
+FROM judged WHERE change IS NOT NULL
+RETURNING namespace, endpoint_key, change, failures, hold_seconds;
