@@ -18,6 +18,18 @@ from cryptography.x509.oid import NameOID
 
 from orbit.clock import SystemClock
 
+_USES = (
+    "digital_signature",
+    "content_commitment",
+    "key_encipherment",
+    "data_encipherment",
+    "key_agreement",
+    "key_cert_sign",
+    "crl_sign",
+    "encipher_only",
+    "decipher_only",
+)
+
 
 class Authority:
     """An authority that signs certificates; its own is in `file`, and `trust` trusts it."""
@@ -52,6 +64,8 @@ class Authority:
         is_authority: bool = False,
     ) -> x509.Certificate:
         now = SystemClock().now()
+        signer = key if is_own else self._key
+        usage = dict.fromkeys(_USES, False) | {"key_cert_sign": is_authority}
         return (
             x509.CertificateBuilder()
             .subject_name(subject)
@@ -62,5 +76,14 @@ class Authority:
             .not_valid_after(now + timedelta(days=days))
             .add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
             .add_extension(x509.BasicConstraints(is_authority, None), critical=True)
-            .sign(key if is_own else self._key, hashes.SHA256())
+            # What OpenSSL asks for where it is strict, as Python is from 3.13 on.
+            .add_extension(x509.KeyUsage(**usage | {"digital_signature": True}), critical=True)
+            .add_extension(
+                x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
+            )
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()),
+                critical=False,
+            )
+            .sign(signer, hashes.SHA256())
         )
