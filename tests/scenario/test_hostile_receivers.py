@@ -220,7 +220,7 @@ async def test_retry_after_can_only_delay_and_is_capped(
     seconds = [row["seconds"] for row in waits]
     assert len(seconds) == HOSTILE_JOBS
     if is_capped:
-        assert seconds == pytest.approx([CAP_SECONDS] * HOSTILE_JOBS)
+        assert seconds == pytest.approx([CAP_SECONDS] * HOSTILE_JOBS, abs=5)
     else:
         assert all(0 < one <= 60.0 for one in seconds)
 
