@@ -11,14 +11,17 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import pytest
+from aiohttp import web
 
 from orbit.app import Node
 from orbit.payload import Payload
 from tests.scenario.conftest import Arrival, Facts, MakeNode, Receiver, until
 
 PLACES = 32
+LONGEST_POLL_SECONDS = 60.0
 HEALTHY = tuple(f"healthy-{number}" for number in range(8))
 BAD = ("hole", "slow")
 ENDED = """SELECT count(*)::int AS n FROM delivery_receipt WHERE endpoint_key = ANY (%s)"""
@@ -44,11 +47,15 @@ def slow(receiver: Receiver) -> Gate:
 
 
 async def node_for(
-    make_node: MakeNode, receiver: Receiver, lanes: Sequence[str], places: int = PLACES
+    make_node: MakeNode,
+    receiver: Receiver,
+    lanes: Sequence[str],
+    places: int = PLACES,
+    **more: Any,
 ) -> Node:
     """A node whose lanes could each take all of its places."""
     endpoints = tuple(receiver.endpoint(lane, max_concurrency=places) for lane in lanes)
-    return await make_node(dispatch_endpoints=endpoints, dispatch_concurrency=places)
+    return await make_node(dispatch_endpoints=endpoints, dispatch_concurrency=places, **more)
 
 
 async def queue(node: Node, lanes: Sequence[str], cycles: int) -> None:
@@ -123,3 +130,45 @@ async def test_healthy_lanes_come_forward_together(
         if sent[arrival.path] == backlog:
             break
     assert min(sent[f"/{lane}"] for lane in HEALTHY) >= backlog // 2
+
+
+async def test_a_place_that_comes_free_is_used_without_a_poll(
+    make_node: MakeNode, receiver: Receiver, slow: Gate, facts: Facts
+) -> None:
+    """Beside lanes that hang, a lane that is well goes on with each of its attempts that ends."""
+    lanes, places, backlog = ("healthy-0", *BAD), 8, 40
+
+    async def when_the_next_has_come(arrival: Arrival) -> None:
+        mine = receiver.at("/healthy-0").index(arrival)
+        await until(lambda: len(receiver.at("/healthy-0")) > mine + 1, "the next job")
+
+    receiver.answers["/healthy-0"] = when_the_next_has_come
+    idle = await node_for(make_node, receiver, lanes, places)
+    assert idle.dispatcher is not None
+    idle.dispatcher.halt()
+    await queue(idle, lanes, backlog)
+    await until(lambda: facts(WAITING) == [{"n": backlog * len(lanes)}], "the backlog")
+    await idle.drain()
+    await node_for(make_node, receiver, lanes, places, poll_seconds=LONGEST_POLL_SECONDS)
+    await until(lambda: arrived(receiver, ["healthy-0"]) == backlog, "all that is healthy")
+    receiver.answers.pop("/healthy-0")
+
+
+async def test_a_retry_is_on_time_without_a_poll(
+    make_node: MakeNode, receiver: Receiver, slow: Gate, facts: Facts
+) -> None:
+    """A node with few free places, which looks for jobs once a minute, knows of its retries."""
+    refusals = iter([503] * 3)
+
+    async def answer(_: Arrival) -> web.Response:
+        return web.Response(status=next(refusals, 200))
+
+    receiver.answers["/shaky"] = answer
+    given = {"dispatch_retry_base_seconds": 0.1, "dispatch_retry_cap_seconds": 0.2}
+    lanes = ("shaky", *BAD)
+    node = await node_for(make_node, receiver, lanes, 8, poll_seconds=LONGEST_POLL_SECONDS, **given)
+    for lane, jobs in (("hole", 3), ("slow", 2), ("shaky", 1)):
+        await queue(node, [lane], jobs)
+    await until(lambda: arrived(receiver, BAD) == 5, "the bad lanes' jobs")
+    delivered = "SELECT attempt FROM delivery_receipt WHERE outcome = 'delivered'"
+    await until(lambda: facts(delivered) == [{"attempt": 4}], "the fourth attempt")

@@ -481,6 +481,19 @@ async def test_a_receiver_that_drops_connections_sees_no_request_twice(
     assert server.connections == sum(not one.is_reused for one in found)
 
 
+async def test_what_may_no_longer_be_sent_does_not_leave(client: Client) -> None:
+    """It is asked once there is a connection; after a no it is kept, and serves the next."""
+    server = Server()
+    async with serving(always(server, OK), server):
+        held = await post(client, server.url, may_send=lambda: server.connections > 1)
+        assert (held.is_sent, held.cause, held.is_reused) == (False, "withheld", False)
+        sent = await post(client, server.url, may_send=lambda: True)
+        assert (sent.status, sent.is_reused) == (200, True)
+        held = await post(client, server.url, may_send=lambda: False)
+        assert (held.is_sent, held.cause, held.is_reused) == (False, "withheld", True)
+        assert (server.connections, len(server.requests)) == (1, 1)
+
+
 # --- kept connections ---------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -41,6 +41,7 @@ _IDLE_SECONDS = 4.0  # common servers close at 5
 _LONGEST_IDLE_SECONDS = 60.0
 _SWEEP_SECONDS = 1.0
 _METHODS = frozenset({"DELETE", "GET", "OPTIONS", "PATCH", "POST", "PUT"})
+WITHHELD = "withheld"
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _OURS = frozenset(
     {"host", "content-length", "transfer-encoding", "connection", "expect", "proxy-authorization"}
@@ -56,8 +57,8 @@ class Exchange:
     `is_sent` tells whether any byte of the request was handed to the socket. `cause` is None if
     the answer came whole or was cut at the bound (`is_truncated`); otherwise it is one of: name
     not resolved, address refused, connection refused, cannot connect, tls, proxy, timeout,
-    connection lost, answer not understood, request not valid; `error` says more. Headers have
-    lower-case names; those that came several times are joined by a comma.
+    connection lost, answer not understood, request not valid, withheld; `error` says more.
+    Headers have lower-case names; those that came several times are joined by a comma.
     """
 
     started_at: float
@@ -99,7 +100,7 @@ class Client:
         self._open: set[_Connection] = set()
         self._sweeping: asyncio.TimerHandle | None = None
 
-    async def exchange(
+    async def exchange(  # noqa: PLR0913 - all but the request have defaults
         self,
         method: str,
         url: str,
@@ -110,11 +111,13 @@ class Client:
         read_bytes: int,
         keep_bytes: int | None = None,
         proxy: str | None = None,
+        may_send: Callable[[], bool] | None = None,
     ) -> Exchange:
         """Sends once and reads the answer to `read_bytes`, of which `keep_bytes` are kept.
 
-        `timeout_seconds` bounds all of it, names and connecting included. Raises only what
-        cancels it; the connection is then closed.
+        `timeout_seconds` bounds all of it, names and connecting included. `may_send` is asked
+        when there is a connection, just before the first byte: after a no, nothing is sent.
+        Raises only what cancels it; the connection is then closed.
         """
         found = Exchange(time.monotonic())
         try:
@@ -130,6 +133,9 @@ class Client:
             if connection is None:
                 return found
         found.connected_at = time.monotonic()
+        if may_send is not None and not may_send():
+            self._keep(place.origin, connection, found.connected_at + _IDLE_SECONDS)
+            return _failed(found, WITHHELD, "it may no longer be sent")
         left = timeout_seconds and max(timeout_seconds - (found.connected_at - found.started_at), 0)
         bounds = read_bytes, read_bytes if keep_bytes is None else keep_bytes
         idle_seconds = await connection.exchange(found, head, content, bounds, left)

@@ -9,7 +9,7 @@ left, no answer seen).
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -77,8 +77,13 @@ class Wire:
     def __init__(self, client: Client) -> None:
         self._client = client
 
-    async def send(self, outgoing: Outgoing) -> WireResult:
-        """Sends once. Never raises for what the network or the receiver does."""
+    async def send(
+        self, outgoing: Outgoing, may_send: Callable[[], bool] | None = None
+    ) -> WireResult:
+        """Sends once, if `may_send` says yes just before the first byte.
+
+        Never raises for what the network or the receiver does.
+        """
         secrets = [secret for secret in outgoing.secrets if secret]
         # One that straddles the end of what is kept is seen whole, so that no half of it stays.
         margin = max((len(secret.encode()) for secret in secrets), default=0)
@@ -91,6 +96,7 @@ class Wire:
             read_bytes=_ANSWER_BYTES_READ,
             keep_bytes=ANSWER_BYTES + margin,
             proxy=outgoing.proxy,
+            may_send=may_send,
         )
         if found.is_sent:
             (_ON_REUSED if found.is_reused else _ON_NEW).inc()

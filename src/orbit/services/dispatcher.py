@@ -1,9 +1,9 @@
 """The dispatcher: claims due jobs lane by lane, sends them, settles what became of them.
 
 A lane is a namespace's queue for an endpoint, and has its own room, so that a slow one does not
-hold up the others. An attempt is sent only while its lease is certainly ours by this machine's
-monotonic clock. One that has not begun is given back, and its number with it. A place is free
-again as soon as its attempt is over; the settlement is committed beside the next ones.
+hold up the others. The first byte leaves only while the attempt's lease is certainly ours by this
+machine's monotonic clock. An attempt that has not begun is given back, and its number with it. A
+place is free again as soon as its attempt is over; the settlement is committed beside the next.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import logging
+import math
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from orbit.execution.dispatch import (
     LaneKey,
     grain,
 )
+from orbit.execution.http1 import WITHHELD
 from orbit.execution.memory import PayloadMemory
 from orbit.execution.snapshots import Snapshot, Snapshots
 from orbit.execution.wire import Outcome, Outgoing, Wire, WireResult, request_headers
@@ -105,9 +107,9 @@ class Dispatcher(Service):
     the places, two a third each, and there are always some for a lane that is well. Free places
     go first to the lane that has the fewest, among these to the one that has waited longest.
 
-    A lane that ends many attempts is given a few jobs ahead, as many as it ended in the last 25 ms:
-    the next ones begin without waiting for the database. Not so where an unknown outcome is left
-    to a person, since what is lost with its worker counts as unknown.
+    A lane that ends many attempts is given jobs ahead, at most twice as many as it ended in the
+    last 30 ms: they begin without waiting for the database. Not so where an unknown outcome is
+    left to a person, since what is lost with its worker counts as unknown.
     """
 
     name = "dispatcher"
@@ -138,7 +140,9 @@ class Dispatcher(Service):
         self._pace = _Pace(clock)
         self._served_at: dict[LaneKey, float] = {}
         self._ready_at: dict[LaneKey, float] = {}  # by the monotonic clock, as of the last look
+        self._retry_at: dict[LaneKey, float] = {}  # the first of those scheduled here
         self._look_at = self._recover_at = 0.0
+        self._is_short = False  # jobs are due that there was no place for
 
     async def run_once(self) -> float:
         """Claims what there is room for, lane by lane; rests until the next job is due.
@@ -147,6 +151,7 @@ class Dispatcher(Service):
         """
         await self._recover()
         if len(self._sending) >= self._concurrency * _UNSETTLED_PER_PLACE:
+            self._is_short = True
             return self._poll_seconds
         if self._clock.monotonic() >= self._look_at:
             await self._look()
@@ -154,7 +159,8 @@ class Dispatcher(Service):
         rooms = self._shared([lane for lane, at in self._ready_at.items() if at <= now])
         if rooms and await self._claim(rooms):
             return _GATHER_SECONDS
-        later = [at for at in self._ready_at.values() if at > now]  # the others wait for a place
+        later = [at for at in self._ready_at.values() if at > now]
+        self._is_short = len(later) < len(self._ready_at)
         return max(min([self._look_at, *later]) - self._clock.monotonic(), 0.0)
 
     def wake(self) -> None:
@@ -180,8 +186,7 @@ class Dispatcher(Service):
         """
         deadline = self._clock.monotonic() + seconds
         await self.stop(seconds)
-        unbegun = [one for one in self._sending.values() if not (one.is_begun or one.is_over)]
-        giving_back = asyncio.create_task(self._cancel_and_give_back(unbegun))
+        giving_back = asyncio.create_task(self._cancel_and_give_back())
         tasks = {giving_back, *_tasks(self._sending.values())}
         await asyncio.wait(tasks, timeout=max(deadline - self._clock.monotonic(), 0))
         if not await within(LAST_WORDS_SECONDS, self._last_words(giving_back)):
@@ -204,6 +209,8 @@ class Dispatcher(Service):
             lane.key: asked_at + lane.ready_in_seconds(self._queue.endpoint(lane.endpoint_key))
             for lane in await self._queue.lanes()
         }
+        for key, at in self._retry_at.items():  # it may have been scheduled meanwhile
+            self._ready_at[key] = min(at, self._ready_at.get(key, at))
 
     def _room(self, lane: LaneKey) -> int:
         return self._queue.endpoint(lane[1]).max_concurrency - self._held[lane]
@@ -266,12 +273,14 @@ class Dispatcher(Service):
             sending.task = asyncio.create_task(self._deliver(sending))
 
     def _expect(self, asked: Iterable[LaneKey], fruitful: Collection[LaneKey], at: float) -> None:
-        """A lane that gave nothing is left until the next look; a rate makes it wait its turn."""
+        """A lane that gave nothing waits for a retry or the next look; a rate lets it wait."""
         for lane in asked:
             self._served_at[lane] = at
             rate = self._queue.endpoint(lane[1]).rate_per_second
             if lane not in fruitful:
                 self._ready_at.pop(lane, None)
+                if (retry_at := self._retry_at.pop(lane, 0.0)) > at:
+                    self._ready_at[lane] = retry_at
             elif rate is not None:
                 self._ready_at[lane] = at + grain(rate) / rate
 
@@ -315,15 +324,18 @@ class Dispatcher(Service):
 
     def _forget(self, sending: _Sending) -> None:
         """Frees its place in the lane: it is settled, or given back, or lost."""
-        self._sending.pop(sending.key, None)
-        _take_one(self._held, sending.lane)
-        self._offer()
+        if self._sending.pop(sending.key, None) is not None:
+            _take_one(self._held, sending.lane)
+            self._offer()
 
     def _offer(self) -> None:
         """Room for many jobs is worth a claim at once; for a few it waits a little."""
         room = self._free + self._pace.total() - len(self._claimed)
         if room * 2 >= self._concurrency + self._pace.total():
             super().wake()
+        elif self._is_short:
+            self._is_short = False
+            asyncio.get_running_loop().call_later(_GATHER_SECONDS, super().wake)
 
     async def _settle(self, sending: _Sending, result: WireResult) -> None:
         snapshot = sending.snapshot
@@ -337,18 +349,24 @@ class Dispatcher(Service):
         )
         if move.retry_seconds is not None:
             at = self._clock.monotonic() + move.retry_seconds
-            self._ready_at[sending.lane] = min(at, self._ready_at.get(sending.lane, at))
+            self._retry_at[sending.lane] = min(at, self._retry_at.get(sending.lane, at))
+            if at < self._ready_at.get(sending.lane, math.inf):
+                self._ready_at[sending.lane] = at
+                super().wake()  # its rest may be longer
 
     async def _give_back(self, jobs: Sequence[ClaimedJob]) -> None:
         await self._database.persist(lambda: self._queue.release(jobs))
 
-    async def _cancel_and_give_back(self, unbegun: Collection[_Sending]) -> None:
+    async def _cancel_and_give_back(self) -> None:
         self._claimed.clear()
+        unbegun = [one for one in self._sending.values() if not (one.is_begun or one.is_over)]
         tasks = _cancelled(unbegun)
         if tasks:
             await asyncio.wait(tasks, timeout=LAST_WORDS_SECONDS)
         if unbegun:
             await self._give_back([sending.job for sending in unbegun])
+        for sending in unbegun:
+            self._forget(sending)
 
     def _tell(self, job: ClaimedJob, result: WireResult) -> None:
         """Successes are in the facts, and in the log for who looks closely."""
@@ -368,7 +386,7 @@ class Dispatcher(Service):
         )
 
     async def _attempt(self, sending: _Sending) -> WireResult | None:
-        """Sends once; no result if nothing was sent, for want of the database or of the lease."""
+        """Sends once; no result if it did not begin, for want of the database or of the lease."""
         job = sending.job
         try:
             snapshot = await self._snapshots.read(job.namespace, job.snapshot_id)
@@ -381,10 +399,13 @@ class Dispatcher(Service):
             await asyncio.sleep(self._poll_seconds)  # given back, it is due at once
             return None
         outgoing = _outgoing(job, snapshot, content, int(self._clock.now().timestamp()))
-        if self._clock.monotonic() >= sending.expires:
-            return None
-        sending.is_begun = True
-        return await self._wire.send(outgoing)
+
+        def may_send() -> bool:
+            sending.is_begun = self._clock.monotonic() < sending.expires
+            return sending.is_begun
+
+        result = await self._wire.send(outgoing, may_send)
+        return None if result.cause == WITHHELD else result
 
     async def _last_words(self, giving_back: asyncio.Task[None]) -> None:
         """Settles what is cut off; waits for what is over and only has to be committed."""
