@@ -20,6 +20,8 @@ from orbit.execution.dead_letters import DeadLetters, Selection
 from orbit.execution.dispatch import ClaimedJob
 from orbit.execution.requeues import Pace, Requeues
 from orbit.execution.snapshots import Snapshots
+from orbit.reading.requeues import bulk_requeue, bulk_requeues
+from orbit.services.requeuer import Requeuer
 from orbit.vault import Vault
 from tests.database.engine import (
     DELIVERED,
@@ -418,3 +420,96 @@ async def test_a_selection_counts_what_it_takes_and_what_it_leaves(desk: Desk) -
         counts = (found.matching, found.without_payload, found.may_have_arrived)
         assert counts == (matching, without_payload, 0), selection
         assert len(await letters.open(selection, 100)) == matching, selection
+
+
+@pytest.mark.parametrize("has_batch", [False, True])
+async def test_a_pass_with_nothing_due_takes_no_lock(
+    desk: Desk, owner_dsn: str, has_batch: bool
+) -> None:
+    """With every lease locked against writers it still answers, and rests for a poll at most."""
+    node = desk.node()
+    requeuer = Requeuer(desk.database, node)
+    if has_batch:
+        await node.begin(LETTERS, "mended", Pace(rate=0.001))
+        await requeuer.run_once()
+        assert await count(desk.database, "dead_letter_decision") == 1
+    async with await psycopg.AsyncConnection.connect(owner_dsn) as other:
+        await other.execute("LOCK TABLE requeue_lease IN EXCLUSIVE MODE")
+        async with asyncio.timeout(20):
+            assert 0 < await requeuer.run_once() <= 1.0
+
+
+async def test_a_pass_leaves_a_step_that_another_node_is_taking(desk: Desk, owner_dsn: str) -> None:
+    """It neither waits for the other's lock nor asks without a rest; then the step is its own."""
+    node = desk.node()
+    requeuer = Requeuer(desk.database, node)
+    await node.begin(LETTERS, "mended", Pace())
+    async with await psycopg.AsyncConnection.connect(owner_dsn) as other:
+        await other.execute("SELECT FROM requeue_lease FOR UPDATE")
+        async with asyncio.timeout(20):
+            assert await requeuer.run_once() > 0
+        assert await count(desk.database, "dead_letter_decision") == 0
+    await requeuer.run_once()
+    assert await count(desk.database, "dead_letter_decision") == 5
+
+
+async def test_a_resting_node_finds_what_another_began(desk: Desk) -> None:
+    """A batch begun elsewhere is carried on without a wake; so is the next one after a rest."""
+    other, requeuer = desk.node(), Requeuer(desk.database, desk.node())
+    assert await requeuer.run_once() > 0
+    requeuer.start()
+    try:
+        for requeued in (2, 5):
+            await other.begin(LETTERS, "mended", Pace(size_limit=requeued))
+            assert await _are_requeued(desk, requeued)
+    finally:
+        await requeuer.stop()
+
+
+async def _are_requeued(desk: Desk, expected: int) -> bool:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if await count(desk.database, "dead_letter_decision") == expected:
+            return True
+        await asyncio.sleep(0.01)
+    return False
+
+
+async def test_a_list_counts_each_batch_s_own_jobs_as_they_are_now(desk: Desk) -> None:
+    """Running, ended with a job out and ended for good side by side, as each is shown alone."""
+    node, database = desk.node(), desk.database
+    done, _ = await node.begin(LETTERS, "one", Pace(size_limit=1))
+    await node.step()
+    await desk.deliver()
+    await desk.tick()
+    await node.step()
+    cancelled, _ = await node.begin(LETTERS, "two", Pace(rate=2.0))
+    await node.step()
+    await node.cancel(cancelled, "not now")
+    running, _ = await node.begin(LETTERS, "three", Pace(canary=1))
+    await node.step()
+
+    async def shown() -> dict[str, tuple[object, ...]]:
+        found = (await bulk_requeues(database)).items
+        assert found == [await bulk_requeue(database, one.batch_id) for one in found]
+        return {
+            one.batch_id: (one.state, one.requeued, one.delivered, one.failed, one.pending)
+            for one in found
+        }
+
+    assert list((await shown()).items()) == [
+        (running, ("running", 1, 0, 0, 1)),
+        (cancelled, ("cancelled", 2, 0, 0, 2)),
+        (done, ("finished", 1, 1, 0, 0)),
+    ]
+    canary = await only(
+        database, f"SELECT new_job_id FROM dead_letter_decision WHERE batch_id = '{running}'"
+    )
+    for job in await desk.take():
+        is_canary = job.job_id == canary["new_job_id"]
+        await desk.worker.settle(job, FAILED if is_canary else DELIVERED)
+    assert await shown() == {
+        running: ("running", 1, 0, 1, 0),
+        cancelled: ("cancelled", 2, 2, 0, 0),
+        done: ("finished", 1, 1, 0, 0),
+    }

@@ -186,7 +186,7 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
             "limit": 1000,
         },
         "requeues.claim_batch": {"node_id": NODE, "lease_seconds": 30.0},
-        "requeues.tally": {"namespace": sample["namespace"][0], "batch_id": NODE},
+        "requeues.tally": {"namespace": array(sample["namespace"][:1]), "batch_id": array([NODE])},
         "requeues.first_failure": {
             "namespace": sample["namespace"][0],
             "batch_id": NODE,

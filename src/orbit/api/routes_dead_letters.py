@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import AwareDatetime, Field
 
 from orbit.api.bodies import Bodies, Body, Filter, Key, PageFilter, Reason, body_schema
@@ -32,6 +32,8 @@ from orbit.reading.view import Page, View, known_id
 _AT_ONCE = 100
 Cause = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00]+$")]
 Snapshot = Literal["current", "old"]
+JobId = Annotated[str, Path(alias="jobId")]
+BatchId = Annotated[str, Path(alias="batchId")]
 
 
 class RequeueBody(Body):
@@ -231,20 +233,17 @@ def _add_batches(router: APIRouter, node: Node, bodies: Bodies) -> None:
         return await bulk_requeues(node.database, **asked.model_dump())
 
     @router.get("/requeues/{batchId}", summary="A bulk requeue and how far it is")
-    async def bulk(batchId: str) -> BulkRequeue:  # noqa: N803 - the name that OpenAPI shows
-        return await bulk_requeue(node.database, batchId)
+    async def bulk(batch_id: BatchId) -> BulkRequeue:
+        return await bulk_requeue(node.database, batch_id)
 
     @router.post(
         "/requeues/{batchId}/cancel",
         summary="End a bulk requeue; what it has not requeued stays a dead letter",
         openapi_extra=body_schema(CancelBody, is_required=True),
     )
-    async def cancel(
-        batchId: str,  # noqa: N803 - as above
-        body: CancelBody = read_cancel,
-    ) -> BulkRequeue:
+    async def cancel(batch_id: BatchId, body: CancelBody = read_cancel) -> BulkRequeue:
         """409 `refused` if it has ended before."""
-        asked = known_id(batchId, "bulk requeue")
+        asked = known_id(batch_id, "bulk requeue")
         await node.requeues.cancel(asked, body.reason)
         return await bulk_requeue(node.database, asked)
 
@@ -253,8 +252,8 @@ def _add_single(router: APIRouter, node: Node, bodies: Bodies) -> None:
     read_requeue, read_discard = Depends(bodies.of(RequeueBody)), Depends(bodies.of(DiscardBody))
 
     @router.get("/{jobId}", summary="A dead letter with its receipts and decisions")
-    async def shown(jobId: str) -> DeadLetterDetail:  # noqa: N803 - the name that OpenAPI shows
-        return await dead_letter(node.database, jobId, node.snapshots.ids)
+    async def shown(job_id: JobId) -> DeadLetterDetail:
+        return await dead_letter(node.database, job_id, node.snapshots.ids)
 
     @router.post(
         "/{jobId}/requeue",
@@ -262,13 +261,10 @@ def _add_single(router: APIRouter, node: Node, bodies: Bodies) -> None:
         summary="Requeue a dead letter as a new job",
         openapi_extra=body_schema(RequeueBody, is_required=True),
     )
-    async def requeue(
-        jobId: str,  # noqa: N803 - as above
-        body: RequeueBody = read_requeue,
-    ) -> RequeuedView:
+    async def requeue(job_id: JobId, body: RequeueBody = read_requeue) -> RequeuedView:
         """409 `already_requeued` or `may_have_arrived`, unless forced."""
         requeued = await node.dead_letters.requeue(
-            known_id(jobId, "dead letter"),
+            known_id(job_id, "dead letter"),
             body.reason,
             is_forced=body.force,
             snapshot=SnapshotChoice(body.snapshot),
@@ -280,10 +276,7 @@ def _add_single(router: APIRouter, node: Node, bodies: Bodies) -> None:
         summary="Let a dead letter be",
         openapi_extra=body_schema(DiscardBody, is_required=True),
     )
-    async def discard(
-        jobId: str,  # noqa: N803 - as above
-        body: DiscardBody = read_discard,
-    ) -> Discarded:
-        asked = known_id(jobId, "dead letter")
+    async def discard(job_id: JobId, body: DiscardBody = read_discard) -> Discarded:
+        asked = known_id(job_id, "dead letter")
         await node.dead_letters.discard(asked, body.reason)
         return Discarded(asked, "discarded")

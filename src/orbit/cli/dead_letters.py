@@ -45,6 +45,38 @@ EndpointKey = Annotated[str | None, typer.Option(metavar="KEY", help="Only its."
 Cause = Annotated[str | None, typer.Option(help="Only of this cause, as `ls` shows it.")]
 RunProfile = Annotated[str | None, typer.Option(metavar="ID", help="Only its.")]
 
+# What `requeue` takes.
+OneJobId = Annotated[
+    str | None, typer.Argument(metavar="[ID]", help="The job's id; else --namespace.")
+]
+Reason = Annotated[str | None, typer.Option(help="Why; stored with the decision. Needed for many.")]
+Forced = Annotated[
+    bool, typer.Option("--force", help="Even if it was requeued before, or may have arrived.")
+]
+SnapshotChoice = Annotated[
+    Snapshot, typer.Option(help="To the endpoint as it is now, or as it stood.")
+]
+Many = Annotated[str | None, typer.Option(help="Many: all open ones of it.")]
+Since = Annotated[datetime | None, typer.Option(help="Dead from then on (UTC).")]
+Until = Annotated[datetime | None, typer.Option(help="Dead before then (UTC).")]
+Limit = Annotated[int | None, typer.Option(min=1, max=10_000, help="At most so many, the oldest.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count.")]
+Canary = Annotated[
+    int | None,
+    typer.Option(min=1, max=10_000, help="So many first, until all are delivered."),
+]
+Rate = Annotated[float | None, typer.Option(help="Jobs a second.")]
+Stopping = Annotated[
+    bool,
+    typer.Option(
+        "--stop-on-failure/--no-stop-on-failure",
+        help="With canary or rate: the first failed attempt ends it.",
+    ),
+]
+Watched = Annotated[
+    bool, typer.Option("--watch", help="With canary or rate: follow it to its end.")
+]
+
 
 @app.command("ls")
 def list_letters(
@@ -152,42 +184,22 @@ def show_letter(job_id: JobId, is_json: Json = False) -> None:
 
 @app.command("requeue")
 def requeue(
-    job_id: Annotated[
-        str | None, typer.Argument(metavar="[ID]", help="The job's id; else --namespace.")
-    ] = None,
-    reason: Annotated[
-        str | None, typer.Option(help="Why; stored with the decision. Needed for many.")
-    ] = None,
-    is_forced: Annotated[
-        bool, typer.Option("--force", help="Even if it was requeued before, or may have arrived.")
-    ] = False,
-    snapshot: Annotated[
-        Snapshot, typer.Option(help="To the endpoint as it is now, or as it stood.")
-    ] = Snapshot.CURRENT,
-    namespace: Annotated[str | None, typer.Option(help="Many: all open ones of it.")] = None,
+    job_id: OneJobId = None,
+    reason: Reason = None,
+    is_forced: Forced = False,
+    snapshot: SnapshotChoice = Snapshot.CURRENT,
+    namespace: Many = None,
     endpoint: EndpointKey = None,
     cause: Cause = None,
     run_profile: RunProfile = None,
-    since: Annotated[datetime | None, typer.Option(help="Dead from then on (UTC).")] = None,
-    until: Annotated[datetime | None, typer.Option(help="Dead before then (UTC).")] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, max=10_000, help="At most so many, the oldest.")
-    ] = None,
-    is_dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
-    canary: Annotated[
-        int | None, typer.Option(min=1, max=10_000, help="So many first, until all are delivered.")
-    ] = None,
-    rate: Annotated[float | None, typer.Option(help="Jobs a second.")] = None,
-    is_stopping: Annotated[
-        bool,
-        typer.Option(
-            "--stop-on-failure/--no-stop-on-failure",
-            help="With canary or rate: the first failed attempt ends it.",
-        ),
-    ] = True,
-    is_watched: Annotated[
-        bool, typer.Option("--watch", help="With canary or rate: follow it to its end.")
-    ] = False,
+    since: Since = None,
+    until: Until = None,
+    limit: Limit = None,
+    is_dry_run: DryRun = False,
+    canary: Canary = None,
+    rate: Rate = None,
+    is_stopping: Stopping = True,
+    is_watched: Watched = False,
     is_json: Json = False,
 ) -> None:
     """Send a dead letter again as a new job, or many of a namespace."""
@@ -204,18 +216,20 @@ def requeue(
         "stopOnFailure": None if is_stopping else False,
     }
     given = {name: value for name, value in many.items() if value is not None}
-    if job_id is not None and (namespace or given or is_watched):
+    if job_id is None:
+        body = {**given, "namespace": namespace, "snapshot": snapshot.value, "reason": reason}
+        _requeue_many(body, is_forced=is_forced, is_watched=is_watched, is_json=is_json)
+    elif namespace or given or is_watched:
         raise RequestInvalid("give an ID, or --namespace and what goes with it, not both")
-    if job_id is not None:
+    else:
         _requeue_one(job_id, reason or _ON_THE_SPOT, snapshot, is_forced, is_json=is_json)
-        return
-    if namespace is None or is_forced:
+
+
+def _requeue_many(
+    body: dict[str, Any], *, is_forced: bool, is_watched: bool, is_json: bool
+) -> None:
+    if body["namespace"] is None or is_forced:
         raise RequestInvalid("give an ID, or --namespace (without --force) for many")
-    body = {**given, "namespace": namespace, "snapshot": snapshot.value, "reason": reason}
-    _requeue_many(body, is_watched=is_watched, is_json=is_json)
-
-
-def _requeue_many(body: dict[str, Any], *, is_watched: bool, is_json: bool) -> None:
     if body["reason"] is None and "dryRun" not in body:
         raise RequestInvalid("--reason: say why so many are sent again")
     is_in_steps = "canary" in body or "rate" in body

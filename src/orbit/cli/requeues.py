@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from orbit.cli.client import Api
-from orbit.cli.outcome import ExitCode, NodeUnreachable, fail
-from orbit.cli.terminal import cell, note, print_json, say, show, table, when
+from orbit.cli.outcome import ExitCode, fail
+from orbit.cli.terminal import cell, count, note, print_json, say, show, table, when
+from orbit.cli.watching import get_patiently
 
 _POLL_SECONDS = 0.5
-_PATIENCE_SECONDS = 60.0
 _RUNNING = "running"
 
 
@@ -40,17 +40,15 @@ def ask(api: Api, body: Mapping[str, Any], *, is_watched: bool, is_json: bool) -
 
 
 def _tell(answer: Any) -> None:
-    matching = answer["matching"]
+    matching, target = answer["matching"], where(answer["snapshot"])
     if answer["isDryRun"]:
-        say(f"{_letters(matching)} would be requeued, {where(answer['snapshot'])}")
+        say(f"{count(matching, 'dead letter')} would be requeued, {target}")
     elif answer.get("batchId"):
-        say(
-            f"bulk requeue {answer['batchId']} of {_letters(matching)}, {where(answer['snapshot'])}"
-        )
+        say(f"bulk requeue {answer['batchId']} of {count(matching, 'dead letter')}, {target}")
     else:
-        count = len(answer["items"])
-        left = f", {matching - count} are left" if matching > count else ""
-        say(f"requeued {_letters(count)}, {where(answer['snapshot'])}{left}")
+        done = len(answer["items"])
+        left = f", {matching - done} are left" if matching > done else ""
+        say(f"requeued {count(done, 'dead letter')}, {target}{left}")
     if answer["mayHaveArrived"]:
         say(f"left out: {answer['mayHaveArrived']} that may have arrived (ask the receiver)")
     if answer["withoutPayload"]:
@@ -69,7 +67,7 @@ def follow(api: Api, batch_id: str, *, is_json: bool) -> None:
     told = ""
     while True:
         asked_at = time.monotonic()
-        batch = _read(api, batch_id)
+        batch = get_patiently(api, f"/dead-letters/requeues/{batch_id}")
         line = progress(batch)
         if line != told and not is_json:
             say(line)
@@ -82,20 +80,6 @@ def follow(api: Api, batch_id: str, *, is_json: bool) -> None:
         print_json(batch)
     if batch["state"] != "finished":
         fail(ExitCode.FAILED)
-
-
-def _read(api: Api, batch_id: str) -> Any:
-    deadline, is_told = time.monotonic() + _PATIENCE_SECONDS, False
-    while True:
-        try:
-            return api.get(f"/dead-letters/requeues/{batch_id}")
-        except NodeUnreachable as error:
-            if time.monotonic() > deadline:
-                raise
-            if not is_told:
-                note(f"waiting: {error}")
-                is_told = True
-            time.sleep(1)
 
 
 def progress(batch: Any) -> str:
@@ -158,7 +142,3 @@ def show_batches(batches: list[Any]) -> None:
         for one in batches
     ]
     show(table(names, rows, ids=("BATCH", "NAMESPACE", "BEGAN")))
-
-
-def _letters(count: int) -> str:
-    return f"{count:,} dead letter{'' if count == 1 else 's'}"

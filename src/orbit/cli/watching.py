@@ -1,7 +1,7 @@
 """Follows cycles to their end: a live table on a terminal, one line per change elsewhere.
 
 Asks again and again; a node that goes away meanwhile is waited for a while, since another (or
-the same, started again) goes on with the cycle. Where nobody works on cycles that is said once.
+the same, started again) goes on with the work. Where nobody works on cycles that is said once.
 Nothing here changes anything.
 """
 
@@ -42,7 +42,7 @@ def watch(api: Api, cycle_ids: Sequence[str], *, is_quiet: bool = False) -> list
             asked_at = time.monotonic()
             for cycle_id in cycle_ids:
                 if cycle_id not in latest or _is_running(latest[cycle_id]):
-                    latest[cycle_id] = _ask(api, cycle_id)
+                    latest[cycle_id] = get_patiently(api, f"/cycles/{cycle_id}")
             shown([story_of(latest[cycle_id]) for cycle_id in cycle_ids])
             if not any(map(_is_running, latest.values())):
                 return [latest[cycle_id] for cycle_id in cycle_ids]
@@ -130,11 +130,15 @@ def _jobs_text(counts: dict[str, int]) -> str:
     return ", ".join(parts)
 
 
-def _ask(api: Api, cycle_id: str) -> Any:
+def get_patiently(api: Api, path: str) -> Any:
+    """What the API answers; a node that is away is waited for, and that is said once.
+
+    Raises NodeUnreachable when it stays away for a minute, and ApiProblem.
+    """
     deadline, is_told = time.monotonic() + _PATIENCE_SECONDS, False
     while True:
         try:
-            return api.get(f"/cycles/{cycle_id}")
+            return api.get(path)
         except NodeUnreachable as error:
             if time.monotonic() > deadline:
                 raise

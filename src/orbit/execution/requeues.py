@@ -21,7 +21,7 @@ import structlog
 
 from orbit.clock import Clock, new_id
 from orbit.database.pool import Connection, Database
-from orbit.database.queries import load
+from orbit.database.queries import array, load
 from orbit.errors import NotFound, NotHere, Refused
 from orbit.execution.dead_letters import (
     DeadLetters,
@@ -302,7 +302,8 @@ class Requeues:
         return (await connection.execute(SQL.hold_lease, held)).rowcount > 0
 
     async def _end(self, connection: Connection, key: Mapping[str, Any], end: End) -> bool:
-        tally = await (await connection.execute(SQL.tally, key)).fetchone()
+        asked = {name: array([value]) for name, value in key.items()}
+        tally = await (await connection.execute(SQL.tally, asked)).fetchone()
         assert tally is not None
         row = {
             **key,

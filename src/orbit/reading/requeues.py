@@ -1,7 +1,7 @@
 """Bulk requeues: what was asked for, how far they are, and what became of their jobs.
 
 The counts are always those of now: jobs of a batch that ended go on until they are delivered or
-dead letters again.
+dead letters again. What ended with no job out is not counted again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from orbit.reading.view import (
 )
 
 SQL = load("reading")
-FIND_SQL = load("requeues")
+REQUEUE_SQL = load("requeues")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ async def bulk_requeues(
 async def bulk_requeue(database: Database, batch_id: str) -> BulkRequeue:
     """One bulk requeue. Raises NotFound."""
     asked = known_id(batch_id, "bulk requeue")
-    row = await database.fetch_one(FIND_SQL.find_batch, {"batch_id": asked})
+    row = await database.fetch_one(REQUEUE_SQL.find_batch, {"batch_id": asked})
     if row is None:
         raise NotFound(f"there is no bulk requeue {asked}")
     (found,) = await _read(database, [{"namespace": row["namespace"], "batch_id": asked}])
@@ -110,8 +110,15 @@ async def bulk_requeue(database: Database, batch_id: str) -> BulkRequeue:
 async def _read(database: Database, rows: Sequence[Row]) -> list[BulkRequeue]:
     if not rows:
         return []
-    asked = {
+    found = await read_all(database, SQL.requeue_batches, _keys(rows))
+    moving = [row for row in found if row["pending"] != 0]
+    counted = await database.fetch_all(REQUEUE_SQL.tally, _keys(moving)) if moving else []
+    tallies = {tally["batch_id"]: tally for tally in counted}
+    return [BulkRequeue(**(row | tallies.get(row["batch_id"], {}))) for row in found]
+
+
+def _keys(rows: Sequence[Row]) -> dict[str, str]:
+    return {
         "namespace": array(row["namespace"] for row in rows),
         "batch_id": array(row["batch_id"] for row in rows),
     }
-    return [BulkRequeue(**row) for row in await read_all(database, SQL.requeue_batches, asked)]

@@ -1,7 +1,8 @@
 """The requeuer: carries bulk requeues on, step by step, because a person began them.
 
-A pass does every step that is due. What a step is, and why several nodes may do this at once,
-stands in `execution/requeues`. It begins no batch and brings nothing back by itself.
+A pass looks, without a lock, when the next step is due, and claims only what is due: an idle node
+reads a row at most a second. What a step is, and why several nodes may do this at once, stands in
+`execution/requeues`. It begins no batch and brings nothing back by itself.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from orbit.database.pool import Database
 from orbit.execution.requeues import Requeues
 from orbit.services.base import Service
 
-_REST_SECONDS = 1.0
+_POLL_SECONDS = 1.0  # how long a batch that another node began may go unnoticed
+_SHORTEST_REST_SECONDS = 0.01
 
 
 class Requeuer(Service):
@@ -23,8 +25,13 @@ class Requeuer(Service):
         self._requeues = requeues
 
     async def run_once(self) -> float:
-        """The steps that are due; rests until the next is, or a second."""
-        while not self.is_stopping and await self._requeues.step():
-            pass
-        due = await self._requeues.next_due()
-        return _REST_SECONDS if due is None else min(max(due, 0.01), _REST_SECONDS)
+        """The steps that are due; rests until the next is, or for one poll."""
+        while not self.is_stopping:
+            due = await self._requeues.next_due()
+            if due is None:
+                return _POLL_SECONDS
+            if due > 0:
+                return min(max(due, _SHORTEST_REST_SECONDS), _POLL_SECONDS)
+            if not await self._requeues.step():  # another node is just taking it
+                return _SHORTEST_REST_SECONDS
+        return 0

@@ -211,15 +211,13 @@ LEFT JOIN requeue_batch_end ended
 WHERE batch.batch_id < %(before)s::uuid ORDER BY batch.batch_id DESC LIMIT %(count)s;
 
 -- name: requeue_batches
--- Given bulk requeues, how far they are, and what has become of their jobs by now; one that
--- ended with no job out is not counted again. dead_letter_decision_by_batch serves it.
+-- Given bulk requeues, newest first, how far they are, and how many jobs those that have ended
+-- had; the jobs of the others are counted by requeues.tally. The primary keys serve it.
 SELECT batch.batch_id, batch.namespace, batch.endpoint_key, batch.cause, batch.run_profile_id,
     batch.since_at, batch.until_at, batch.reason, batch.asked_by, batch.snapshot, batch.canary,
     batch.rate, batch.is_stopping AS stop_on_failure, batch.size_limit, batch.matching,
     batch.created_at, COALESCE(ended.state, 'running') AS state, lease.phase, lease.last_error,
-    COALESCE(jobs.requeued, ended.requeued) AS requeued,
-    COALESCE(jobs.delivered, ended.delivered) AS delivered,
-    COALESCE(jobs.failed, ended.failed) AS failed, COALESCE(jobs.pending, 0) AS pending, ended.why, ended.job_id,
+    ended.requeued, ended.delivered, ended.failed, ended.pending, ended.why, ended.job_id,
     ended.ended_at
 FROM unnest(%(namespace)s::text[], %(batch_id)s::uuid[]) AS asked (namespace, batch_id)
 JOIN requeue_batch batch
@@ -228,22 +226,6 @@ LEFT JOIN requeue_batch_end ended
     ON ended.namespace = asked.namespace AND ended.batch_id = asked.batch_id
 LEFT JOIN requeue_lease lease
     ON lease.namespace = asked.namespace AND lease.batch_id = asked.batch_id
-LEFT JOIN LATERAL (
-    SELECT count(*)::int AS requeued, count(*) FILTER (WHERE seen.is_delivered)::int AS delivered,
-        count(*) FILTER (WHERE NOT seen.is_delivered AND seen.is_dead)::int AS failed,
-        count(*) FILTER (WHERE NOT seen.is_delivered AND NOT seen.is_dead)::int AS pending
-    FROM dead_letter_decision decision
-    CROSS JOIN LATERAL (
-        SELECT EXISTS (SELECT FROM delivery_receipt receipt
-                WHERE receipt.namespace = decision.namespace
-                    AND receipt.job_id = decision.new_job_id
-                    AND receipt.outcome = 'delivered') AS is_delivered,
-            EXISTS (SELECT FROM dead_letter_dispatch dead
-                WHERE dead.namespace = decision.namespace
-                    AND dead.job_id = decision.new_job_id) AS is_dead
-    ) seen
-    WHERE decision.namespace = asked.namespace AND decision.batch_id = asked.batch_id
-) jobs ON ended.pending IS DISTINCT FROM 0
 ORDER BY batch.batch_id DESC;
 
 -- name: last_receipts

@@ -47,21 +47,26 @@ SELECT extract(epoch FROM due_at - orbit_now())::float8 AS seconds FROM requeue_
 ORDER BY due_at LIMIT 1;
 
 -- name: tally
--- How many jobs a batch has, and what became of them. dead_letter_decision_by_batch serves it.
-SELECT count(*)::int AS requeued, count(*) FILTER (WHERE seen.is_delivered)::int AS delivered,
-    count(*) FILTER (WHERE NOT seen.is_delivered AND seen.is_dead)::int AS failed,
-    count(*) FILTER (WHERE NOT seen.is_delivered AND NOT seen.is_dead)::int AS pending
-FROM dead_letter_decision decision
+-- How many jobs each given batch has, and what became of them by now.
+-- dead_letter_decision_by_batch serves it.
+SELECT asked.batch_id, jobs.*
+FROM unnest(%(namespace)s::text[], %(batch_id)s::uuid[]) AS asked (namespace, batch_id)
 CROSS JOIN LATERAL (
-    SELECT EXISTS (SELECT FROM delivery_receipt receipt
-            WHERE receipt.namespace = decision.namespace
-                AND receipt.job_id = decision.new_job_id
-                AND receipt.outcome = 'delivered') AS is_delivered,
-        EXISTS (SELECT FROM dead_letter_dispatch dead
-            WHERE dead.namespace = decision.namespace
-                AND dead.job_id = decision.new_job_id) AS is_dead
-) seen
-WHERE decision.namespace = %(namespace)s AND decision.batch_id = %(batch_id)s::uuid;
+    SELECT count(*)::int AS requeued, count(*) FILTER (WHERE seen.is_delivered)::int AS delivered,
+        count(*) FILTER (WHERE NOT seen.is_delivered AND seen.is_dead)::int AS failed,
+        count(*) FILTER (WHERE NOT seen.is_delivered AND NOT seen.is_dead)::int AS pending
+    FROM dead_letter_decision decision
+    CROSS JOIN LATERAL (
+        SELECT EXISTS (SELECT FROM delivery_receipt receipt
+                WHERE receipt.namespace = decision.namespace
+                    AND receipt.job_id = decision.new_job_id
+                    AND receipt.outcome = 'delivered') AS is_delivered,
+            EXISTS (SELECT FROM dead_letter_dispatch dead
+                WHERE dead.namespace = decision.namespace
+                    AND dead.job_id = decision.new_job_id) AS is_dead
+    ) seen
+    WHERE decision.namespace = asked.namespace AND decision.batch_id = asked.batch_id
+) jobs;
 
 -- name: first_pending
 -- The first dead letter of a batch, from one on, whose job is still under way.
