@@ -111,7 +111,7 @@ class Worker:
     ) -> list[ClaimedJob]:
         """Opens the next attempt of the jobs due in lanes."""
         await self.queue.lanes()
-        return await self.queue.claim({(namespace, lane): room for lane in lanes})
+        return await self.queue.claim({(namespace, lane): room for lane in lanes}, 64)
 
     async def settle(self, job: ClaimedJob, result: WireResult = DELIVERED) -> None:
         """Ends an attempt that this worker holds."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from datetime import timedelta
+from typing import Any
 
+import psycopg
 import pytest
+from psycopg.rows import DictRow
 
 from orbit.clock import DatabaseClock
 from orbit.database.pool import Database
 from orbit.database.queries import array
 from orbit.execution.context import Stage
-from orbit.execution.dispatch import ClaimedJob
+from orbit.execution.dispatch import SQL, ClaimedJob
 from orbit.execution.wire import Outcome, WireResult
 from tests.database.engine import (
     CYCLE,
@@ -50,7 +53,41 @@ async def outcomes(database: Database, job: ClaimedJob) -> list[str]:
     return [row["outcome"] for row in rows]
 
 
+class Cut(Database):
+    """A pool whose connections the server ends just before what was claimed is read."""
+
+    owner_dsn = ""
+
+    async def fetch_all(self, query: bytes, params: Any = None) -> list[DictRow]:
+        """Cuts once."""
+        if query == SQL.claimed_jobs and self.owner_dsn:
+            with psycopg.connect(self.owner_dsn, autocommit=True) as connection:
+                connection.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE application_name = 'orbit' AND datname = current_database()"
+                )
+            self.owner_dsn = ""
+        return await super().fetch_all(query, params)
+
+
 # ---- lanes and claims
+
+
+async def test_a_claim_outlives_the_connection_that_it_was_made_on(
+    worker: Worker, dsn: str, owner_dsn: str, clock: DatabaseClock
+) -> None:
+    """What is claimed is also known: else it would end as unknown, though no byte has left."""
+    await worker.begin_dispatch()
+    cut = Cut(dsn, minimum=1, maximum=4)
+    await cut.open()
+    node = Worker.new(cut, clock)
+    await node.queue.lanes()
+    cut.owner_dsn = owner_dsn
+    (job,) = await node.take("one")
+    assert not cut.owner_dsn, "it was cut"
+    await node.settle(job)
+    assert await outcomes(cut, job) == ["delivered"]
+    await cut.close()
 
 
 async def test_lanes_are_what_has_a_job_to_send(worker: Worker) -> None:
@@ -84,7 +121,7 @@ async def test_each_lane_has_its_own_room(worker: Worker) -> None:
     for _ in range(5):
         await worker.begin_dispatch(lanes=["fast", "slow", "halted"])
     await worker.queue.lanes()
-    jobs = await worker.queue.claim({("brand-a", "fast"): 4, ("brand-a", "slow"): 1})
+    jobs = await worker.queue.claim({("brand-a", "fast"): 4, ("brand-a", "slow"): 1}, 64)
     assert sorted(job.endpoint_key for job in jobs) == ["fast"] * 4 + ["slow"]
 
 

@@ -117,6 +117,18 @@ async def test_first_attempts_leave_retries_their_share(
     assert attempts == [1] * 6 + [2] * 2
 
 
+async def test_retries_have_a_share_of_the_node_if_the_lane_has_more_places(
+    database: Database, clock: DatabaseClock
+) -> None:
+    """A lane without a cap to speak of: a quarter of the node's places, which are 64."""
+    worker = Worker.new(database, clock, endpoint=endpoint(cap=10_000))
+    await queued(worker, 30)
+    await settle_all(worker, await take(worker), FAILED)
+    await queued(worker, 20)
+    attempts = sorted(job.attempt for job in await take(worker, 20))
+    assert attempts == [1] * 4 + [2] * 16
+
+
 async def test_a_lane_of_one_place_serves_both_by_chance(
     database: Database, clock: DatabaseClock
 ) -> None:
@@ -267,10 +279,45 @@ async def test_a_probe_that_arrives_closes_the_breaker(
     await worker.settle(probe)
     assert await breaker(database) == "closed"
     jobs = await take(worker)
-    assert sorted(job.attempt for job in jobs) == [1, 1, 2, 2]
+    assert sorted(job.attempt for job in jobs) == [1, 2, 2, 2]
     await settle_all(worker, jobs)
     assert await changes(database) == ["opened", "closed"]
     assert await count(database, "dead_letter_dispatch") == 0
+
+
+async def test_jobs_that_always_fail_do_not_keep_others_from_being_tried(
+    database: Database, clock: DatabaseClock
+) -> None:
+    """One probe in four is a later attempt, while first ones wait."""
+    worker = Worker.new(database, clock, endpoint=endpoint(cap=8, breaker=BREAKER))
+    lucky = Worker.new(database, clock, endpoint=endpoint(cap=8, breaker=BREAKER), chance=0.8)
+    await queued(worker, 3)
+    await settle_all(worker, await take(worker), FAILED)
+    await queued(worker, 1)
+    await let_pass(database, 60)
+    (probe,) = await take(lucky)
+    assert (probe.attempt, probe.is_probe) == (2, True)
+    await worker.queue.release([probe])
+    await lucky.settle(probe, FAILED)
+    await let_pass(database, 200)
+    (probe,) = await take(worker)
+    assert (probe.attempt, probe.is_probe) == (1, True)
+
+
+async def test_a_probe_that_cannot_be_read_counts(database: Database, clock: DatabaseClock) -> None:
+    """A lane whose jobs are all unreadable comes to an end: nobody was tried, so none is spared."""
+    worker = Worker.new(database, clock, endpoint=endpoint(breaker=BREAKER))
+    await queued(worker, 3, max_attempts=3)
+    await settle_all(worker, await take(worker, 3), FAILED)
+    await let_pass(database, 60)
+    unreadable = WireResult(Outcome.NOT_SENT, cause=SECRET_UNREADABLE)
+    for _ in range(3 * 2):
+        (probe,) = await take(worker)
+        assert (probe.is_probe, probe.spared) == (True, 1)
+        await worker.settle(probe, unreadable)
+    assert await take(worker) == []
+    assert await count(database, "dead_letter_dispatch") == 3
+    assert await count(database, "delivery_receipt") == 3 * 3
 
 
 async def test_a_probe_whose_worker_dies_says_nothing_of_the_lane(

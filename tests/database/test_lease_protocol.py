@@ -275,7 +275,7 @@ class LeaseProtocol(RuleBasedStateMachine):
         rooms = {(self.namespace, lane): room for lane in LANES}
 
         async def at_once() -> list[list[ClaimedJob]]:
-            return await asyncio.gather(*[node.queue.claim(rooms) for node in nodes])
+            return await asyncio.gather(*[node.queue.claim(rooms, 64) for node in nodes])
 
         given: Counter[str] = Counter()
         for node, jobs in zip(nodes, self.run(at_once()), strict=True):

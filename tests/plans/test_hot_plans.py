@@ -141,6 +141,7 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
         "dispatch.claim_jobs": {
             **keyed(sample, "namespace", "endpoint_key", room=5, cap=16, rate=None),
             **keyed(sample, has_breaker="true"),
+            "places": 64,
             "retry_share": 0.25,
             "chance": 0.5,
             "lease_seconds": 30.0,

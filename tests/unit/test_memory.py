@@ -11,12 +11,12 @@ from orbit.execution.memory import PayloadMemory
 class Holder:
     """Somebody who reserves and holds until told to let go."""
 
-    def __init__(self, memory: PayloadMemory, size: int) -> None:
+    def __init__(self, memory: PayloadMemory, size: int, owner: str | None = None) -> None:
         self.has, self.may_go = asyncio.Event(), asyncio.Event()
-        self.task = asyncio.create_task(self._hold(memory, size))
+        self.task = asyncio.create_task(self._hold(memory, size, owner))
 
-    async def _hold(self, memory: PayloadMemory, size: int) -> None:
-        async with memory.reserve(size):
+    async def _hold(self, memory: PayloadMemory, size: int, owner: str | None) -> None:
+        async with memory.reserve(size, owner):
             self.has.set()
             await self.may_go.wait()
 
@@ -60,6 +60,31 @@ async def test_one_larger_than_the_limit_is_granted_alone() -> None:
     await settle()
     assert later.has.is_set()
     await later.let_go()
+
+
+async def test_an_owner_leaves_others_as_much_as_he_holds() -> None:
+    """Alone he may have all; beside another, half; two beside each other, a third."""
+    memory = PayloadMemory(120)
+    alone = [Holder(memory, 10, "one") for _ in range(12)]
+    await settle()
+    assert [holder.has.is_set() for holder in alone] == [True] * 12
+    for holder in alone:
+        await holder.let_go()
+    well = Holder(memory, 10, "well")
+    await settle()
+    bad = [Holder(memory, 10, owner) for _ in range(12) for owner in ("hung", "slow")]
+    await settle()
+    assert sum(holder.has.is_set() for holder in bad) <= 8
+    await well.let_go()
+    another = Holder(memory, 20, "well")
+    await settle()
+    assert another.has.is_set(), "those who wait because they hold much are passed over"
+    await another.let_go()
+    for holder in bad:
+        holder.may_go.set()
+    await asyncio.gather(*[holder.task for holder in bad])
+    assert memory._used == 0
+    assert not memory._held
 
 
 async def test_one_that_gives_up_makes_room_for_those_behind() -> None:

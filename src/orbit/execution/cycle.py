@@ -144,7 +144,7 @@ class Orchestrator:
         Raises LeaseLost if another worker has it meanwhile, and NotHere if another node may be
         able to carry it on.
         """
-        async with self._memory.reserve(cycle.size or 0) as memory:
+        async with self._memory.reserve(cycle.size or 0, owner=cycle.namespace) as memory:
             result = StageResult(cycle)
             try:
                 self._refuse_deadly(cycle)

@@ -37,8 +37,10 @@ CYCLE_SQL = load("cycle")
 INLINE_BYTES = 65536
 RETRY_SHARE = 0.25  # of a lane's places and tokens, for later attempts while first ones wait
 SECRET_UNREADABLE = "secret unreadable"  # noqa: S105 - a cause
+NOT_PREPARED = "not prepared"
 CUT_OFF = "cut off"
-NOT_OF_LANE = frozenset({SECRET_UNREADABLE, CUT_OFF})  # say nothing of the receiver
+_NEVER_LEFT = frozenset({SECRET_UNREADABLE, NOT_PREPARED})  # no receiver was tried
+_NOT_OF_LANE = _NEVER_LEFT | {CUT_OFF}  # say nothing of the receiver
 _TALLY_PARTS = 8
 _NEVER_OPENS = Breaker(failures=2**31 - 1, share=2.0)  # but closes, if it was open before
 _ANY_ENDPOINT = Endpoint(key="", url="")  # of a job whose endpoint this node does not know
@@ -127,6 +129,7 @@ class Settlement:
 
     `is_lane_well`: what it says of the lane. None: nothing, as when a payload is refused for good
     (unless it was a probe: the receiver is back) or when its worker died or was stopped.
+    `is_unspared`: a probe that could not even be tried counts against its job after all.
     """
 
     namespace: str
@@ -144,6 +147,7 @@ class Settlement:
     started_at: datetime | None
     move: NextMove
     is_lane_well: bool | None
+    is_unspared: bool = False
 
     @property
     def is_done(self) -> bool:
@@ -208,10 +212,11 @@ class DispatchQueue:
             await self._database.execute(SQL.insert_lanes, _keys(new))
         return lanes
 
-    async def claim(self, rooms: Mapping[LaneKey, int]) -> list[ClaimedJob]:
+    async def claim(self, rooms: Mapping[LaneKey, int], places: int) -> list[ClaimedJob]:
         """Opens the next attempt of due jobs: of each lane as many as there is room for.
 
-        That is the caller's room, or less if the lane's cap, rate or breaker says so.
+        That is the caller's room, or less if the lane's cap, rate or breaker says so. `places`:
+        how many the caller may have in flight in all, of which retries have their share.
         """
         endpoints = [self.endpoint(key) for _, key in rooms]
         asked = {
@@ -220,6 +225,7 @@ class DispatchQueue:
             "cap": array(endpoint.max_concurrency for endpoint in endpoints),
             "rate": array(endpoint.rate_per_second for endpoint in endpoints),
             "has_breaker": array(endpoint.breaker is not None for endpoint in endpoints),
+            "places": places,
             "retry_share": RETRY_SHARE,
             "chance": self._policy.draw(),
             "node_id": self._node_id,
@@ -229,7 +235,10 @@ class DispatchQueue:
             await connection.execute(SQL.hold_lanes, _keys(rooms))
             cursor = await connection.execute(SQL.claim_jobs, asked, binary=True)
         leases = {row["job_id"]: row for row in await cursor.fetchall()}
-        return await self._claimed(leases) if leases else []
+        if not leases:
+            return []
+        # Leases that nobody knows of would end as attempts of unknown outcome.
+        return await self._database.persist(lambda: self._claimed(leases))
 
     async def _claimed(self, leases: Mapping[str, dict[str, Any]]) -> list[ClaimedJob]:
         """The jobs of these leases; what they are never changes, so it is read apart."""
@@ -269,9 +278,10 @@ class DispatchQueue:
         on_unknown: str = "retry",
     ) -> NextMove:
         """Returns when the attempt's receipt and the job's next move are committed."""
+        is_unspared = job.is_probe and result.cause in _NEVER_LEFT
         move = self._policy.next_move(
             result,
-            job.attempt - job.spared,
+            job.attempt - job.spared + is_unspared,
             job.max_attempts,
             now,
             permanent_statuses=permanent_statuses,
@@ -295,19 +305,19 @@ class DispatchQueue:
                 started_at=started_at,
                 move=move,
                 is_lane_well=_is_lane_well(result, is_final=is_final, is_probe=job.is_probe),
+                is_unspared=is_unspared,
             )
         )
         return move
 
     async def recover(self, now: datetime, limit: int = 500) -> int:
         """Settles as unknown the attempts whose worker is gone; how many there were."""
-        async with self._database.transaction() as connection:
+        async with self._database.batch() as connection:
             cursor = await connection.execute(SQL.expired_jobs, {"limit": limit})
             lost = [self._lost(row, now) for row in await cursor.fetchall()]
             if not lost:
                 return 0
-            async with connection.pipeline():
-                tell = await self._settle(connection, lost)
+            tell = await self._settle(connection, lost)
         await tell()
         return len(lost)
 
@@ -362,6 +372,8 @@ class DispatchQueue:
         rows = _rows(settlements) | {"part": self._part, "settler_id": self._node_id}
         await connection.execute(SQL.settle_jobs, rows)
         await connection.execute(SQL.insert_receipts, rows)
+        if unspared := [s for s in settlements if s.is_unspared and not s.is_done]:
+            await connection.execute(SQL.unspare_jobs, _rows(unspared))
         ended = None
         if done := sorted({(s.namespace, s.cycle_id) for s in settlements if s.is_done}):
             touched = {
@@ -422,7 +434,7 @@ _LANE_RESULT = ("attempts", "failures", "last_failures", "has_success", "has_pro
 def _is_lane_well(result: WireResult, *, is_final: bool, is_probe: bool) -> bool | None:
     if result.outcome is Outcome.DELIVERED or (is_final and is_probe):
         return True
-    return None if is_final or result.cause in NOT_OF_LANE else False
+    return None if is_final or result.cause in _NOT_OF_LANE else False
 
 
 def _lane_result(ends: Sequence[Settlement]) -> dict[str, int | bool]:

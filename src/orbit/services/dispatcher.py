@@ -9,20 +9,18 @@ place is free again as soon as its attempt is over; the settlement is committed 
 from __future__ import annotations
 
 import asyncio
-import heapq
 import logging
 import math
-from collections import Counter, deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from operator import itemgetter
 
 from orbit.clock import Clock
 from orbit.database.pool import TRANSIENT, Database, first_line
 from orbit.errors import SecretUnreadable
 from orbit.execution.dispatch import (
     CUT_OFF,
+    NOT_PREPARED,
     SECRET_UNREADABLE,
     ClaimedJob,
     DispatchQueue,
@@ -34,11 +32,11 @@ from orbit.execution.memory import PayloadMemory
 from orbit.execution.snapshots import Snapshot, Snapshots
 from orbit.execution.wire import Outcome, Outgoing, Wire, WireResult, request_headers
 from orbit.services.base import LAST_WORDS_SECONDS, Service, within
+from orbit.services.places import Places
 from orbit.webhooks import sign
 
 _RECOVERY_SHARE = 6  # expired attempts are looked for this many times in a lease length
 _GATHER_SECONDS = 0.01  # a few free places wait so long for more, so that a claim is worth it
-_AHEAD_SECONDS = 0.03  # what a lane ended in such a time, it will have places for in the next
 _UNSETTLED_PER_PLACE = 8  # what may wait for its commit, before nothing more is claimed
 
 
@@ -66,51 +64,8 @@ class _Sending:
         return self.job.namespace, self.job.endpoint_key
 
 
-class _Pace:
-    """How many attempts each lane ended in the last stretch of time."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock, self._until = clock, 0.0
-        self._now: Counter[LaneKey] = Counter()
-        self._before: Counter[LaneKey] = Counter()
-        self._sum = 0
-
-    def count(self, lane: LaneKey) -> None:
-        """One more ended."""
-        self._turn()
-        self._now[lane] += 1
-
-    def ended(self, lane: LaneKey) -> int:
-        """In the last whole stretch."""
-        self._turn()
-        return self._before[lane]
-
-    def total(self) -> int:
-        """All lanes' together."""
-        self._turn()
-        return self._sum
-
-    def _turn(self) -> None:
-        at = self._clock.monotonic()
-        if at >= self._until:
-            is_next = at < self._until + _AHEAD_SECONDS
-            self._before = self._now if is_next else Counter()
-            self._sum = self._before.total()
-            self._now, self._until = Counter(), at + _AHEAD_SECONDS
-
-
 class Dispatcher(Service):
-    """Sends jobs, up to a number in flight in all and per lane.
-
-    A lane takes places up to its endpoint's `max_concurrency`. While other lanes have jobs due or
-    in flight it also leaves at least as many free as it holds: one that hangs can take half of
-    the places, two a third each, and there are always some for a lane that is well. Free places
-    go first to the lane that has the fewest, among these to the one that has waited longest.
-
-    A lane that ends many attempts is given jobs ahead, at most twice as many as it ended in the
-    last 30 ms: they begin without waiting for the database. Not so where an unknown outcome is
-    left to a person, since what is lost with its worker counts as unknown.
-    """
+    """Sends jobs, up to `concurrency` at once."""
 
     name = "dispatcher"
 
@@ -130,15 +85,9 @@ class Dispatcher(Service):
         super().__init__(database)
         self._queue, self._snapshots, self._wire = queue, snapshots, wire
         self._memory, self._clock = memory, clock
-        self._concurrency = concurrency
         self._lease_seconds, self._poll_seconds = lease_seconds, poll_seconds
         self._sending: dict[tuple[str, int], _Sending] = {}
-        self._on_wire: Counter[LaneKey] = Counter()  # each takes a place of this node
-        self._taken = 0  # their sum
-        self._held: Counter[LaneKey] = Counter()  # each takes a place of its lane, until settled
-        self._claimed: deque[_Sending] = deque()  # wait for a place
-        self._pace = _Pace(clock)
-        self._served_at: dict[LaneKey, float] = {}
+        self._places: Places[_Sending] = Places(concurrency, queue.endpoint, clock)
         self._ready_at: dict[LaneKey, float] = {}  # by the monotonic clock, as of the last look
         self._retry_at: dict[LaneKey, float] = {}  # the first of those scheduled here
         self._look_at = self._recover_at = 0.0
@@ -150,13 +99,14 @@ class Dispatcher(Service):
         Which lanes have jobs is looked up once in a poll length, or when told of new ones.
         """
         await self._recover()
-        if len(self._sending) >= self._concurrency * _UNSETTLED_PER_PLACE:
+        if len(self._sending) >= self._places.count * _UNSETTLED_PER_PLACE:
             self._is_short = True
             return self._poll_seconds
         if self._clock.monotonic() >= self._look_at:
             await self._look()
         now = self._clock.monotonic()
-        rooms = self._shared([lane for lane, at in self._ready_at.items() if at <= now])
+        self._begin()  # as lanes come and go, so does what each may take
+        rooms = self._places.shares(self._due(now))
         if rooms and await self._claim(rooms):
             return _GATHER_SECONDS
         later = [at for at in self._ready_at.values() if at > now]
@@ -197,10 +147,6 @@ class Dispatcher(Service):
         """Attempts under way."""
         return len(self._sending)
 
-    @property
-    def _free(self) -> int:
-        return self._concurrency - self._taken
-
     async def _look(self) -> None:
         """Which lanes have jobs, and when each is ready for a claim."""
         asked_at = self._clock.monotonic()
@@ -212,70 +158,34 @@ class Dispatcher(Service):
         for key, at in self._retry_at.items():  # it may have been scheduled meanwhile
             self._ready_at[key] = min(at, self._ready_at.get(key, at))
 
-    def _room(self, lane: LaneKey) -> int:
-        return self._queue.endpoint(lane[1]).max_concurrency - self._held[lane]
-
-    def _shared(self, due: Sequence[LaneKey]) -> dict[LaneKey, int]:
-        """The node's free places, dealt out one by one among the lanes with jobs due.
-
-        Then what may be claimed ahead, to lanes that end attempts; none gets more than twice of
-        what it ended.
-        """
-        waiting = Counter(sending.lane for sending in self._claimed)
-        free, shares = self._free - waiting.total(), Counter[LaneKey]()
-        ahead = min(self._pace.total(), 2 * self._concurrency) + min(free, 0)
-        is_alone = len({*due, *self._on_wire}) == 1
-        turns = [(self._held[lane], self._served_at.get(lane, 0.0), lane) for lane in due]
-        heapq.heapify(turns)
-        while turns and free + ahead > 0:
-            held, served_at, lane = heapq.heappop(turns)
-            if shares[lane] >= self._room(lane):
-                continue
-            if free > 0 and (is_alone or self._on_wire[lane] + shares[lane] < free):
-                free -= 1
-            elif ahead > 0 and waiting[lane] < self._ahead(lane):
-                waiting[lane] += 1
-                ahead -= 1
-            else:
-                continue
-            shares[lane] += 1
-            heapq.heappush(turns, (held + 1, served_at, lane))
-        return +shares
-
-    def _ahead(self, lane: LaneKey) -> int:
-        is_held = self._queue.endpoint(lane[1]).on_unknown == "hold"
-        return 0 if is_held else 2 * self._pace.ended(lane)
-
     async def _claim(self, rooms: dict[LaneKey, int]) -> int:
         asked_at = self._clock.monotonic()
-        jobs = await self._queue.claim(rooms)
+        jobs = await self._queue.claim(rooms, self._places.count)
         self._expect(rooms, {(job.namespace, job.endpoint_key) for job in jobs}, asked_at)
-        now, turns = self._clock.now(), Counter[LaneKey]()
-        claimed = []
+        now = self._clock.now()
         for job in jobs:
             sending = _Sending(job, asked_at + self._lease_seconds, now)
-            self._held[sending.lane] += 1
             self._sending[sending.key] = sending
-            turns[sending.lane] += 1
-            claimed.append((turns[sending.lane], sending))
-        claimed.sort(key=itemgetter(0))  # the lanes take turns
-        self._claimed.extend(sending for _, sending in claimed)
+            self._places.add(sending.lane, sending)
         self._begin()
         return len(jobs)
 
     def _begin(self) -> None:
-        """Lets claimed jobs begin, as far as there are places."""
-        while self._claimed and self._free > 0 and not self.is_stopping:
-            sending = self._claimed.popleft()
+        """Lets claimed jobs begin, as far as there are places for their lanes."""
+        if self.is_stopping:
+            return
+        for sending in self._places.take(self._due(self._clock.monotonic())):
             sending.has_place = True
-            self._taken += 1
-            self._on_wire[sending.lane] += 1
             sending.task = asyncio.create_task(self._deliver(sending))
 
-    def _expect(self, asked: Iterable[LaneKey], fruitful: Collection[LaneKey], at: float) -> None:
+    def _due(self, now: float) -> list[LaneKey]:
+        """Lanes with jobs to claim, as far as is known."""
+        return [lane for lane, at in self._ready_at.items() if at <= now]
+
+    def _expect(self, asked: Collection[LaneKey], fruitful: Collection[LaneKey], at: float) -> None:
         """A lane that gave nothing waits for a retry or the next look; a rate lets it wait."""
+        self._places.served(asked, at)
         for lane in asked:
-            self._served_at[lane] = at
             rate = self._queue.endpoint(lane[1]).rate_per_second
             if lane not in fruitful:
                 self._ready_at.pop(lane, None)
@@ -295,7 +205,8 @@ class Dispatcher(Service):
     async def _deliver(self, sending: _Sending) -> None:
         job = sending.job
         try:
-            async with self._memory.reserve(job.size):
+            size = job.size if job.content is None else 0  # what is small came with the claim
+            async with self._memory.reserve(size, owner=sending.lane):
                 sending.started_at = self._clock.now()
                 result = await self._attempt(sending)
             sending.is_over = True
@@ -316,22 +227,19 @@ class Dispatcher(Service):
         """Frees the attempt's place on this node, once."""
         if sending.has_place:
             sending.has_place = False
-            self._taken -= 1
-            _take_one(self._on_wire, sending.lane)
-            self._pace.count(sending.lane)
+            self._places.leave(sending.lane)
             self._begin()
             self._offer()
 
     def _forget(self, sending: _Sending) -> None:
         """Frees its place in the lane: it is settled, or given back, or lost."""
         if self._sending.pop(sending.key, None) is not None:
-            _take_one(self._held, sending.lane)
+            self._places.settle(sending.lane)
             self._offer()
 
     def _offer(self) -> None:
         """Room for many jobs is worth a claim at once; for a few it waits a little."""
-        room = self._free + self._pace.total() - len(self._claimed)
-        if room * 2 >= self._concurrency + self._pace.total():
+        if self._places.is_worth_a_claim:
             super().wake()
         elif self._is_short:
             self._is_short = False
@@ -348,17 +256,21 @@ class Dispatcher(Service):
             on_unknown=snapshot.on_unknown if snapshot else "retry",
         )
         if move.retry_seconds is not None:
-            at = self._clock.monotonic() + move.retry_seconds
-            self._retry_at[sending.lane] = min(at, self._retry_at.get(sending.lane, at))
-            if at < self._ready_at.get(sending.lane, math.inf):
-                self._ready_at[sending.lane] = at
-                super().wake()  # its rest may be longer
+            self._await_retry(sending.lane, move.retry_seconds)
+
+    def _await_retry(self, lane: LaneKey, seconds: float) -> None:
+        now = self._clock.monotonic()
+        at, first = now + seconds, self._retry_at.get(lane, 0.0)
+        self._retry_at[lane] = min(at, first) if first > now else at
+        if at < self._ready_at.get(lane, math.inf):
+            self._ready_at[lane] = at
+            super().wake()  # its rest may be longer
 
     async def _give_back(self, jobs: Sequence[ClaimedJob]) -> None:
         await self._database.persist(lambda: self._queue.release(jobs))
 
     async def _cancel_and_give_back(self) -> None:
-        self._claimed.clear()
+        self._places.clear()
         unbegun = [one for one in self._sending.values() if not (one.is_begun or one.is_over)]
         tasks = _cancelled(unbegun)
         if tasks:
@@ -398,6 +310,9 @@ class Dispatcher(Service):
             self._log.warning("attempt_not_begun", error=first_line(error), **_named(job))
             await asyncio.sleep(self._poll_seconds)  # given back, it is due at once
             return None
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's alone
+            self._log.exception("attempt_not_prepared", **_named(job))
+            return WireResult(Outcome.NOT_SENT, cause=NOT_PREPARED, error=first_line(error))
         outgoing = _outgoing(job, snapshot, content, int(self._clock.now().timestamp()))
 
         def may_send() -> bool:
@@ -422,12 +337,6 @@ class Dispatcher(Service):
         error = "the node was told to stop before an answer was seen"
         result = WireResult(Outcome.UNKNOWN, cause=CUT_OFF, error=error)
         await self._settle(sending, result)
-
-
-def _take_one(places: Counter[LaneKey], lane: LaneKey) -> None:
-    places[lane] -= 1
-    if not places[lane]:
-        del places[lane]
 
 
 def _tasks(attempts: Collection[_Sending]) -> list[asyncio.Task[None]]:

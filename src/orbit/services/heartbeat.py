@@ -6,6 +6,7 @@ minute: a queue that was drained and fills up again would be read whole meanwhil
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from orbit.clock import DatabaseClock
@@ -46,9 +47,8 @@ class Heartbeat(Service):
         self.is_draining = False
 
     async def run_once(self) -> float:
-        """One beat."""
-        for beat in self._beats:
-            await beat()
+        """One beat. All holders of leases prolong theirs, even if one fails or waits."""
+        failed = await asyncio.gather(*[beat() for beat in self._beats], return_exceptions=True)
         proposed = self._configuration.proposed
         row = await self._database.fetch_one(
             SQL.see_node,
@@ -64,4 +64,7 @@ class Heartbeat(Service):
             self._clock.anchor(row["now"])
         await self._configuration.refresh()
         await self._database.execute(SQL.refresh_statistics)
+        for error in failed:
+            if error is not None:
+                raise error
         return self._rest_seconds

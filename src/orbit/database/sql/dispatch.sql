@@ -74,7 +74,8 @@ FOR NO KEY UPDATE OF lane;
 
 -- name: claim_jobs
 -- Opens the next attempt of due jobs: of each lane as many as the caller has room for and its cap
--- and tokens allow, or one probe of a held lane. Later attempts come first up to their share.
+-- and tokens allow, or one probe of a held lane. Later attempts come first up to their share,
+-- which of probes is one in four: a job that always fails cannot keep others from being tried.
 -- dispatch_lease_ready and dispatch_lease_taken serve it.
 WITH open_lane AS MATERIALIZED (
     SELECT asked.*, lane.probe_at IS NOT NULL AS is_probe, flying.retries,
@@ -104,8 +105,8 @@ WITH open_lane AS MATERIALIZED (
     FROM open_lane WHERE LEAST(free, floor(tokens)::int) > 0
 ), share AS MATERIALIZED (
     SELECT room.*, GREATEST(0, LEAST(jobs,
-        floor(cap * %(retry_share)s::float8 + %(chance)s::float8)::int - retries,
-        CASE WHEN rate IS NULL THEN jobs
+        floor(LEAST(cap, %(places)s) * %(retry_share)s::float8 + %(chance)s::float8)::int - retries,
+        CASE WHEN rate IS NULL AND NOT is_probe THEN jobs
             ELSE floor(jobs * %(retry_share)s::float8 + %(chance)s::float8)::int END)) AS reserved
     FROM room
 ), due AS MATERIALIZED (
@@ -297,6 +298,14 @@ UPDATE cycle_lease SET outstanding = outstanding - counted.jobs,
     bytes = cycle_lease.bytes + counted.bytes
 FROM held JOIN counted ON counted.namespace = held.namespace AND counted.cycle_id = held.cycle_id
 WHERE cycle_lease.namespace = held.namespace AND cycle_lease.cycle_id = held.cycle_id;
+
+-- name: unspare_jobs
+-- Counts probes against their jobs after all. To follow settle_jobs.
+UPDATE dispatch_lease SET spared = spared - 1
+FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(lease_number)s::int[])
+    AS result (namespace, job_id, lease_number)
+WHERE dispatch_lease.namespace = result.namespace AND dispatch_lease.job_id = result.job_id
+    AND dispatch_lease.lease_number = result.lease_number AND dispatch_lease.node_id IS NULL;
 
 -- name: insert_receipts
 -- What became of attempts. A receipt that exists stays: an attempt has one end. To follow
