@@ -100,6 +100,13 @@ class Desk:
         )
 
 
+async def begun(node: Requeues, reason: str, pace: Pace) -> str:
+    """The id of a batch that found something."""
+    batch_id, _ = await node.begin(LETTERS, reason, pace)
+    assert batch_id is not None
+    return batch_id
+
+
 @pytest.fixture
 async def desk(database: Database, clock: DatabaseClock) -> Desk:
     """Five dead letters."""
@@ -134,6 +141,15 @@ async def test_canaries_go_first_and_the_rest_when_all_are_delivered(desk: Desk)
     counts = {"requeued": 5, "delivered": 5, "failed": 0, "pending": 0}
     assert (await desk.end()).items() >= {"state": "finished", "job_id": None, **counts}.items()
     assert await count(desk.database, "dead_letter_decision", f"batch_id = '{batch_id}'") == 5
+
+
+async def test_nothing_that_matches_is_no_batch(desk: Desk) -> None:
+    """A selection without a dead letter leaves no batch and no lease behind."""
+    node = desk.node()
+    batch_id, found = await node.begin(Selection("brand-b"), "mended", Pace(canary=2))
+    assert (batch_id, found.matching) == (None, 0)
+    assert await count(desk.database, "requeue_batch") == 0
+    assert await node.next_due() is None
 
 
 async def test_a_failed_canary_stops_the_batch(desk: Desk) -> None:
@@ -307,7 +323,7 @@ async def test_batches_over_the_same_letters_never_double(desk: Desk) -> None:
 async def test_a_cancelled_batch_leaves_the_rest_alone(desk: Desk) -> None:
     """It ends at once, for the node amid a step too; it cannot end again."""
     node = desk.node()
-    batch_id, _ = await node.begin(LETTERS, "mended", Pace(rate=2.0))
+    batch_id = await begun(node, "mended", Pace(rate=2.0))
     await node.step()
     await desk.tick()
     claimed = await node.claim()
@@ -478,15 +494,15 @@ async def _are_requeued(desk: Desk, expected: int) -> bool:
 async def test_a_list_counts_each_batch_s_own_jobs_as_they_are_now(desk: Desk) -> None:
     """Running, ended with a job out and ended for good side by side, as each is shown alone."""
     node, database = desk.node(), desk.database
-    done, _ = await node.begin(LETTERS, "one", Pace(size_limit=1))
+    done = await begun(node, "one", Pace(size_limit=1))
     await node.step()
     await desk.deliver()
     await desk.tick()
     await node.step()
-    cancelled, _ = await node.begin(LETTERS, "two", Pace(rate=2.0))
+    cancelled = await begun(node, "two", Pace(rate=2.0))
     await node.step()
     await node.cancel(cancelled, "not now")
-    running, _ = await node.begin(LETTERS, "three", Pace(canary=1))
+    running = await begun(node, "three", Pace(canary=1))
     await node.step()
 
     async def shown() -> dict[str, tuple[object, ...]]:

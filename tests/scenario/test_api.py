@@ -782,16 +782,22 @@ async def test_many_dead_letters_come_back_at_once(api: httpx.AsyncClient) -> No
     made = [await dead_letter(api) for _ in range(3)]
     await dead_letter(api, namespace="land")
     asked = {"namespace": "sea", "endpointKey": "bad", "cause": "status 500", "limit": 2}
-    dry = await api.post("/dead-letters/requeue", json={**asked, "dryRun": True})
+    dry = await api.post("/dead-letters/requeue", json={**asked, "isDryRun": True})
+    assert dry.status_code == 200
     bare = {"withoutPayload": 0, "snapshot": "current", "batchId": None, "items": []}
-    assert dry.json() == {"isDryRun": True, "matching": 3, "mayHaveArrived": 0, **bare}
-    assert_problem(await api.post("/dead-letters/requeue", json=asked), 400, "request_invalid")
+    counts = {"matching": 3, "selected": 2, "mayHaveArrived": 0}
+    assert dry.json() == {"isDryRun": True, **counts, **bare}
+    for reason in ({}, {"reason": " "}):
+        unsaid = await api.post("/dead-letters/requeue", json={**asked, **reason})
+        problem = assert_problem(unsaid, 400, "request_invalid")
+        assert [one["pointer"] for one in problem["problems"]] == ["/reason"]
     done = (await api.post("/dead-letters/requeue", json={**asked, "reason": "up"})).json()
     assert done["matching"] == 3
     assert sorted(one["requeuedFrom"] for one in done["items"]) == sorted(made)[:2]
     other = {**asked, "cause": "status 404", "reason": "up"}
     none = (await api.post("/dead-letters/requeue", json=other)).json()
-    assert none == {"isDryRun": False, "matching": 0, "mayHaveArrived": 0, **bare}
+    counts = {"matching": 0, "selected": 0, "mayHaveArrived": 0}
+    assert none == {"isDryRun": False, **counts, **bare}
     filters = {"namespace": "land", "endpointKey": "bad", "cause": "status 500"}
     assert len((await api.get("/dead-letters", params=filters)).json()["items"]) == 1
 

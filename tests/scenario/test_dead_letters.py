@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -67,10 +68,10 @@ class Place:
         assert answer.status_code == 200, answer.text
         return answer.json()
 
-    async def requeue(self, **body: Any) -> Any:
+    async def requeue(self, status: int = 202, **body: Any) -> Any:
         asked = {"namespace": "brand", "reason": "mended", **body}
         answer = await self.api.post("/dead-letters/requeue", json=asked)
-        assert answer.status_code == 202, answer.text
+        assert answer.status_code == status, answer.text
         return answer.json()
 
     async def ended(self, batch_id: str) -> Any:
@@ -82,6 +83,10 @@ class Place:
 
     async def cli(self, *arguments: str, code: int = 0) -> str:
         """A `dlq` verb beside the node, on its database; what it printed."""
+        return (await self.told(*arguments, code=code))[0]
+
+    async def told(self, *arguments: str, code: int = 0) -> tuple[str, str]:
+        """The same, with what it noted for the person."""
         child = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -94,7 +99,7 @@ class Place:
         )
         output, errors = await child.communicate()
         assert child.returncode == code, output.decode() + errors.decode()
-        return output.decode()
+        return output.decode(), errors.decode()
 
 
 @pytest.fixture
@@ -160,14 +165,54 @@ async def test_they_are_listed_by_when_they_died_and_grouped_by_cause(place: Pla
 async def test_a_dry_run_counts_what_the_requeue_then_does(place: Place) -> None:
     """The same selection gives the same number; nothing moves before."""
     place.receiving.status = 200
-    narrow = {"runProfileId": "many", "cause": "status 503"}
-    dry = await place.requeue(dryRun=True, canary=1, **narrow)
+    narrow: dict[str, Any] = {"runProfileId": "many", "cause": "status 503"}
+    dry = await place.requeue(200, isDryRun=True, canary=1, **narrow)
     assert (dry["isDryRun"], dry["matching"], dry["batchId"]) == (True, LETTERS, None)
+    assert dry["selected"] == LETTERS
+    assert (await place.requeue(200, isDryRun=True, limit=2, **narrow))["selected"] == 2
     assert (await place.get("/requeues"))["items"] == []
     assert len((await place.get("", state="open"))["items"]) == LETTERS + 1
     done = await place.requeue(**narrow)
     assert (done["matching"], len(done["items"]), done["snapshot"]) == (LETTERS, LETTERS, "current")
-    assert (await place.requeue(dryRun=True, **narrow))["matching"] == 0
+    assert (await place.requeue(200, isDryRun=True, **narrow))["matching"] == 0
+
+
+async def test_what_matches_nothing_begins_nothing(place: Place) -> None:
+    """In steps or at once: no batch, no job, and the answer and the command line say so."""
+    paces: tuple[dict[str, Any], ...] = ({}, {"canary": 1}, {"rate": 5})
+    for pace in paces:
+        answer = await place.requeue(200, cause="status 599", **pace)
+        assert (answer["matching"], answer["selected"]) == (0, 0)
+        assert (answer["batchId"], answer["items"]) == (None, [])
+    nothing = ("requeue", "--namespace", "brand", "--cause", "status 599", "--reason", "x")
+    for more in ((), ("--canary", "1", "--watch"), ("--dry-run",)):
+        assert await place.told(*nothing, *more) == ("no dead letter matches\n", "")
+    assert (await place.get("/requeues"))["items"] == []
+
+
+async def test_a_cause_is_found_as_it_is_listed(place: Place) -> None:
+    """What may have arrived is told in a column of its own, and in a line of its own."""
+    (letter,) = (await place.get("", runProfileId="single"))["items"]
+    await place.node.database.execute(
+        b"INSERT INTO delivery_receipt (namespace, job_id, attempt, outcome, digest, size,"
+        b" lease_number, node_id) SELECT namespace, job_id, 9, 'unknown', digest, size, 9, node_id"
+        b" FROM delivery_receipt WHERE job_id = %s",
+        (letter["jobId"],),
+    )
+    header, line = (await place.cli("ls", "--run-profile", "single")).splitlines()
+    cells = dict(zip(re.split(r"\s{2,}", header), re.split(r"\s{2,}", line), strict=True))
+    assert cells["MAY HAVE ARRIVED"] == "yes"
+    assert letter["jobId"] in await place.cli("ls", "--cause", cells["CAUSE"])
+    shown = await place.cli("show", letter["jobId"])
+    assert f"  cause           {cells['CAUSE']}\n" in shown
+    assert "  arrival         may have arrived" in shown
+
+
+async def test_a_list_that_is_cut_says_how_many_are_left(place: Place) -> None:
+    """The rest is counted under the same filter; a list that is whole says nothing."""
+    listed, said = await place.told("ls", "--limit", "2", "--run-profile", "many")
+    assert (len(listed.splitlines()), said) == (3, f"{LETTERS - 2} more: --limit, or --group\n")
+    assert (await place.told("ls", "--limit", str(LETTERS + 1)))[1] == ""
 
 
 async def test_delivered_canaries_let_the_rest_flow(place: Place, facts: Facts) -> None:
@@ -228,6 +273,8 @@ async def test_the_command_line_says_what_it_does(place: Place) -> None:
     many = ("requeue", "--namespace", "brand", "--endpoint", "out")
     dry = await place.cli(*many, "--dry-run")
     assert dry == f"{LETTERS} dead letters would be requeued, {CURRENT}\n"
+    cut = await place.cli(*many, "--dry-run", "--limit", "3")
+    assert cut == f"3 of {LETTERS} dead letters (the oldest) would be requeued, {CURRENT}\n"
     stopped = await place.cli(*many, "--canary", "1", "--watch", "--reason", "try", code=1)
     assert "stopped: requeued 1 of 6, delivered 0, failed 1" in stopped
     place.receiving.status = 200
@@ -271,9 +318,10 @@ async def test_a_dead_letter_says_how_its_endpoint_has_changed(
         shown = (await api.get(f"/dead-letters/{letter['jobId']}")).json()
         path = f"/dead-letters/{letter['jobId']}/requeue"
         requeued = await api.post(path, json={"reason": "x"})
+        key = "other" if change == "gone" else "out"
         gone = await api.post(
             "/dead-letters/requeue",
-            json={"namespace": "brand", "endpointKey": "other", "reason": "x", "rate": 1},
+            json={"namespace": "brand", "endpointKey": key, "reason": "x", "rate": 1},
         )
     names = ("state", "version", "currentVersion")
     assert tuple(shown["snapshot"][name] for name in names) == snapshot

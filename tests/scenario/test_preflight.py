@@ -168,7 +168,9 @@ def serve() -> Iterator[Callable[..., Site]]:
         yield started
 
 
-def looks(url: str, *, private_addresses: str = "allow", **more: Any) -> dict[str, Finding]:
+def looks(
+    url: str, *, private_addresses: str = "allow", max_dispatch_retries: int = 3, **more: Any
+) -> dict[str, Finding]:
     """The findings on one endpoint by the name of the look; nothing secret is in any."""
     entry = {"key": "k", "url": f"{url}/posts?key={QUERY}", "token": TOKEN, **more}
     entry.setdefault("headers", {"X-Key": HEADER})
@@ -176,6 +178,7 @@ def looks(url: str, *, private_addresses: str = "allow", **more: Any) -> dict[st
         {
             "ORBIT_DISPATCH_ENDPOINTS": json.dumps([entry]),
             "ORBIT_PRIVATE_ADDRESSES": private_addresses,
+            "ORBIT_MAX_DISPATCH_RETRIES": str(max_dispatch_retries),
         },
         env_file=None,
     )
@@ -191,9 +194,18 @@ def test_a_good_endpoint(authority: Authority, serve: Callable[..., Site]) -> No
     """Name, connection, certificate, token and clock are good; only the check got the token."""
     site = serve(authority.context(days=60))
     found = looks(site.url, check_url=f"{site.url}/check?key={QUERY}")
-    order = ["settings", "name", "connection", "certificate", "token", "clock", "retries"]
+    order = [
+        "settings",
+        "name",
+        "connection",
+        "certificate",
+        "token",
+        "clock",
+        "retries",
+        "breaker",
+    ]
     assert list(found) == order
-    assert [found[look].is_good for look in order[1:-1]] == [True] * 5
+    assert [found[look].is_good for look in order[1:-2]] == [True] * 5
     assert found["certificate"].facts["daysLeft"] == 60
     assert "127.0.0.1" in found["name"].message
     assert found["token"].message == "token accepted (status 200)"
@@ -317,10 +329,10 @@ def test_what_cannot_be_reached() -> None:
     assert closed["connection"].is_good is False
     assert "does not accept connections: Connection refused" in closed["connection"].message
     nobody = looks("http://nobody.invalid")
-    assert list(nobody) == ["settings", "name", "retries"]
+    assert list(nobody) == ["settings", "name", "retries", "breaker"]
     assert "nobody.invalid does not resolve" in nobody["name"].message
     metadata = looks("http://169.254.10.20")
-    assert list(metadata) == ["settings", "name", "retries"]
+    assert list(metadata) == ["settings", "name", "retries", "breaker"]
     assert metadata["name"].facts["refused"] == {"169.254.10.20": "link-local"}
 
 
@@ -388,6 +400,9 @@ def test_private_addresses_can_be_refused(serve: Callable[..., Site]) -> None:
     found = looks(serve().url, private_addresses="refuse")
     assert found["name"].is_good is False
     assert "loopback" in found["name"].message
+    assert "ORBIT_PRIVATE_ADDRESSES=allow" in found["name"].hint
+    never = looks("http://169.254.169.254", private_addresses="refuse")
+    assert never["name"].hint == "correct the URL or DNS"
     assert "connection" not in found
 
 
@@ -415,3 +430,28 @@ def test_what_is_in_force_is_shown() -> None:
     assert "ends in dead letters" in bare["retries"].message
     facts = bare["retries"].facts
     assert facts["shortestSeconds"] < facts["expectedSeconds"] < facts["longestSeconds"]
+
+
+@pytest.mark.parametrize(
+    ("failures", "retries", "words"),
+    [
+        (10, 3, ("a job has 4 attempts", "up to 2 dead letters", "10 or more", "to 3 or less")),
+        (1, 0, ("after 1 failure in a row, and a job has 1 attempt:", "up to 1 dead letter ")),
+        (4, 3, ("after 4 failures", "up to 1 dead letter ", "to 3 or less")),
+        (3, 3, ()),
+    ],
+)
+def test_a_breaker_that_opens_after_the_last_attempt_is_a_warning(
+    failures: int, retries: int, words: tuple[str, ...]
+) -> None:
+    """Both numbers are said, and which to set; where a retry is left at its opening nothing is."""
+    url = f"http://127.0.0.1:{closed_port()}"
+    found = looks(url, max_dispatch_retries=retries, breaker={"failures": failures})
+    assert ("breaker" in found) is bool(words)
+    if words:
+        breaker = found["breaker"]
+        assert (breaker.is_good, breaker.is_warning) == (None, True)
+        numbers = {"attempts": retries + 1, "failures": failures}
+        assert breaker.facts.items() >= numbers.items()
+        assert all(word in f"{breaker.message} {breaker.hint}" for word in words), breaker
+    assert "breaker" not in looks(url, max_dispatch_retries=retries, breaker={"enabled": False})

@@ -6,7 +6,12 @@ over from the first by a receiver that refuses them until told otherwise.
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +19,10 @@ from aiohttp import web
 from cryptography.fernet import Fernet, InvalidToken
 
 from orbit.app import Node
+from orbit.execution.dead_letters import SnapshotChoice
 from orbit.payload import Payload
+from orbit.reading.dead_letters import dead_letter, dead_letters
+from orbit.vault import fingerprint
 from tests.scenario.conftest import (
     SECRET_KEY,
     Arrival,
@@ -154,3 +162,64 @@ async def test_a_lost_key_is_told_job_by_job(
     assert scene.facts("SELECT change FROM lane_change") == []
     assert {arrival.body for arrival in scene.receiver.arrivals} == {b"new"}
     assert "Traceback" not in "".join(capfd.readouterr())
+
+
+async def doctor(dsn: str, config_dir: Path, *keys: str) -> dict[str, Any]:
+    """The checks of `orbit doctor` with these keys, by name."""
+    ours = {
+        "DATABASE_URL": dsn,
+        "ORBIT_CONFIG_DIR": str(config_dir),
+        "ORBIT_SECRET_KEYS": ",".join(keys),
+    }
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "orbit", "doctor", "--json"),
+        env={name: value for name, value in os.environ.items() if "ORBIT" not in name} | ours,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    output, _ = await child.communicate()
+    return {one["name"]: one for one in json.loads(output)["checks"]}
+
+
+async def test_doctor_counts_what_the_keys_cannot_read(
+    scene: Scene, dsn: str, config_dir: Path
+) -> None:
+    """Waiting jobs under a key that is not at hand are named by endpoint and fingerprint."""
+    lost = (await doctor(dsn, config_dir, NEW_KEY))["endpoint out secrets"]
+    assert lost["isGood"] is False
+    assert lost["message"] == (
+        f"{JOBS} waiting jobs cannot be read with these keys "
+        f"(fingerprint {fingerprint(SECRET_KEY)}; at hand: {fingerprint(NEW_KEY)})"
+    )
+    assert "endpoint out secrets" not in await doctor(dsn, config_dir, NEW_KEY, SECRET_KEY)
+
+
+@pytest.mark.parametrize(("token", "state"), [(None, "unchanged"), (TOKEN, "re_encrypted")])
+async def test_a_rotation_is_no_change_of_the_endpoint(
+    configure: Configure,
+    make_node: MakeNode,
+    receiver: Receiver,
+    token: str | None,
+    state: str,
+) -> None:
+    """A dead letter of before is told so; where nothing is secret, no key is needed either."""
+
+    async def refuse(arrival: Arrival) -> web.Response:
+        return web.Response(status=503)
+
+    receiver.answers["/out"] = refuse
+    configure()
+    given = {"dispatch_endpoints": (receiver.endpoint("out", token=token),)}
+    old = await make_node(**given, max_dispatch_retries=0)
+    await send(old, Payload(b"x"), endpoint_keys=["out"])
+    await old.drain()
+    await old.close()
+    receiver.answers.clear()
+    node = await make_node(**given, secret_keys=(NEW_KEY,))
+    await send(node, Payload(b"y"), endpoint_keys=["out"])
+    (letter,) = (await dead_letters(node.database)).items
+    told = (await dead_letter(node.database, letter.job_id, node.snapshots.ids)).snapshot
+    assert (told.state, told.version, told.current_version) == (state, 1, 1)
+    if token is None:
+        await node.dead_letters.requeue(letter.job_id, "try", snapshot=SnapshotChoice.OLD)
+        await until(lambda: receiver.arrivals[-1].body == b"x", "the requeued one")

@@ -13,6 +13,7 @@ from orbit.cli.dead_letters import letter_lines
 from orbit.cli.lanes import lane_lines
 from orbit.cli.lineage import job_counts, lineage_lines, state_of, story_of
 from orbit.cli.outcome import ApiProblem, ExitCode, NodeUnreachable, exit_code_of, report
+from orbit.cli.requeues import progress
 from orbit.cli.status import held_lines, last_slots, why_not_running
 from orbit.cli.watching import changes, stages_table
 from orbit.errors import (
@@ -376,3 +377,22 @@ def test_a_dead_letter_shows_what_was_decided() -> None:
     lines = letter_lines(answer)
     assert "  cause           out of retries" in lines
     assert lines[-1] == f"  requeued as {CYCLE_ID} at 2026-05-01T06:00:00.123Z: fixed"
+
+
+def test_an_attempt_of_a_lost_worker_says_when_it_was_found() -> None:
+    """Its beginning is not known: the time that is shown says that it is another one."""
+    job = lineage()["jobs"][0]
+    receipt = {**job["receipts"][0], "outcome": "unknown", "status": None, "latency": {}}
+    receipt |= {"startedAt": None, "createdAt": AT, "error": None}
+    letter = {**job, "cycleRunId": CYCLE_ID, "namespace": "brand-a", "createdAt": AT}
+    answer = {"deadLetter": letter, "receipts": [receipt], "decisions": []}
+    found = "attempt 1  found lost at 2026-05-01T06:00:00.123Z  unknown"
+    assert letter_lines(answer)[-1].strip() == found
+
+
+def test_a_limit_is_what_a_bulk_requeue_ends_at() -> None:
+    """A batch that did all its limit allows has done all, however many matched."""
+    batch = {"state": "finished", "matching": 25, "sizeLimit": 3, "requeued": 3}
+    counts = {"delivered": 3, "failed": 0, "pending": 0}
+    assert progress({**batch, **counts}).startswith("finished: requeued 3 of 3, delivered 3")
+    assert "3 of 25" in progress({**batch, **counts, "sizeLimit": None})

@@ -9,7 +9,7 @@ from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import Field
 
 from orbit.api.bodies import Bodies, Body, Key, PageFilter, body_schema, idempotency_key
@@ -24,6 +24,7 @@ from orbit.reading.view import Page, View, known_id
 RECENT = 20
 _TEXT = "text/plain; charset=utf-8"
 _ACCEPTANCE_SECONDS = 15.0
+CycleRunId = Annotated[str, Path(alias="cycleRunId")]
 
 Result = TypeVar("Result")
 
@@ -122,11 +123,11 @@ def cycles_router(node: Node, bodies: Bodies) -> APIRouter:
 
     @router.get("/{cycleRunId}", summary="A cycle's whole lineage")
     async def traced(
-        cycleRunId: str,  # noqa: N803 - the name that OpenAPI shows
+        cycle_id: CycleRunId,
         limit: Annotated[int, Query(ge=1, le=MAX_LINEAGE)] = 1000,
     ) -> Lineage:
         """Items, jobs and records up to `limit` each; `isComplete` says whether that is all."""
-        return await lineage(node.database, cycleRunId, limit)
+        return await lineage(node.database, cycle_id, limit)
 
     @router.post(
         "/{cycleRunId}/rerun",
@@ -137,14 +138,14 @@ def cycles_router(node: Node, bodies: Bodies) -> APIRouter:
     async def rerun(
         request: Request,
         response: Response,
-        cycleRunId: str,  # noqa: N803 - as above
+        cycle_id: CycleRunId,
         body: RerunBody = read_rerun,
     ) -> Triggered:
         """A new cycle, which names the old one; `Idempotency-Key` is honoured.
 
         409 `not_rerunnable` while a re-run is running or has finished, unless forced.
         """
-        asked = known_id(cycleRunId, "cycle")
+        asked = known_id(cycle_id, "cycle")
         accepted = await answered(
             node.orchestration.rerun(
                 asked,

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import AwareDatetime, Field
 
 from orbit.api.bodies import Bodies, Body, Filter, Key, PageFilter, Reason, body_schema
 from orbit.api.routes_cycles import asked_by
 from orbit.app import Node
-from orbit.execution.dead_letters import Found, Requeued, Selection, SnapshotChoice
+from orbit.execution.dead_letters import (
+    Found,
+    Requeued,
+    Selection,
+    SnapshotChoice,
+    check_reason,
+)
 from orbit.execution.requeues import LARGEST_STEP, Pace
 from orbit.reading.dead_letters import (
     DeadLetter,
@@ -50,7 +57,7 @@ class RequeueBody(Body):
 class RequeueManyBody(Body):
     """Which open dead letters of a namespace are sent again, the oldest first.
 
-    With `dryRun` nothing is: the answer says how many there are. With `canary` (so many first,
+    With `isDryRun` nothing is: the answer says how many would be. With `canary` (so many first,
     and no other before all of them are delivered) or `rate` (jobs a second) it is done in steps;
     `stopOnFailure` is about those. `since` and `until`: when they became dead letters. `limit`
     is 100 unless told otherwise, at most 10,000 at once; in steps there is none.
@@ -63,7 +70,7 @@ class RequeueManyBody(Body):
     since: Annotated[AwareDatetime, Field(strict=False)] | None = None
     until: Annotated[AwareDatetime, Field(strict=False)] | None = None
     limit: int | None = Field(None, ge=1, le=10_000)
-    dry_run: bool = False
+    is_dry_run: bool = False
     reason: Reason | None = None
     snapshot: Snapshot = "current"
     canary: int | None = Field(None, ge=1, le=10_000)
@@ -81,6 +88,11 @@ class RequeueManyBody(Body):
             self.since,
             self.until,
         )
+
+    @property
+    def most(self) -> int | None:
+        """How many are requeued at most; None if there is no limit."""
+        return self.limit if self.pace else self.limit or _AT_ONCE
 
     @property
     def pace(self) -> Pace | None:
@@ -138,12 +150,14 @@ class RequeuedView(View):
 class RequeuedMany(View):
     """How many open dead letters matched, and the jobs that came of them.
 
-    Left out were those that `may_have_arrived`, since an attempt ended unknown, and those
+    `selected` of those `matching` are within the limit, the oldest: they are requeued, or would
+    be. Left out were those that `may_have_arrived`, since an attempt ended unknown, and those
     `without_payload`. `batch_id`: what goes on in steps, with no job yet.
     """
 
     is_dry_run: bool
     matching: int
+    selected: int
     may_have_arrived: int
     without_payload: int
     snapshot: str
@@ -186,25 +200,37 @@ def _add_bulk(router: APIRouter, node: Node, bodies: Bodies) -> None:
         "/requeue",
         status_code=202,
         summary="Requeue the open dead letters of a namespace, at once or in steps",
+        responses={200: {"model": RequeuedMany, "description": "A dry run, or nothing matches."}},
         openapi_extra=body_schema(RequeueManyBody, is_required=True),
     )
-    async def requeue_many(request: Request, body: RequeueManyBody = read_many) -> RequeuedMany:
-        """At once all or none of those selected; `matching` counts before the limit."""
-        choice, reason = SnapshotChoice(body.snapshot), body.reason or ""
-        if body.dry_run:
-            return _answer(body, await node.dead_letters.count(body.selection))
-        if body.pace is None:
-            found = await node.dead_letters.count(body.selection)
-            requeued = await node.dead_letters.requeue_many(
-                body.selection, reason, limit=body.limit or _AT_ONCE, snapshot=choice
-            )
-            return _answer(body, found, requeued)
-        batch_id, found = await node.requeues.begin(
-            body.selection, reason, body.pace, snapshot=choice, asked_by=asked_by(request)
+    async def requeue_many(
+        request: Request, response: Response, body: RequeueManyBody = read_many
+    ) -> RequeuedMany:
+        """At once all or none of those selected; 200 where nothing is or will be requeued."""
+        if not body.is_dry_run:
+            check_reason(body.reason or "")
+        answer = await _requeued(node, body, asked_by(request))
+        if body.is_dry_run or not answer.matching:
+            response.status_code = HTTPStatus.OK
+        return answer
+
+
+async def _requeued(node: Node, body: RequeueManyBody, asker: str) -> RequeuedMany:
+    choice, reason = SnapshotChoice(body.snapshot), body.reason or ""
+    if body.pace is None or body.is_dry_run:
+        found = await node.dead_letters.count(body.selection)
+        if body.is_dry_run or not found.matching:
+            return _answer(body, found)
+        requeued = await node.dead_letters.requeue_many(
+            body.selection, reason, limit=body.limit or _AT_ONCE, snapshot=choice
         )
-        if node.requeuer is not None:
-            node.requeuer.wake()
-        return _answer(body, found, batch_id=batch_id)
+        return _answer(body, found, requeued)
+    batch_id, found = await node.requeues.begin(
+        body.selection, reason, body.pace, snapshot=choice, asked_by=asker
+    )
+    if node.requeuer is not None:
+        node.requeuer.wake()
+    return _answer(body, found, batch_id=batch_id)
 
 
 def _answer(
@@ -214,8 +240,9 @@ def _answer(
     batch_id: str | None = None,
 ) -> RequeuedMany:
     return RequeuedMany(
-        body.dry_run,
+        body.is_dry_run,
         found.matching,
+        found.matching if body.most is None else min(body.most, found.matching),
         found.may_have_arrived,
         found.without_payload,
         body.snapshot,

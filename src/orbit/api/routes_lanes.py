@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Path, Query
 
 from orbit.api.bodies import Key, PageFilter
 from orbit.app import Node
 from orbit.reading.lanes import LaneDetail, LaneView, lane, lanes
 from orbit.reading.view import Page
+
+EndpointKey = Annotated[str, Path(alias="endpointKey")]
 
 
 class LaneFilter(PageFilter):
@@ -34,11 +36,8 @@ def lanes_router(node: Node) -> APIRouter:
         return await lanes(node.database, **asked.model_dump())
 
     @router.get("/{namespace}/{endpointKey}", summary="A lane with limits and last changes")
-    async def shown(
-        namespace: str,
-        endpointKey: str,  # noqa: N803 - the name that OpenAPI shows
-    ) -> LaneDetail:
+    async def shown(namespace: str, endpoint_key: EndpointKey) -> LaneDetail:
         """The limits are those of this node; `changes` are the last 50, newest first."""
-        return await lane(node.database, namespace, endpointKey, endpoints.get(endpointKey))
+        return await lane(node.database, namespace, endpoint_key, endpoints.get(endpoint_key))
 
     return router

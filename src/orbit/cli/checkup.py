@@ -11,7 +11,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -159,6 +159,8 @@ def _database(given: Settings) -> Iterator[Finding]:
         with schema.access(given) as database:
             checks = schema.checks(database.dsn)
             skew = _skew(database.dsn)
+            is_current = all(check.is_good for check in checks if check.name == "schema")
+            unreadable = list(_unreadable(given, database.dsn)) if is_current else []
     except OrbitError as error:
         hint = "is the server up, and DATABASE_URL right? For the embedded one see its log"
         yield Finding("database", False, "\n".join([headline(error), *details(error)]), hint)
@@ -172,6 +174,53 @@ def _database(given: Settings) -> Iterator[Finding]:
         f"this machine is {abs(skew):.1f} s {'ahead of' if skew >= 0 else 'behind'} the database",
         "synchronise both clocks; Orbit goes by the database's",
     )
+    yield from unreadable
+
+
+def _unreadable(given: Settings, dsn: str) -> Iterator[Finding]:
+    """The waiting jobs whose secrets are encrypted under a key that is not at hand."""
+    import psycopg
+    from psycopg.rows import dict_row
+
+    from orbit.database.pool import first_line
+    from orbit.database.queries import array, load
+    from orbit.errors import DatabaseUnavailable
+    from orbit.vault import fingerprint
+
+    at_hand = [fingerprint(key) for key in _secret_keys(given)]
+    asked = {"fingerprints": array(at_hand)}
+    try:
+        with psycopg.connect(dsn, connect_timeout=10, row_factory=dict_row) as connection:
+            found = connection.execute(load("reading").unreadable_jobs, asked).fetchall()
+    except psycopg.Error as error:
+        raise DatabaseUnavailable(f"the database refuses: {first_line(error)}") from error
+    for row in found:
+        jobs, key = count(row["jobs"], "waiting job"), row["endpoint_key"]
+        yield Finding(
+            f"endpoint {key} secrets",
+            False,
+            f"{jobs} cannot be read with these keys (fingerprint {row['fingerprint']}; at hand: "
+            f"{', '.join(at_hand) or 'none'})",
+            "add the missing key to ORBIT_SECRET_KEYS; without it they become dead letters, which "
+            "`orbit dlq requeue` sends to the endpoint as it is then",
+            facts={
+                "endpoint": key,
+                "look": "secrets",
+                "jobs": row["jobs"],
+                "fingerprint": row["fingerprint"],
+                "atHand": at_hand,
+            },
+        )
+
+
+def _secret_keys(given: Settings) -> Sequence[str]:
+    """The ring that a node would use; a file that is not there is not made."""
+    from orbit.vault import load_or_create_key_file
+
+    path = given.data_dir / "secret.keys"
+    if given.database_url is not None or given.secret_keys or not path.exists():
+        return given.secret_keys
+    return load_or_create_key_file(path)
 
 
 def _skew(dsn: str) -> float:

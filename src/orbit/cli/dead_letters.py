@@ -23,6 +23,7 @@ app = group("Look after jobs out of retries.")
 
 _ON_THE_SPOT = "asked for on the command line"
 _MOST_AT_ONCE = 10_000
+_LARGEST_PAGE = 200
 JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id.")]
 
 
@@ -101,22 +102,36 @@ def list_letters(
                 raise RequestInvalid("--group: only --namespace goes with it")
             _list_groups(api, namespace, is_json=is_json)
             return
-        answer = paged(
-            api,
-            "/dead-letters",
-            limit,
-            namespace=namespace,
-            endpointKey=endpoint,
-            cause=cause,
-            runProfileId=run_profile,
-            state=None if is_all else (state or State.OPEN).value,
-        )
-    if is_json:
-        print_json(answer)
-    elif not answer["items"]:
-        say("No dead letter.")
-    else:
+        wanted = {
+            "namespace": namespace,
+            "endpointKey": endpoint,
+            "cause": cause,
+            "runProfileId": run_profile,
+            "state": None if is_all else (state or State.OPEN).value,
+        }
+        answer = paged(api, "/dead-letters", limit, **wanted)
+        if is_json:
+            print_json(answer)
+            return
+        rest = _rest(api, answer["nextCursor"], wanted)
+    if answer["items"]:
         _show_letters(answer["items"])
+    elif not rest:
+        say("No dead letter.")
+    if rest:
+        note(rest)
+
+
+def _rest(api: Api, cursor: str | None, wanted: dict[str, str | None]) -> str | None:
+    """What is said of those that are not shown; they are counted up to a page."""
+    if cursor is None:
+        return None
+    page = api.get("/dead-letters", limit=_LARGEST_PAGE, cursor=cursor, **wanted)
+    found = len(page["items"])
+    if page["nextCursor"] is not None:
+        number = f"At least {found:,}" if found else "There may be"
+        return f"{number} more: --limit, or --group"
+    return f"{found:,} more: --limit, or --group" if found else None
 
 
 def _show_letters(letters: list[Any]) -> None:
@@ -129,7 +144,8 @@ def _show_letters(letters: list[Any]) -> None:
             one.get("attempts"),
             when(one.get("createdAt")),
             (one.get("decision") or {}).get("decision"),
-            _cause(one),
+            one.get("mayHaveArrived"),
+            one.get("cause"),
         )
         for one in letters
     ]
@@ -141,6 +157,7 @@ def _show_letters(letters: list[Any]) -> None:
         "ATTEMPTS",
         "SINCE",
         "DECISION",
+        "MAY HAVE ARRIVED",
         "CAUSE",
     )
     show(table(names, rows, ids=("JOB", "NAMESPACE", "RUN PROFILE", "ENDPOINT", "SINCE")))
@@ -212,7 +229,7 @@ def requeue(
         "limit": limit,
         "canary": canary,
         "rate": rate,
-        "dryRun": is_dry_run or None,
+        "isDryRun": is_dry_run or None,
         "stopOnFailure": None if is_stopping else False,
     }
     given = {name: value for name, value in many.items() if value is not None}
@@ -230,7 +247,7 @@ def _requeue_many(
 ) -> None:
     if body["namespace"] is None or is_forced:
         raise RequestInvalid("give an ID, or --namespace (without --force) for many")
-    if body["reason"] is None and "dryRun" not in body:
+    if body["reason"] is None and "isDryRun" not in body:
         raise RequestInvalid("--reason: say why so many are sent again")
     is_in_steps = "canary" in body or "rate" in body
     if not is_in_steps and (is_watched or "stopOnFailure" in body):
@@ -286,6 +303,8 @@ def list_requeues(
         print_json(answer)
     elif batch_id is None:
         requeues.show_batches(answer["items"])
+        if answer["nextCursor"] is not None:
+            note("There may be more: --limit")
     else:
         requeues.show_batch(answer)
 
@@ -310,7 +329,8 @@ def letter_lines(answer: Any) -> list[str]:
     letter = answer["deadLetter"]
     content = (cell(letter.get("contentType")), size(letter.get("size")))
     facts = {
-        "cause": _cause(letter),
+        "cause": letter.get("cause"),
+        "arrival": "may have arrived: ask the receiver" if letter.get("mayHaveArrived") else None,
         "since": when(letter.get("createdAt")),
         "cycle": f"{letter.get('cycleRunId')} in {letter.get('namespace')}",
         "run profile": letter.get("runProfileId"),
@@ -336,6 +356,8 @@ def _snapshot(snapshot: Any) -> str | None:
     match snapshot["state"]:
         case "unchanged":
             return f"{name}, the endpoint is unchanged"
+        case "re_encrypted":
+            return f"{name}, re-encrypted since, the endpoint is otherwise unchanged"
         case "changed":
             return f"{name}, endpoint is now v{snapshot['currentVersion']}"
         case _:
@@ -345,11 +367,6 @@ def _snapshot(snapshot: Any) -> str | None:
 def _instant(at: datetime | None) -> str | None:
     """An instant of the command line, which is UTC, as the API takes it."""
     return None if at is None else at.replace(tzinfo=at.tzinfo or UTC).isoformat()
-
-
-def _cause(letter: Any) -> str:
-    doubt = " (may have arrived)" if letter.get("mayHaveArrived") else ""
-    return f"{cell(letter.get('cause'))}{doubt}"
 
 
 def _decision(decision: Any) -> str:

@@ -150,11 +150,11 @@ def _jobs(jobs: Sequence[Json]) -> Iterator[str]:
 
 
 def receipt_line(receipt: Json) -> str:
-    """One attempt: when, what became of it, how long it took."""
+    """One attempt: when it began, what became of it, how long it took."""
     total = (receipt.get("latency") or {}).get("totalSeconds")
     parts = [
         f"attempt {receipt.get('attempt')}",
-        when(receipt.get("startedAt") or receipt.get("createdAt")),
+        _began(receipt),
         str(receipt.get("outcome")),
         str(receipt["status"]) if receipt.get("status") else "",
         "" if total is None else duration(total),
@@ -163,6 +163,13 @@ def receipt_line(receipt: Json) -> str:
     ]
     line = "  ".join(part for part in parts if part)
     return f"{line}: {cell(receipt['error'])}" if receipt.get("error") else line
+
+
+def _began(receipt: Json) -> str:
+    """When the attempt began; of a lost worker's it is only known when that was noticed."""
+    if receipt.get("startedAt"):
+        return when(receipt["startedAt"])
+    return f"found lost at {when(receipt.get('createdAt'))}"
 
 
 def hold_text(lane: Json) -> str:

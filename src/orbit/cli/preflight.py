@@ -1,6 +1,6 @@
 """The looks of `doctor` at each endpoint: what is in force, and whether dispatch can reach it.
 
-Name, connection, certificate, token, clock, retries; a look that cannot be made because an
+Name, connection, certificate, token, clock, retries, breaker; a look that cannot be made because an
 earlier one failed is left out. No payload is sent: the token goes to `check_url` alone, and
 without one the clock is read from the answer to OPTIONS, without token, headers and query.
 All endpoints are looked at side by side, each look in bounded time.
@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from orbit.addresses import refusal
 from orbit.cli.finding import Finding
 from orbit.cli.reaching import (
     Heard,
@@ -67,6 +68,8 @@ async def _looks(endpoint: Endpoint, given: Settings) -> AsyncIterator[Finding]:
                 async for finding in _answers(endpoint, target, address, given):
                     yield finding
     yield retries(endpoint, given)
+    if endpoint.breaker is not None and given.max_dispatch_retries < endpoint.breaker.failures:
+        yield _late_breaker(endpoint, endpoint.breaker, given.max_dispatch_retries + 1)
 
 
 def in_force(endpoint: Endpoint) -> Finding:
@@ -125,7 +128,9 @@ async def _name(endpoint: Endpoint, target: Target, given: Settings) -> tuple[Fi
     if refused:
         named = "; ".join(f"{address} ({why})" for address, why in refused.items())
         text += f", of which dispatch refuses {named}"
-    hint = "correct the URL or DNS; ORBIT_PRIVATE_ADDRESSES=allow lets private addresses be"
+    hint = "correct the URL or DNS"
+    if any(refusal(address, allow_private=True) is None for address in refused):
+        hint += "; ORBIT_PRIVATE_ADDRESSES=allow lets private addresses be"
     is_good = None if refused and allowed else bool(allowed)
     return _finding(
         endpoint, "name", is_good, text, hint, is_warning=is_good is None, facts=facts
@@ -134,8 +139,6 @@ async def _name(endpoint: Endpoint, target: Target, given: Settings) -> tuple[Fi
 
 def _refused(addresses: list[str], given: Settings) -> dict[str, str]:
     """The addresses that dispatch would not connect to, each with the reason."""
-    from orbit.addresses import refusal
-
     is_private_allowed = given.private_addresses == "allow"
     reasons = {one: refusal(one, allow_private=is_private_allowed) for one in addresses}
     return {address: reason for address, reason in reasons.items() if reason}
@@ -301,6 +304,22 @@ def retries(endpoint: Endpoint, given: Settings) -> Finding:
         "deadLetterAfterSeconds": latest,
     }
     return _finding(endpoint, "retries", None, text, facts=facts)
+
+
+def _late_breaker(endpoint: Endpoint, breaker: Breaker, attempts: int) -> Finding:
+    """That a lane with few jobs loses the first of them before its breaker opens."""
+    failures = count(breaker.failures, "failure")
+    lost = count(max(breaker.failures // attempts, 1), "dead letter")
+    text = (
+        f"it opens after {failures} in a row, and a job has {count(attempts, 'attempt')}: where "
+        "few jobs come, an outage longer than a job's retries makes dead letters before the "
+        f"breaker opens and holds the lane (up to {lost} an outage)"
+    )
+    hint = f"set ORBIT_MAX_DISPATCH_RETRIES to {breaker.failures} or more"
+    if attempts > 1:
+        hint += f", or failures of this endpoint's breaker to {attempts - 1} or less"
+    facts = {"attempts": attempts, "failures": breaker.failures}
+    return _finding(endpoint, "breaker", None, text, hint, is_warning=True, facts=facts)
 
 
 def _finding(

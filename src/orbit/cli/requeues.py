@@ -35,16 +35,18 @@ def ask(api: Api, body: Mapping[str, Any], *, is_watched: bool, is_json: bool) -
         print_json(answer)
         return
     _tell(answer)
-    if api.is_in_process and not answer["isDryRun"]:
+    if api.is_in_process and answer["matching"] and not answer["isDryRun"]:
         note("Stored. If no node is up, it is sent when one is.")
 
 
 def _tell(answer: Any) -> None:
     matching, target = answer["matching"], where(answer["snapshot"])
-    if answer["isDryRun"]:
-        say(f"{count(matching, 'dead letter')} would be requeued, {target}")
+    if not matching:
+        say("no dead letter matches")
+    elif answer["isDryRun"]:
+        say(f"{_selected(answer)} would be requeued, {target}")
     elif answer.get("batchId"):
-        say(f"bulk requeue {answer['batchId']} of {count(matching, 'dead letter')}, {target}")
+        say(f"bulk requeue {answer['batchId']} of {_selected(answer)}, {target}")
     else:
         done = len(answer["items"])
         left = f", {matching - done} are left" if matching > done else ""
@@ -53,6 +55,12 @@ def _tell(answer: Any) -> None:
         say(f"left out: {answer['mayHaveArrived']} that may have arrived (ask the receiver)")
     if answer["withoutPayload"]:
         say(f"left out: {answer['withoutPayload']} whose payload is past its retention")
+
+
+def _selected(answer: Any) -> str:
+    matching, selected = count(answer["matching"], "dead letter"), answer["selected"]
+    is_cut = selected < answer["matching"]
+    return f"{selected:,} of {matching} (the oldest)" if is_cut else matching
 
 
 def where(snapshot: str) -> str:
@@ -84,9 +92,10 @@ def follow(api: Api, batch_id: str, *, is_json: bool) -> None:
 
 def progress(batch: Any) -> str:
     """A batch in a line."""
+    most = min(batch["matching"], batch.get("sizeLimit") or batch["matching"])
     phase = {"canary": " (canary)"}.get(batch.get("phase") or "", "")
     text = (
-        f"{batch['state']}{phase}: requeued {batch['requeued']} of {batch['matching']}, "
+        f"{batch['state']}{phase}: requeued {batch['requeued']} of {most}, "
         f"delivered {batch['delivered']}, failed {batch['failed']}, pending {batch['pending']}"
     )
     why = batch.get("why") or batch.get("lastError")

@@ -238,7 +238,9 @@ def _new_job_id(row: Mapping[str, Any]) -> str:
 def check_reason(reason: str) -> None:
     """Raises RequestInvalid for what says nothing."""
     if not reason.strip() or len(reason) > 1000 or "\x00" in reason:
-        raise RequestInvalid("reason: expected 1 to 1000 characters that say why")
+        text = "expected 1 to 1000 characters that say why"
+        problems = [{"pointer": "/reason", "message": text}]
+        raise RequestInvalid(f"/reason: {text}", problems=problems)
 
 
 def _already(row: Mapping[str, Any]) -> AlreadyRequeued:

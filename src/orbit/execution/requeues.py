@@ -162,10 +162,11 @@ class Requeues:
         *,
         snapshot: SnapshotChoice = SnapshotChoice.CURRENT,
         asked_by: str | None = None,
-    ) -> tuple[str, Found]:
+    ) -> tuple[str | None, Found]:
         """A new batch's id, and what it found: dead letters from before now.
 
-        Raises RequestInvalid (no reason), and Refused if an endpoint is gone.
+        There is no batch if nothing matches. Raises RequestInvalid (no reason), and Refused if an
+        endpoint is gone.
         """
         check_reason(reason)
         row = await self._database.fetch_one(NODE_SQL.now)
@@ -173,6 +174,8 @@ class Requeues:
         until = min(selection.until, row["now"]) if selection.until else row["now"]
         params = {**selection.params, "until": until}
         found = await self._letters.count(Selection(**params))
+        if not found.matching:
+            return None, found
         self._letters.check_endpoints(found.endpoint_keys, snapshot)
         batch_id = new_id(self._clock.now())
         params |= {

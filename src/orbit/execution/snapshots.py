@@ -1,9 +1,10 @@
 """Endpoints as they stood when a job was enqueued, stored once per definition.
 
-A snapshot's id is a digest of the whole definition, with a fingerprint in place of its secrets
-and of the key that encrypts them: jobs made after a change of keys need no older one.
-Those are kept encrypted: token, headers, signing secret, proxy, and the URL, whose query may
-hold a key. A key that is gone makes the jobs of its snapshots fail, each with the reason.
+A snapshot's id is a digest of the whole definition, with a fingerprint in place of its secrets.
+Those are kept encrypted: token, headers, signing secret, proxy, and the URL's query, which may
+hold a key. Then the id ends in the fingerprint of the key that encrypts them, after a full stop:
+jobs made after a change of keys need no older one. What has no secret needs no key at all. A key
+that is gone makes the jobs of its snapshots fail, each with the reason.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from orbit.webhooks import SigningKeys
 
 SQL = load("dispatch")
 _SECRET_CHARACTERS = 8
+_KEY_MARK = "."  # between a definition's digest and the fingerprint of the key
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class Snapshots:
     ) -> None:
         self._database, self._vault, self._max_attempts = database, vault, max_attempts
         self._endpoints = {endpoint.key: endpoint for endpoint in endpoints}
-        self._ids = {key: self._digest(endpoint) for key, endpoint in self._endpoints.items()}
+        self._ids = {key: self._id(endpoint) for key, endpoint in self._endpoints.items()}
         self._stored: set[tuple[str, str]] = set()
         self._read: dict[tuple[str, str], Snapshot] = {}
 
@@ -118,7 +120,7 @@ class Snapshots:
             )
             if row is None:
                 raise LookupError(f"snapshot {snapshot_id} is not stored")
-            secrets = json.loads(self._vault.decrypt(row["secrets_encrypted"]))
+            secrets = self._kept(row)
             signing = secrets.get("signingSecret")
             found = Snapshot(
                 endpoint_key=row["endpoint_key"],
@@ -136,34 +138,56 @@ class Snapshots:
             self._read[namespace, snapshot_id] = found
         return found
 
-    def _digest(self, endpoint: Endpoint) -> str:
-        return canonical_digest(
-            {
-                "key": endpoint.key,
-                "url": without_query(endpoint.url),
-                "method": endpoint.method,
-                "secrets": fingerprint(_secrets(endpoint)),
-                "timeoutSeconds": endpoint.timeout_seconds,
-                "permanentStatuses": sorted(endpoint.permanent_statuses),
-                "onUnknown": endpoint.on_unknown,
-                "encryptedWith": self._vault.newest,
-            }
-        )
+    def _id(self, endpoint: Endpoint) -> str:
+        digest = _digest(endpoint)
+        return f"{digest}{_KEY_MARK}{self._vault.newest}" if _has_secrets(endpoint) else digest
 
     def _row(self, namespace: str, snapshot_id: str, endpoint: Endpoint) -> dict[str, Any]:
-        token = endpoint.token
+        token, has_secrets = endpoint.token, _has_secrets(endpoint)
         return {
             "namespace": namespace,
             "snapshot_id": snapshot_id,
             "endpoint_key": endpoint.key,
             "url": without_query(endpoint.url),
             "method": endpoint.method,
-            "secrets_encrypted": self._vault.encrypt(_secrets(endpoint)),
+            "secrets_encrypted": self._vault.encrypt(_secrets(endpoint)) if has_secrets else b"",
             "token_fingerprint": None if token is None else fingerprint(token),
             "timeout_seconds": endpoint.timeout_seconds,
             "permanent_statuses": array(sorted(endpoint.permanent_statuses)),
             "on_unknown": endpoint.on_unknown,
         }
+
+    def _kept(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What `_secrets` gave for the endpoint, or would have if it has none."""
+        if not row["secrets_encrypted"]:
+            return {"token": None, "headers": {}, "url": row["url"]}
+        kept: Mapping[str, Any] = json.loads(self._vault.decrypt(row["secrets_encrypted"]))
+        return kept
+
+
+def definition_of(snapshot_id: str) -> str:
+    """What a snapshot shares with those that differ from it only in the key that encrypts."""
+    return snapshot_id.partition(_KEY_MARK)[0]
+
+
+def _digest(endpoint: Endpoint) -> str:
+    return canonical_digest(
+        {
+            "key": endpoint.key,
+            "url": without_query(endpoint.url),
+            "method": endpoint.method,
+            "secrets": fingerprint(_secrets(endpoint)),
+            "timeoutSeconds": endpoint.timeout_seconds,
+            "permanentStatuses": sorted(endpoint.permanent_statuses),
+            "onUnknown": endpoint.on_unknown,
+        }
+    )
+
+
+def _has_secrets(endpoint: Endpoint) -> bool:
+    """Whether there is anything that the stored URL, method and limits do not say."""
+    given = (endpoint.token, endpoint.headers, endpoint.signing_secret, endpoint.proxy)
+    return any(given) or without_query(endpoint.url) != endpoint.url
 
 
 def _secrets(endpoint: Endpoint) -> str:

@@ -1,7 +1,7 @@
 """Dead letters: jobs out of retries, why, and what people decided about them.
 
 They are listed by when they died, not by when their jobs were made, and grouped by cause. A
-snapshot of an endpoint has a version for people: its rank among those of its namespace.
+snapshot of an endpoint has a version for people: its definition's rank in its namespace.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from orbit.database.pool import Database
 from orbit.database.queries import array, load
 from orbit.errors import NotFound
+from orbit.execution.snapshots import definition_of
 from orbit.reading.receipts import Receipt, receipt_of, safe_url
 from orbit.reading.view import (
     LARGEST_ID,
@@ -93,8 +94,9 @@ class DeadLetterGroup(View):
 class SnapshotVersions(View):
     """The endpoint's snapshot that the job was bound to, and the endpoint as it is now.
 
-    `state` is `unchanged`, `changed` or `not_configured`. A version is None if it isn't known:
-    the job's is past its retention, or the endpoint is not configured on the node asked.
+    `state` is `unchanged`, `re_encrypted` (only the key that its secrets are stored under is
+    another), `changed` or `not_configured`. A version is None if it isn't known: the job's is
+    past its retention, or the endpoint is not configured on the node asked.
     """
 
     state: str
@@ -204,13 +206,15 @@ async def _versions(
             "count": _MAX_VERSIONS,
         },
     )
-    known = {row["snapshot_id"]: number for number, row in enumerate(rows, 1)}
+    known = {row["definition"]: number for number, row in enumerate(rows, 1)}
+    old = definition_of(snapshot_id or "")
     if current_id is None:
-        return SnapshotVersions("not_configured", known.get(snapshot_id or ""), None)
-    state = "unchanged" if current_id == snapshot_id else "changed"
+        return SnapshotVersions("not_configured", known.get(old), None)
+    current = definition_of(current_id)
+    same = "unchanged" if current_id == snapshot_id else "re_encrypted"
+    state = same if current == old else "changed"
     # One that no job was made with yet is not stored: it will be the next.
-    current = known.get(current_id, len(rows) + 1)
-    return SnapshotVersions(state, known.get(snapshot_id or ""), current)
+    return SnapshotVersions(state, known.get(old), known.get(current, len(rows) + 1))
 
 
 async def _read(database: Database, rows: Sequence[Row]) -> list[tuple[DeadLetter, str | None]]:

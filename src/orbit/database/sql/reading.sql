@@ -197,10 +197,11 @@ SELECT sequence, decision, new_job_id, reason, batch_id, decided_at FROM dead_le
 WHERE namespace = %(namespace)s AND job_id = %(job_id)s::uuid ORDER BY sequence;
 
 -- name: snapshot_versions
--- The snapshots of an endpoint in a namespace, in the order of their first use: version 1, 2, ...
-SELECT snapshot_id FROM endpoint_snapshot
+-- The definitions of an endpoint in a namespace, in the order of their first use: version 1, 2,
+-- ... One that was encrypted anew under another key, which a snapshot's id ends in, stays the same.
+SELECT split_part(snapshot_id, '.', 1) AS definition FROM endpoint_snapshot
 WHERE namespace = %(namespace)s AND endpoint_key = %(endpoint_key)s
-ORDER BY created_at, snapshot_id LIMIT %(count)s;
+GROUP BY definition ORDER BY min(created_at), definition LIMIT %(count)s;
 
 -- name: requeue_window
 -- The bulk requeues before one, newest first. requeue_batch_newest serves it.
@@ -370,6 +371,21 @@ SELECT (SELECT count(probe_at) FROM (SELECT probe_at FROM lane LIMIT 10000) lane
 -- How many attempts are on the wire, counted up to 10,000. dispatch_lease_taken serves it.
 SELECT count(*)::int AS attempts
 FROM (SELECT FROM dispatch_lease WHERE node_id IS NOT NULL LIMIT 10000) taken;
+
+-- name: unreadable_jobs
+-- Of up to 100,000 jobs under way those whose snapshot is encrypted under none of the given keys,
+-- by endpoint and key; the key's fingerprint is what a snapshot's id ends in. The primary keys
+-- serve it.
+SELECT lease.endpoint_key, split_part(job.snapshot_id, '.', 2) AS fingerprint,
+    count(*)::int AS jobs
+FROM (SELECT namespace, job_id, endpoint_key FROM dispatch_lease LIMIT 100000) lease
+CROSS JOIN LATERAL (
+    SELECT snapshot_id FROM dispatch_job
+    WHERE dispatch_job.namespace = lease.namespace AND dispatch_job.job_id = lease.job_id OFFSET 0
+) job
+WHERE job.snapshot_id LIKE '%%.%%'
+    AND split_part(job.snapshot_id, '.', 2) <> ALL (%(fingerprints)s::text[])
+GROUP BY lease.endpoint_key, fingerprint ORDER BY lease.endpoint_key, fingerprint;
 
 -- name: open_dead_letters
 -- How many of the newest 5,000 dead letters nobody has decided on.
