@@ -441,7 +441,7 @@ def test_what_is_in_force_is_shown() -> None:
         (3, 3, ()),
     ],
 )
-def test_a_breaker_that_opens_after_the_last_attempt_is_a_warning(
+def test_a_breaker_that_opens_after_the_last_attempt_is_named(
     failures: int, retries: int, words: tuple[str, ...]
 ) -> None:
     """Both numbers are said, and which to set; where a retry is left at its opening nothing is."""
@@ -450,7 +450,7 @@ def test_a_breaker_that_opens_after_the_last_attempt_is_a_warning(
     assert ("breaker" in found) is bool(words)
     if words:
         breaker = found["breaker"]
-        assert (breaker.is_good, breaker.is_warning) == (None, True)
+        assert (breaker.is_good, breaker.is_warning) == (None, False)
         numbers = {"attempts": retries + 1, "failures": failures}
         assert breaker.facts.items() >= numbers.items()
         assert all(word in f"{breaker.message} {breaker.hint}" for word in words), breaker

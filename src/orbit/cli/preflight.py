@@ -319,7 +319,7 @@ def _late_breaker(endpoint: Endpoint, breaker: Breaker, attempts: int) -> Findin
     if attempts > 1:
         hint += f", or failures of this endpoint's breaker to {attempts - 1} or less"
     facts = {"attempts": attempts, "failures": breaker.failures}
-    return _finding(endpoint, "breaker", None, text, hint, is_warning=True, facts=facts)
+    return _finding(endpoint, "breaker", None, text, hint, facts=facts)
 
 
 def _finding(

@@ -91,6 +91,7 @@ class Dispatcher(Service):
         self._ready_at: dict[LaneKey, float] = {}  # by the monotonic clock, as of the last look
         self._retry_at: dict[LaneKey, float] = {}  # the first of those scheduled here
         self._look_at = self._recover_at = 0.0
+        self._is_telling_all = self._log.is_enabled_for(logging.DEBUG)
         self._is_short = False  # jobs are due that there was no place for
 
     async def run_once(self) -> float:
@@ -205,10 +206,11 @@ class Dispatcher(Service):
     async def _deliver(self, sending: _Sending) -> None:
         job = sending.job
         try:
-            size = job.size if job.content is None else 0  # what is small came with the claim
-            async with self._memory.reserve(size, owner=sending.lane):
-                sending.started_at = self._clock.now()
+            if job.content is not None:
                 result = await self._attempt(sending)
+            else:
+                async with self._memory.reserve(job.size, owner=sending.lane):
+                    result = await self._attempt(sending)
             sending.is_over = True
             self._vacate(sending)
             if result is None:
@@ -239,6 +241,8 @@ class Dispatcher(Service):
 
     def _offer(self) -> None:
         """Room for many jobs is worth a claim at once; for a few it waits a little."""
+        if self._wake.is_set():
+            return
         if self._places.is_worth_a_claim:
             super().wake()
         elif self._is_short:
@@ -284,7 +288,7 @@ class Dispatcher(Service):
         """Successes are in the facts, and in the log for who looks closely."""
         if result.outcome is not Outcome.DELIVERED:
             tell = self._log.warning
-        elif self._log.is_enabled_for(logging.DEBUG):
+        elif self._is_telling_all:
             tell = self._log.debug
         else:
             return
@@ -299,7 +303,7 @@ class Dispatcher(Service):
 
     async def _attempt(self, sending: _Sending) -> WireResult | None:
         """Sends once; no result if it did not begin, for want of the database or of the lease."""
-        job = sending.job
+        job, sending.started_at = sending.job, self._clock.now()
         try:
             snapshot = await self._snapshots.read(job.namespace, job.snapshot_id)
             sending.snapshot = snapshot
