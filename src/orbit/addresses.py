@@ -3,8 +3,9 @@
 Never: link-local addresses, the clouds' metadata services (which hand out credentials to whoever
 asks), and what is no host at all (unspecified, multicast, broadcast, reserved). Private ones and
 this machine's own only where the settings allow it. An IPv6 address that carries an IPv4 one
-(mapped, 6to4, NAT64, Teredo) is judged by what it carries as well. Pure; what is not an address
-is refused too.
+(mapped, 6to4, NAT64, Teredo) is judged by what it carries as well; where a network's own NAT64
+leaves open where the IPv4 address stands, by each place at which it can. A NAT64 prefix out of
+a network's public addresses can't be told from hosts. Pure; what is not an address is refused too.
 """
 
 from __future__ import annotations
@@ -56,12 +57,14 @@ _NOT_PUBLIC: _Rules = (
             "fc00::/7",
             "fec0::/10",
             "2001:db8::/32",
-            "64:ff9b:1::/48",  # a network's own NAT64
+            "64:ff9b:1::/48",  # RFC 8215: a network's own NAT64
         ),
     ),
 )
 _PUBLIC_IPV6 = IPv6Network("2000::/3")
 _NAT64 = IPv6Network("64:ff9b::/96")
+_LOCAL_NAT64 = IPv6Network("64:ff9b:1::/48")
+_UNIVERSAL_BITS = 8  # RFC 6052: bits 64 to 71, of which no IPv4 address is a part
 
 
 def refusal(address: str, *, allow_private: bool) -> str | None:
@@ -90,6 +93,18 @@ def _carried(address: _Address) -> Iterator[IPv4Address]:
         yield from address.teredo
     if address in _NAT64:
         yield IPv4Address(int(address) & 0xFFFFFFFF)
+    if address in _LOCAL_NAT64:
+        yield from _carried_locally(int(address))
+
+
+def _carried_locally(number: int) -> Iterator[IPv4Address]:
+    """Behind a prefix of 48, 56, 64 or 96 bits; readings that can be no host are wrong ones."""
+    high, low = number >> 64, number & ((1 << (64 - _UNIVERSAL_BITS)) - 1)
+    without = high << (64 - _UNIVERSAL_BITS) | low
+    readings = [without >> shift & 0xFFFFFFFF for shift in (40, 32, 24)]
+    for reading in (*readings, number & 0xFFFFFFFF):
+        if 0 < reading >> 24 < 224:
+            yield IPv4Address(reading)
 
 
 def _named(address: _Address, rules: _Rules) -> str | None:

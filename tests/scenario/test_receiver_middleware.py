@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -371,3 +372,54 @@ def test_a_hundred_threads_with_a_claim_each_have_one_effect(table: Table) -> No
         verdicts = list(pool.map(deliver, range(100)))
     assert (verdicts.count(Verdict.NEW), verdicts.count(Verdict.DUPLICATE)) == (1, 99)
     assert table.rows("SELECT id FROM effects") == [("a",)]
+
+
+@pytest.mark.parametrize("path", ["/inn", "/in-2", "/x/in", "/"])
+def test_a_path_that_only_looks_alike_passes(start: Start, path: str) -> None:
+    """It is the application's to answer: there is no such route."""
+    assert start().post(path).status_code == 404
+
+
+@pytest.mark.parametrize("statement", ["INSERT INTO effects VALUES ('taken')", "ROLLBACK"])
+def test_a_transaction_that_cannot_commit_is_not_answered_with_success(
+    table: Table, statement: str
+) -> None:
+    """An SQL error that the application went on from: 500, nothing remembered, tried again."""
+    with psycopg.connect(table.dsn) as connection:
+        connection.execute("ALTER TABLE effects ADD PRIMARY KEY (id)")
+        connection.execute("INSERT INTO effects VALUES ('taken')")
+    statements = [statement]
+
+    async def deliver(request: Request) -> Response:
+        with contextlib.suppress(psycopg.errors.UniqueViolation):
+            for each in statements:
+                await request.state.connection.execute(each)
+        return PlainTextResponse("taken")
+
+    app = Starlette(routes=[Route("/in", deliver, methods=["POST"])], lifespan=table.lifespan)
+    app.add_middleware(OrbitDeliveries, token=TOKEN, seen=PostgresSeen(table.connect))
+    with serving(app) as client:
+        assert post(client, "j1").status_code == 500
+        assert table.rows("SELECT id FROM orbit_deliveries") == []
+        statements.clear()
+        assert [post(client, "j1").status_code for _ in range(2)] == [200, 200]
+    assert table.rows("SELECT id, repeats FROM orbit_deliveries") == [("j1", 1)]
+
+
+def test_an_sql_error_within_a_savepoint_is_the_applications_own(table: Table) -> None:
+    """Caught around an inner transaction it harms neither the id nor the other writes."""
+
+    async def deliver(request: Request) -> Response:
+        connection = request.state.connection
+        await connection.execute("INSERT INTO effects VALUES ('j1')")
+        with contextlib.suppress(psycopg.errors.UndefinedTable):
+            async with connection.transaction():
+                await connection.execute("INSERT INTO nowhere VALUES (1)")
+        return PlainTextResponse("taken")
+
+    app = Starlette(routes=[Route("/in", deliver, methods=["POST"])], lifespan=table.lifespan)
+    app.add_middleware(OrbitDeliveries, token=TOKEN, seen=PostgresSeen(table.connect))
+    with serving(app) as client:
+        assert post(client, "j1").status_code == 200
+    assert table.rows("SELECT id FROM effects") == [("j1",)]
+    assert table.rows("SELECT id FROM orbit_deliveries") == [("j1",)]

@@ -121,3 +121,36 @@ def test_public_addresses_are_allowed(address: str) -> None:
 def test_what_is_not_a_plain_address_is_refused(text: str) -> None:
     """The guard is asked for addresses; whatever else comes is not let through."""
     assert refusal(text, allow_private=True)
+
+
+@given(st.ip_addresses(v=4), st.sampled_from([48, 56, 64, 96]))
+def test_an_ipv4_address_cannot_hide_behind_a_networks_own_nat64(
+    address: IPv4Address, prefix_bits: int
+) -> None:
+    """Wherever RFC 6052 lets it stand, whatever follows it: refused if it is a host and refused."""
+    packed = bytearray(bytes.fromhex("0064ff9b0001") + bytes(9) + b"\x01")
+    places = [at for at in range(prefix_bits // 8, 16) if at != 8][:4]
+    for at, octet in zip(places, address.packed, strict=True):
+        packed[at] = octet
+    text = str(IPv6Address(bytes(packed)))
+    assert refusal(text, allow_private=False)
+    if 0 < address.packed[0] < 224 and refusal(str(address), allow_private=True):
+        assert refusal(text, allow_private=True), text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["64:ff9b:1::a9fe:a9fe", "64:ff9b:1:a9fe:a9:fe00::", "64:ff9b:1:a9:fe:a9fe::"],
+)
+def test_the_metadata_service_is_not_reached_by_local_nat64(text: str) -> None:
+    """Not even where private addresses are allowed."""
+    assert refusal(text, allow_private=True) == "a metadata address"
+
+
+@pytest.mark.parametrize(
+    "text", ["64:ff9b:1::808:808", "64:ff9b:1:fffe::808:808", "64:ff9b:1:808:8:800::"]
+)
+def test_local_nat64_to_the_world_is_private_and_no_more(text: str) -> None:
+    """A network that has its own is not cut off from what is public."""
+    assert refusal(text, allow_private=True) is None
+    assert refusal(text, allow_private=False) == "private"

@@ -6,6 +6,8 @@ import asyncio
 import gzip
 import random
 import socket
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from orbit.execution import connector
 from orbit.execution.http1 import Client, Exchange, _idle_seconds
 from tests.unit.certificates import Authority
 from tests.unit.talking import OK, Server, always, reset, serving
@@ -830,3 +833,132 @@ async def test_a_proxy_that_is_not_there(client: Client) -> None:
         port = taken.getsockname()[1]
     found = await post(client, "http://there.invalid/", proxy=f"http://127.0.0.1:{port}")
     assert (found.cause, found.is_sent) == ("proxy", False)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "169.254.169.254", "169.254.169.254.", "169.254.43518", "0xa9fea9fe", "2852039166",
+        "169%2E254.169.254", "[fe80::1]", "[::ffff:169.254.169.254]", "[64:ff9b:1::a9fe:a9fe]",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_a_proxy_is_not_asked_for_an_address_that_is_never_reached(
+    client: Client, scheme: str, host: str
+) -> None:
+    """A host that is an address itself is judged, in every way that a proxy may read one."""
+    proxy = Server()
+    async with serving(always(proxy, OK), proxy):
+        found = await post(client, f"{scheme}://{host}/latest/", proxy=proxy.url)
+    assert (found.cause, found.is_sent, proxy.connections) == ("address refused", False, 0)
+
+
+# --- names that stop answering ------------------------------------------------------------
+
+
+class Names:
+    """A resolver whose answers a test sets: addresses, an error, or None until it is let go."""
+
+    def __init__(self) -> None:
+        self.answer: Sequence[str] | OSError | None = ["127.0.0.1"]
+        self.asked = 0
+        self.let_go, self.answered = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, host: str) -> Sequence[str]:
+        self.asked += 1
+        if self.answer is None:
+            await self.let_go.wait()
+        self.answered.set()
+        if isinstance(self.answer, OSError):
+            raise self.answer
+        return self.answer or ["127.0.0.2"]
+
+
+@pytest.mark.parametrize("answer", [None, socket.gaierror(socket.EAI_AGAIN, "no answer")])
+async def test_addresses_serve_on_while_they_are_looked_up_again(
+    answer: OSError | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resolver that hangs or fails stops nobody who has been to the receiver just now."""
+    monkeypatch.setattr(connector, "_FRESH_SECONDS", 0.0)
+    server, names = Server(), Names()
+    client = Client(idle_connections=0, resolve=names)
+    async with serving(always(server, OK), server):
+        url = f"http://harmless.example:{server.port}/"
+        found = [await post(client, url)]
+        names.answer = answer
+        found += [await post(client, url) for _ in range(3)]
+    await client.close()
+    assert [one.status for one in found] == [200] * 4
+    assert names.asked == 2
+
+
+@pytest.mark.parametrize(
+    ("stale_seconds", "answer"),
+    [
+        (0.0, socket.gaierror(socket.EAI_AGAIN, "no answer")),
+        (180.0, socket.gaierror(socket.EAI_NONAME, "no such name")),
+    ],
+    ids=["after their time", "after the name is gone"],
+)
+async def test_old_addresses_do_not_serve_for_ever(
+    stale_seconds: float, answer: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They end with their time, and at once when the answer is that there is no such name."""
+    monkeypatch.setattr(connector, "_FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(connector, "_STALE_SECONDS", stale_seconds)
+    server, names = Server(), Names()
+    client = Client(idle_connections=0, resolve=names)
+    async with serving(always(server, OK), server):
+        url = f"http://harmless.example:{server.port}/"
+        assert (await post(client, url)).status == 200
+        names.answer = answer
+        names.answered.clear()
+        await post(client, url)
+        await names.answered.wait()
+        found = await post(client, url)
+    await client.close()
+    assert (found.cause, found.is_sent) == ("name not resolved", False)
+
+
+_WITH_NAMES_THAT_HANG = """
+import asyncio, socket, sys, threading
+from orbit.execution.http1 import Client
+
+system, hung = socket.getaddrinfo, threading.Semaphore(0)
+
+def answer(host, *rest, **given):
+    if host.startswith("dead"):
+        hung.release()
+        threading.Event().wait()
+    return system(host, *rest, **given)
+
+socket.getaddrinfo = answer
+
+async def main():
+    client = Client()
+
+    async def status(host):
+        url, limit = f"http://{host}:{sys.argv[1]}/", 30
+        found = await client.exchange("GET", url, {}, b"", timeout_seconds=limit, read_bytes=9)
+        return found.status
+
+    dead = [asyncio.create_task(status(f"dead-{n}.example")) for n in range(24)]
+    await asyncio.sleep(0)
+    print(await status("localhost"), hung.acquire(timeout=9), flush=True)
+    await client.close()
+    await asyncio.gather(*dead, return_exceptions=True)
+
+asyncio.run(main())
+"""
+
+
+async def test_names_that_hang_hold_up_neither_others_nor_the_end() -> None:
+    """With 24 look-ups that never end another name resolves, and the process exits."""
+    server = Server()
+
+    async with serving(always(server, OK), server):
+        code = [sys.executable, "-c", _WITH_NAMES_THAT_HANG, str(server.port)]
+        ended = await asyncio.to_thread(
+            subprocess.run, code, capture_output=True, text=True, timeout=60, check=False
+        )
+    assert (ended.stdout, ended.returncode) == ("200 True\n", 0), ended.stderr

@@ -369,3 +369,45 @@ def test_the_receivers_side_needs_nothing_of_the_senders() -> None:
     )
     above = [m for m in ended.stdout.split() if not m.startswith("orbit.receiver")]
     assert above == ["orbit.clock", "orbit.errors", "orbit.webhooks"]
+
+
+def test_an_index_of_mostly_forgotten_ids_is_written_anew(tmp_path: Path) -> None:
+    """More than twice the limit when it is opened: the newest ids are left, and more can follow."""
+    path = tmp_path / "index"
+    lines = [f"d id-{number}\n" for number in range(9)]
+    path.write_text("".join(lines) + "d torn")
+    path.chmod(0o640)
+    seen = FileSeen(path, limit=4)
+    assert path.read_text() == "".join(lines[-4:])
+    assert path.stat().st_mode & 0o777 == 0o640
+    with pytest.raises(SeenFileInUse):
+        FileSeen(path, limit=4)
+    assert seen.once("id-8", "d", nothing) is Verdict.DUPLICATE
+    assert seen.once("new", "d", nothing) is Verdict.NEW
+    seen.close()
+    again = FileSeen(path, limit=4)
+    assert again.once("new", "d", nothing) is Verdict.DUPLICATE
+    again.close()
+    assert path.read_text() == "".join([*lines[-4:], "d new\n"])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_index_of_twice_its_limit_is_left_alone(tmp_path: Path) -> None:
+    """Restarts do not each rewrite the file."""
+    path = tmp_path / "index"
+    path.write_text("".join(f"d id-{number}\n" for number in range(8)))
+    before = path.stat().st_ino
+    FileSeen(path, limit=4).close()
+    assert (path.stat().st_ino, path.read_text().count("\n")) == (before, 8)
+
+
+def test_an_index_that_cannot_be_written_anew_serves_as_it_is(tmp_path: Path) -> None:
+    """What stands in the way of the new file does not stop the receiver."""
+    path = tmp_path / "index"
+    path.write_text("".join(f"d id-{number}\n" for number in range(9)))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "index.new").symlink_to(tmp_path / "elsewhere")
+    seen = FileSeen(path, limit=4)
+    assert seen.once("new", "d", nothing) is Verdict.NEW
+    seen.close()
+    assert path.read_text().count("\n") == 10

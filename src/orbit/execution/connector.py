@@ -2,7 +2,12 @@
 
 The guard judges what a name resolved to, never the name, and each address on its own; only those
 that pass are tried (both families side by side, the quicker one wins). With a proxy it is the
-proxy's address that is judged. Nothing of a request has left when anything here fails.
+proxy's address that is judged, and the receiver's host if it is an address itself; a name is
+the proxy's to resolve. Nothing of a request has left when anything here fails.
+
+Look-ups have threads of their own, so that names which don't answer hold up neither others nor the
+process's end. Addresses are believed for 30 seconds; for three minutes more they are used while
+they are asked for anew, also if that fails, unless the answer is that the name has none.
 """
 
 from __future__ import annotations
@@ -12,9 +17,11 @@ import base64
 import functools
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv6Address, ip_address
 from urllib.parse import quote, unquote, urlsplit
 
@@ -23,8 +30,12 @@ import aiohappyeyeballs
 from orbit import __version__
 from orbit.addresses import refusal
 
-_NAMES_SECONDS = 30.0  # how long a name's addresses are believed
+_FRESH_SECONDS = 30.0  # how long a name's addresses are believed
+_STALE_SECONDS = 180.0  # how much longer they are used while they are looked up again
+_LOOK_AGAIN_SECONDS = 5.0  # after a look-up that failed
 _NAMES = 4096
+_LOOK_UPS = 32
+_NO_SUCH_NAME = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 _TRY_NEXT_SECONDS = 0.25  # RFC 8305: before the next address is tried beside the first
 _TUNNEL_HEAD_BYTES = 16_384
 _PORTS = {"http": 80, "https": 443}
@@ -114,6 +125,15 @@ def _ascii(host: str) -> str:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A name's addresses, and by the monotonic clock how long they hold."""
+
+    addresses: Sequence[str]
+    fresh_until: float
+    usable_until: float
+
+
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
@@ -128,14 +148,17 @@ class Connector:
 
     def __init__(self, *, allow_private: bool, resolve: Resolve | None = None) -> None:
         self._allow_private = allow_private
-        self._resolve = _resolved if resolve is None else resolve
-        self._names: dict[str, tuple[float, Sequence[str]]] = {}
+        self._resolve = resolve or functools.partial(_resolved, asyncio.Semaphore(_LOOK_UPS))
+        self._names: dict[str, _Found] = {}
         self._lookups: dict[str, asyncio.Task[Sequence[str]]] = {}
 
     async def connect(self, origin: Origin) -> socket.socket:
         """A socket on which TLS, or a request, may begin. Raises ConnectFailed."""
         if origin.proxy is None:
             return await self._dial(origin.host, origin.port)
+        literal = _literal(origin.host)
+        if literal is not None:
+            self._judged([literal])
         sock = None
         try:
             sock = await self._dial(origin.proxy.host, origin.proxy.port)
@@ -179,27 +202,40 @@ class Connector:
             return (str(ip_address(host)),)
         except ValueError:
             pass
-        until, found = self._names.get(host, (0.0, ()))
-        if time.monotonic() < until:
-            return found
+        now, known = time.monotonic(), self._names.get(host)
+        if known is not None and now < known.fresh_until:
+            return known.addresses
         lookup = self._lookups.get(host)
         if lookup is None:
             lookup = asyncio.create_task(self._look_up(host), name="orbit-name")
             self._lookups[host] = lookup
             lookup.add_done_callback(functools.partial(self._looked_up, host))
+        if known is not None and now < known.usable_until:
+            return known.addresses
         return await asyncio.shield(lookup)
 
     async def _look_up(self, host: str) -> Sequence[str]:
         try:
             found = await self._resolve(host)
-        except (OSError, UnicodeError) as error:
+        except (OSError, RuntimeError, UnicodeError) as error:  # no thread is one of them
+            self._not_found(host, error)
             raise ConnectFailed("name not resolved", str(error)) from error
         if not found:
+            self._names.pop(host, None)
             raise ConnectFailed("name not resolved", "the name has no address")
         if len(self._names) >= _NAMES:
             self._names.clear()
-        self._names[host] = time.monotonic() + _NAMES_SECONDS, found
+        fresh_until = time.monotonic() + _FRESH_SECONDS
+        self._names[host] = _Found(found, fresh_until, fresh_until + _STALE_SECONDS)
         return found
+
+    def _not_found(self, host: str, error: Exception) -> None:
+        """What was known goes if the name has no address; else it serves until its end."""
+        known = self._names.pop(host, None)
+        if known is None or getattr(error, "errno", None) in _NO_SUCH_NAME:
+            return
+        again_at = min(time.monotonic() + _LOOK_AGAIN_SECONDS, known.usable_until)
+        self._names[host] = replace(known, fresh_until=again_at)
 
     def _looked_up(self, host: str, lookup: asyncio.Task[Sequence[str]]) -> None:
         self._lookups.pop(host, None)
@@ -207,16 +243,44 @@ class Connector:
             lookup.exception()  # seen, also if all who asked have gone
 
     async def close(self) -> None:
+        """Waits for nobody's answer: a look-up under way ends with its thread, unheard."""
         lookups = list(self._lookups.values())
         for lookup in lookups:
             lookup.cancel()
         await asyncio.gather(*lookups, return_exceptions=True)
 
 
-async def _resolved(host: str) -> Sequence[str]:
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return [str(address[0]) for *_, address in found]
+async def _resolved(slots: asyncio.Semaphore, host: str) -> Sequence[str]:
+    """The system's answer, in a thread that nothing waits for: look-ups can't be cancelled.
+
+    The loop's threads, and those of an executor, are few, and are waited for at the end.
+    """
+    answer: Future[Sequence[str]] = Future()
+    answer.set_running_or_notify_cancel()
+
+    def look_up() -> None:
+        try:
+            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            answer.set_result([str(address[0]) for *_, address in found])
+        except (OSError, ValueError) as error:
+            answer.set_exception(error)
+
+    async with slots:
+        threading.Thread(target=look_up, name="orbit-name", daemon=True).start()
+        return await asyncio.wrap_future(answer)
+
+
+def _literal(host: str) -> str | None:
+    """The address that a proxy may read in a host, short and numeric forms too; None for a name."""
+    text = unquote(host).rstrip(".")
+    try:
+        return str(ip_address(text))
+    except ValueError:
+        pass
+    try:
+        return socket.inet_ntoa(socket.inet_aton(text))
+    except (OSError, UnicodeError):
+        return None
 
 
 def _info(address: str, port: int) -> aiohappyeyeballs.AddrInfoType:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
-from orbit.receiver.seen import FileSeen, Verdict
+from orbit.receiver.seen import FileSeen, Verdict, sync_folder
 from orbit.receiver.verify import BodyTooLarge, Delivery
 
 _EXTENSIONS = {
@@ -108,7 +108,7 @@ class IncomingBody:
         os.fsync(file.fileno())
         target.parent.mkdir(parents=True, exist_ok=True)
         self._path.replace(target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
 
     def discard(self) -> None:
         """Closes, and removes the file unless it was moved."""
@@ -208,16 +208,6 @@ def payload_path(delivery: Delivery, content_type: str) -> Path:
         quote(name, safe="") or _NO_NAME for name in (delivery.namespace, delivery.run_profile_id)
     )
     return Path(namespace, run_profile, stem + _extension(content_type))
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable; Windows can't open folders, and needs not."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _extension(content_type: str) -> str:

@@ -2,7 +2,8 @@
 
 It reads a delivery's body up to a bound, makes every check of `verify_delivery`, claims the id
 and only then calls the application, which finds the raw body unchanged and the delivery as
-`request.state.delivery`. What it refuses is answered with a problem document (RFC 9457).
+`request.state.delivery`. What it refuses is answered with a problem document (RFC 9457). Paths
+are compared so that no other spelling of one reaches the application unverified.
 
 An answer outside 2xx, and an exception, are not remembered: the sender comes again and the
 application is called again. The answer is held back until the id is durable, so that a sender
@@ -17,6 +18,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import posixpath
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,7 +37,7 @@ from orbit.receiver.verify import (
 from orbit.webhooks import SigningKeys
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
-_METHODS = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+_METHODS_THAT_PASS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 _LARGE_BYTES = 256 * 1024
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.02, 0.5
 _LOG = logging.getLogger("orbit.receiver")
@@ -45,9 +47,11 @@ class OrbitDeliveries:
     """`app.add_middleware(OrbitDeliveries, token=…, signing_secret=…, seen=…)`.
 
     `token` and `signing_secret` are as for `verify_delivery`. `seen` remembers ids: MemorySeen
-    unless given, FileSeen, PostgresSeen, or your own. POST, PUT, PATCH and DELETE on `path` and
-    below it are deliveries; everything else passes untouched. Raises ValueError where there is
-    nothing to check with, or a secret cannot be used.
+    unless given, FileSeen, PostgresSeen, or your own. Whatever comes on `path` and below it is a
+    delivery, but for GET, HEAD, OPTIONS and TRACE; other paths pass untouched. `path` is looked
+    for in the whole path and in what follows `root_path` or some of it, without regard to case,
+    doubled slashes and white space around a segment. Raises ValueError where there is nothing
+    to check with, or a secret cannot be used.
     """
 
     def __init__(
@@ -67,7 +71,7 @@ class OrbitDeliveries:
         if not (self._tokens or self._keys):
             raise ValueError("a token or a signing secret is needed to know who sends")
         self._seen: Seen = MemorySeen() if seen is None else seen
-        self._path = path.rstrip("/")
+        self._place = _segments(path)
         self._max_body_bytes = max_body_bytes
         self._wait_seconds = wait_seconds
 
@@ -95,10 +99,18 @@ class OrbitDeliveries:
             await send(message)
 
     def _is_delivery(self, scope: Scope) -> bool:
-        if scope["type"] != "http" or scope["method"] not in _METHODS:
+        if scope["type"] != "http" or scope["method"] in _METHODS_THAT_PASS:
             return False
-        path: str = scope["path"]
-        return path == self._path or path.startswith(self._path + "/")
+        path, mounted = scope["path"], _segments(scope.get("root_path", ""))
+        return any(
+            self._is_at(_segments(reading), mounted) for reading in (path, posixpath.normpath(path))
+        )
+
+    def _is_at(self, segments: Sequence[str], mounted: Sequence[str]) -> bool:
+        """Also below a mount that is itself a part of `path`, or not known to who gave it."""
+        depth = len(mounted) if segments[: len(mounted)] == mounted else 0
+        length = len(self._place)
+        return any(segments[at : at + length] == self._place for at in range(depth + 1))
 
     async def _read(self, headers: Mapping[str, str], receive: Receive) -> bytes | None:
         """The body, None if the sender left; who has no token is not listened to."""
@@ -158,6 +170,14 @@ class OrbitDeliveries:
 
         await self._app(scope, read, hold_back)
         return answer
+
+
+def _segments(path: str) -> list[str]:
+    """Spellings that some router takes for the same are the same here.
+
+    White space, because `$` in a router's pattern matches before a newline at the end.
+    """
+    return [part for each in path.casefold().split("/") if (part := each.strip())]
 
 
 def _headers(scope: Scope) -> dict[str, str]:

@@ -4,7 +4,9 @@
 own writes commit in one transaction, so that a delivery takes effect exactly once however the
 service, its database or the network fails. It never waits for another transaction that has
 the same id in hand, but answers `BUSY`; the sender comes again. `PostgresSeen` is the same for
-the middleware, on one connection for each delivery that is being worked on.
+the middleware, on one connection for each delivery that is being worked on. There an SQL error
+that the application caught and went on from is an error all the same: such a transaction can only
+be rolled back, and PostgreSQL would do so at COMMIT without a word.
 
 Needs `psycopg` (3.2 or newer) when used, not to be imported, and READ COMMITTED, PostgreSQL's
 default: under stricter levels a race ends in a serialization failure instead of a verdict.
@@ -53,8 +55,10 @@ def claim(connection: psycopg.Connection[Any], delivery_id: str, digest: str) ->
     """Claims an id in the connection's transaction; NEW means that the effect is yours to do.
 
     `digest` is the body's, in any one notation. Commit after the effect; a rollback gives the
-    id back. On DUPLICATE answer 2xx, on CONFLICT 409, on BUSY 503. Raises psycopg.Error, or
-    ValueError in autocommit outside of `connection.transaction()`, where it would hold nothing.
+    id back, and so does a commit after an SQL error, silently: let such an error end the
+    transaction, or catch it around an inner `connection.transaction()`. On DUPLICATE answer 2xx,
+    on CONFLICT 409, on BUSY 503. Raises psycopg.Error, or ValueError in autocommit outside of
+    `connection.transaction()`, where it would hold nothing.
     """
     if connection.autocommit and connection.info.transaction_status == 0:
         raise ValueError("claim() belongs in a transaction with the effect")
@@ -83,7 +87,11 @@ class PostgresSeen:
 
     @asynccontextmanager
     async def claim(self, key: str, digest: str) -> AsyncIterator[Claim]:
-        """Holds `key` in a transaction that is committed at the block's end if it is kept."""
+        """Holds `key` in a transaction that is committed at the block's end if it is kept.
+
+        Raises psycopg.errors.InFailedSqlTransaction if it is kept but can't be: the block has
+        caught an SQL error outside of a savepoint, or ended the transaction.
+        """
         from psycopg import Rollback  # noqa: PLC0415 - this package is imported without it too
 
         async with self._connect() as connection, connection.transaction() as transaction:
@@ -91,8 +99,22 @@ class PostgresSeen:
             row = await (await connection.execute(_CLAIM, values)).fetchone()
             held = Claim(_verdict(row, digest), connection)
             yield held
-            if held.verdict is Verdict.NEW and not held.is_kept:
+            if held.verdict is not Verdict.NEW:
+                return
+            if not held.is_kept:
                 raise Rollback(transaction)
+            _check_can_commit(connection)
+
+
+def _check_can_commit(connection: psycopg.AsyncConnection[Any]) -> None:
+    from psycopg import errors, pq  # noqa: PLC0415 - as above
+
+    status = connection.info.transaction_status
+    if status in (pq.TransactionStatus.INERROR, pq.TransactionStatus.IDLE):
+        raise errors.InFailedSqlTransaction(
+            "the delivery was answered with 2xx in a transaction that had failed or ended; "
+            "catch SQL errors around `async with connection.transaction():`"
+        )
 
 
 def _verdict(row: Any, digest: str) -> Verdict:

@@ -13,8 +13,9 @@ another who holds the id, but answers `BUSY`.
 `MemorySeen` forgets with its process; `FileSeen` appends to an index file and returns only
 when the line is on the disk. Concurrent callers share one fsync: whoever holds the sync lock
 makes durable all that was written until then, and those who waited find their part done. A
-line torn by a crash is cut off at the next start. Both keep the newest `limit` ids and forget
-older ones: set it above what a sender may still repeat. They refuse to guess when an id comes
+line torn by a crash is cut off at the next start; so are the forgotten ones, once they outnumber
+the others. Both keep the newest `limit` ids and forget older ones: set it above what a sender may
+still repeat. They refuse to guess when an id comes
 back with another body: that is `CONFLICT`, a fault of the sender's.
 """
 
@@ -159,6 +160,7 @@ class MemorySeen:
 class FileSeen(MemorySeen):
     """Seen ids in an append-only file of `digest id` lines; survives crashes and restarts.
 
+    A file of more than twice `limit` lines is written anew when it is opened (on Windows never).
     One process at a time: a second raises SeenFileInUse. Raises OSError where the file cannot
     be written; then nothing was remembered and the sender should be told to come again.
     """
@@ -170,7 +172,10 @@ class FileSeen(MemorySeen):
         self._descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
         try:
             self._lock_file()
-            self._written = self._synced = self._load()
+            lines = self._load()
+            if fcntl is not None and lines > 2 * limit:
+                self._compact()
+            self._written = self._synced = os.fstat(self._descriptor).st_size
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -211,19 +216,65 @@ class FileSeen(MemorySeen):
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise SeenFileInUse(f"{self._path} is in use by another process") from error
+        if not os.path.samestat(os.fstat(self._descriptor), self._path.stat()):
+            # Between our opening and our locking it, its owner has put a new file in its place.
+            raise SeenFileInUse(f"{self._path} is in use by another process")
 
     def _load(self) -> int:
-        """Reads the whole lines, cuts off a torn one, and returns the file's length."""
-        length = 0
+        """Reads the whole lines, cuts off a torn one, and returns how many there are."""
+        length = lines = 0
         with self._path.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
-                length += len(line)
+                length, lines = length + len(line), lines + 1
                 digest, _, key = line.decode().rstrip("\n").partition(" ")
                 self._remember(key, digest)
         os.ftruncate(self._descriptor, length)
-        return length
+        return lines
+
+    def _compact(self) -> None:
+        """Puts a file of what is remembered in the place of this one, locked as it is.
+
+        Where that cannot be (a folder that may not be written) the long file serves as before.
+        """
+        target = self._path.resolve()
+        beside = target.with_name(target.name + ".new")
+        try:
+            descriptor = self._written_anew(beside)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            return
+        os.close(self._descriptor)
+        self._descriptor = descriptor
+        sync_folder(target.parent)
+
+    def _written_anew(self, beside: Path) -> int:
+        """Writes and locks the new file before it stands under the name; its descriptor."""
+        mode = os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_APPEND
+        descriptor = os.open(beside, mode, 0o600)
+        try:
+            os.fchmod(descriptor, os.fstat(self._descriptor).st_mode & 0o777)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with open(descriptor, "wb", closefd=False) as file:
+                items = self._digests.items()
+                file.writelines(f"{digest} {key}\n".encode() for key, digest in items)
+            os.fsync(descriptor)
+            beside.replace(self._path.resolve())
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in it durable; Windows can't open folders, and needs not."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _check_words(key: str, digest: str) -> None:
