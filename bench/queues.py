@@ -72,6 +72,11 @@ def _sink() -> Iterator[str]:
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
+        under_way = asyncio.all_tasks(loop)
+        for task in under_way:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*under_way, return_exceptions=True))
+        loop.close()
 
 
 def neighbours(seconds: float = 20, rate: float = 50) -> dict[str, Any]:
