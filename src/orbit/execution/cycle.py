@@ -48,8 +48,8 @@ async def claim(
 ) -> list[ClaimedCycle]:
     """Takes the leases of at most `room` due cycles of namespaces that are not halted."""
     async with database.transaction() as connection, connection.pipeline():
-        await connection.execute(SQL.share_fences, {"room": room})
         await connection.execute(SQL.release_waiting)
+        await connection.execute(SQL.share_fences, {"room": room})
         cursor = await connection.execute(
             SQL.claim_cycles,
             {"node_id": node_id, "room": room, "lease_seconds": lease_seconds},

@@ -1,8 +1,8 @@
 -- The halt of a namespace: its fence, what is in flight behind it, and its end.
 --
 -- Whoever changes a fence locks its row first; facts and the audit entry follow. Claims take the
--- fence's advisory lock shared before any row (dispatch.share_fences, cycle.share_fences) and
--- read the flag in a later statement.
+-- fence's advisory lock shared (dispatch.share_fences, cycle.share_fences) and read the flag in a
+-- later statement. Nobody who has that lock alone waits for anything.
 
 -- name: raise_fence
 -- Halts a namespace under the next epoch. A halt that nobody has ended is not shortened by
