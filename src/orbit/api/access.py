@@ -31,7 +31,6 @@ def actor_of(request: Request) -> Actor:
 
 def require(scope: str) -> Callable[[Request], None]:
     """A dependency that lets through who has the scope."""
-
     del scope  # nobody has a key yet
 
     def check(request: Request) -> None:

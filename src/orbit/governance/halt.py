@@ -9,9 +9,10 @@ settled for its lost worker; that one never sends, since its own clock says that
 over. `quiesced` is said only when the fence was passed, nothing of the namespace is out on any
 node, and the halt is still in force.
 
-The fence is tried for and never waited for, so that no claim of other namespaces queues behind
-it. A halt has a connection of its own and is bounded in time. It is refused to nobody for want of
-a reason; a resumption wants one, and a second person where the namespace's rule says so.
+Claims queue behind who waits for the fence, so it is waited for a little at a time: a claim that
+never ends holds up no other namespace. A halt has a connection of its own and is bounded in time.
+It is refused to nobody for want of a reason; a resumption wants one, and a second person where
+the namespace's rule says so.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ SQL = load("halt")
 _LEAST_SECONDS = 2.0  # for the fence, however short the wait
 _RAISE_SECONDS = 15.0  # until a halt that cannot be written is given up
 _FIRST_PAUSE, _LAST_PAUSE = 0.005, 0.1
+_FIRST_PATIENCE_SECONDS, _LAST_PATIENCE_SECONDS = 0.05, 0.4  # at a time, for the fence
 _RECOVER_SECONDS = 0.25
 
 log = structlog.get_logger(__name__)
@@ -218,16 +220,20 @@ class Brake:
 
     async def _pass(self, connection: Connection, namespace: str, deadline: float) -> bool:
         """Whether the fence was had alone, so that all claims from before are over."""
-        pause = _FIRST_PAUSE
+        patience = _FIRST_PATIENCE_SECONDS
         while True:
-            cursor = await connection.execute(SQL.pass_fence, {"namespace": namespace})
-            row = await cursor.fetchone()
-            if row is not None and row["is_passed"]:
+            try:
+                async with connection.transaction():
+                    wait = {"milliseconds": int(patience * 1000)}
+                    await connection.execute(SQL.bound_pass, wait)
+                    await connection.execute(SQL.pass_fence, {"namespace": namespace})
+            except LockNotAvailable:
+                if time.monotonic() > deadline:
+                    return False
+            else:
                 return True
-            if time.monotonic() > deadline:
-                return False
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, _LAST_PAUSE)
+            await asyncio.sleep(_LAST_PAUSE)
+            patience = min(patience * 2, _LAST_PATIENCE_SECONDS)
 
     async def _await_quiet(
         self, connection: Connection, namespace: str, epoch: int, deadline: float

@@ -2,7 +2,7 @@
 --
 -- Whoever changes a fence locks its row first; facts and the audit entry follow. Claims take the
 -- fence's advisory lock shared (dispatch.share_fences, cycle.share_fences) and read the flag in a
--- later statement. Nobody who has that lock alone waits for anything.
+-- later statement. Who has that lock alone, or waits to, has no other.
 
 -- name: raise_fence
 -- Halts a namespace under the next epoch. A halt that nobody has ended is not shortened by
@@ -22,10 +22,14 @@ INSERT INTO namespace_halt (namespace, epoch, reason, actor, actor_id, until_at,
 VALUES (%(namespace)s, %(epoch)s, %(reason)s::text, %(actor)s, %(actor_id)s,
     %(until)s::timestamptz, %(node_id)s::uuid);
 
+-- name: bound_pass
+-- No statement of this transaction waits longer than this for a lock.
+SELECT set_config('lock_timeout', %(milliseconds)s::int::text, true);
+
 -- name: pass_fence
--- Has a namespace's fence to itself for a moment, if no claim that began before is under way.
--- It never waits, so no claim of another namespace waits behind it.
-SELECT pg_try_advisory_xact_lock(orbit_fence_key(%(namespace)s)) AS is_passed;
+-- Has a namespace's fence to itself for a moment: no claim that began before is under way. Others
+-- that ask for it wait behind; so to follow bound_pass, in a transaction of its own.
+SELECT pg_advisory_xact_lock(orbit_fence_key(%(namespace)s));
 
 -- name: attempts_in_flight
 -- The open attempts of a namespace, on whichever node. dispatch_lease_taken serves it.
