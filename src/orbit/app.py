@@ -33,13 +33,17 @@ from orbit.execution.recorder import Recorder
 from orbit.execution.requeues import Requeues
 from orbit.execution.retry import Backoff
 from orbit.execution.snapshots import Snapshots
+from orbit.execution.tenure import Tenure
 from orbit.execution.transformation import Transformer
 from orbit.execution.wire import Wire
+from orbit.governance.fence import Fences
+from orbit.governance.halt import Brake
 from orbit.profiles.bridge import Bridge
 from orbit.profiles.orchestration import Orchestration
 from orbit.profiles.revision import Configuration
 from orbit.services.base import LAST_WORDS_SECONDS, within
 from orbit.services.dispatcher import Dispatcher
+from orbit.services.fence_keeper import FenceKeeper
 from orbit.services.heartbeat import Heartbeat
 from orbit.services.janitor import Janitor
 from orbit.services.requeuer import Requeuer
@@ -130,6 +134,7 @@ class Node:
         self.dispatcher: Dispatcher | None = None
         self.scheduler: Scheduler | None = None
         self.requeuer: Requeuer | None = None
+        self.keeper: FenceKeeper | None = None
 
     async def open(self) -> None:
         """Connects and builds what every operation needs; starts nothing."""
@@ -154,6 +159,10 @@ class Node:
         self.requeues = Requeues(
             database, self.clock, self.dead_letters, self.node_id, settings.lease_seconds
         )
+        self.fences = Fences()
+        self.brake = Brake(
+            database, self.node_id, recover=self._recover, on_changed=self._wake_keeper
+        )
         self.orchestration = Orchestration(
             settings, database, self.clock, self.configuration, self.intake
         )
@@ -172,7 +181,7 @@ class Node:
         await self._register()
         self._build()
         self._janitor = janitor
-        services = (self.scheduler, self.runner, self.dispatcher, self.requeuer)
+        services = (self.scheduler, self.keeper, self.runner, self.dispatcher, self.requeuer)
         for service in (self._heartbeat, janitor, *services):
             if service is not None:
                 service.start()
@@ -206,11 +215,9 @@ class Node:
             self.dispatcher.halt()
             parts["dispatcher"] = self.dispatcher.drain(seconds)
         await _all_ended(parts)
+        last = {"heartbeat": self._heartbeat, "janitor": self._janitor, "keeper": self.keeper}
         await _all_ended(
-            {
-                "heartbeat": self._heartbeat.stop(_LEAVING_SECONDS),
-                "janitor": self._janitor.stop(_LEAVING_SECONDS),
-            }
+            {name: one.stop(_LEAVING_SECONDS) for name, one in last.items() if one is not None}
         )
         await _all_ended({"node": self._leave()})
 
@@ -239,6 +246,14 @@ class Node:
             self.runner = self._runner(memory)
             self.requeuer = Requeuer(database, self.requeues)
             beats = [self.runner.beat, self.dispatcher.beat]
+        if self.roles & {"worker", "scheduler"}:
+            self.keeper = FenceKeeper(
+                database,
+                self.fences,
+                self.brake,
+                poll_seconds=settings.poll_seconds,
+                on_halted=self._recall,
+            )
         if "scheduler" in self.roles:
             self.scheduler = Scheduler(
                 database,
@@ -258,7 +273,7 @@ class Node:
             beats=beats,
         )
 
-    def _dispatcher(self, memory: PayloadMemory) -> Dispatcher:
+    def _queue(self) -> DispatchQueue:
         settings = self.settings
         backoff = Backoff(
             settings.dispatch_retry_base_seconds,
@@ -267,16 +282,18 @@ class Node:
         )
         policy = RetryPolicy(backoff, random.random)
         endpoints = {endpoint.key: endpoint for endpoint in settings.dispatch_endpoints}
-        queue = DispatchQueue(
-            self.database, self.node_id, settings.lease_seconds, policy, endpoints
-        )
+        return DispatchQueue(self.database, self.node_id, settings.lease_seconds, policy, endpoints)
+
+    def _dispatcher(self, memory: PayloadMemory) -> Dispatcher:
+        settings = self.settings
         return Dispatcher(
             self.database,
-            queue,
+            self._queue(),
             self.snapshots,
             Wire(self._http),
             memory,
             self.clock,
+            self.fences,
             concurrency=settings.dispatch_concurrency,
             lease_seconds=settings.lease_seconds,
             poll_seconds=settings.poll_seconds,
@@ -284,7 +301,8 @@ class Node:
 
     def _runner(self, memory: PayloadMemory) -> Runner:
         settings = self.settings
-        transformer = Transformer(self._http, settings.max_payload_bytes)
+        tenure = Tenure(self.fences, self.clock, settings.lease_seconds)
+        transformer = Transformer(self._http, settings.max_payload_bytes, tenure=tenure)
         orchestrator = Orchestrator(
             self.database,
             Recorder(self.database, self.node_id),
@@ -299,6 +317,8 @@ class Node:
             self.database,
             orchestrator,
             self.node_id,
+            tenure,
+            self.clock,
             concurrency=settings.worker_concurrency,
             lease_seconds=settings.lease_seconds,
             poll_seconds=settings.poll_seconds,
@@ -318,6 +338,18 @@ class Node:
                 "files_revision": proposed.revision if proposed else None,
             },
         )
+
+    async def _recover(self) -> None:
+        """Settles attempts whose worker is gone, of any namespace."""
+        await self._queue().recover(self.clock.now())
+
+    async def _recall(self) -> None:
+        if self.dispatcher is not None:
+            await self.dispatcher.recall()
+
+    def _wake_keeper(self) -> None:
+        if self.keeper is not None:
+            self.keeper.wake()
 
     def _wake_runner(self) -> None:
         if self.runner is not None:

@@ -120,6 +120,24 @@ class GlobalPause(Refused):
     code = "global_pause"
 
 
+class NamespaceHalted(Refused):
+    """The namespace is halted; nothing of it begins."""
+
+    code = "namespace_halted"
+
+
+class NotHalted(Refused):
+    """The namespace is not halted, so there is nothing to resume."""
+
+    code = "not_halted"
+
+
+class SecondPersonRequired(Refused):
+    """Another person than the first has to agree."""
+
+    code = "second_person_required"
+
+
 class CyclesActive(Refused):
     """The configuration cannot change while cycles are active."""
 

@@ -19,6 +19,7 @@ LEASES = {
     "lane",
     "lane_tally",
     "requeue_lease",
+    "namespace_fence",
 }
 BOOKKEEPING = {"alembic_version"}
 OF_ALL = {"config_revision", "config_activation", "config_active", "node"}

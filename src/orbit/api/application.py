@@ -13,6 +13,7 @@ from orbit.api.problems import install
 from orbit.api.routes_configuration import configuration_router
 from orbit.api.routes_cycles import cycles_router
 from orbit.api.routes_dead_letters import dead_letters_router
+from orbit.api.routes_governance import governance_router
 from orbit.api.routes_lanes import lanes_router
 from orbit.api.routes_node import node_router
 from orbit.app import Node
@@ -50,6 +51,7 @@ def create_application(node: Node, *, is_probe_only: bool = False) -> FastAPI:
         configuration_router(node, bodies),
         dead_letters_router(node, bodies),
         lanes_router(node),
+        governance_router(node, bodies),
         docs_router(application),
     ):
         application.include_router(router)

@@ -74,22 +74,30 @@ def _named(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def connected(given: Settings) -> Iterator[Api]:
-    """The API of a node, or of this process.
+def connected(
+    given: Settings, *, is_direct: bool = False, patience_seconds: float = _ANSWER_SECONDS
+) -> Iterator[Api]:
+    """The API of a node, or of this process; only that if `is_direct`.
 
+    An answer is waited for `patience_seconds`, or a minute if that is longer.
     Raises NodeUnreachable where neither a node nor a database is to be found, and whatever
     opening the database raises.
     """
     import httpx
 
     with ExitStack() as stack:
+        patience_seconds = max(patience_seconds, _ANSWER_SECONDS)
+        if is_direct:
+            _refuse_without_database(given, "the address")
+            yield Api(stack.enter_context(_in_process(given, patience_seconds)), None)
+            return
         named = _named_address()
         address = named or own_address(given)
         client = stack.enter_context(
             httpx.Client(
                 base_url=address,
                 headers=_HEADERS,
-                timeout=_ANSWER_SECONDS,
+                timeout=patience_seconds,
                 trust_env=named is not None,
             )
         )
@@ -99,7 +107,7 @@ def connected(given: Settings) -> Iterator[Api]:
             yield Api(client.request, address)
             return
         _refuse_without_database(given, address)
-        yield Api(stack.enter_context(_in_process(given)), None)
+        yield Api(stack.enter_context(_in_process(given, patience_seconds)), None)
 
 
 def differing_revision(given: Settings, documents: Documents) -> str | None:
@@ -188,7 +196,7 @@ def has_embedded_data(given: Settings) -> bool:
 
 
 @contextmanager
-def _in_process(given: Settings) -> Iterator[Send]:
+def _in_process(given: Settings, patience_seconds: float) -> Iterator[Send]:
     """The application around a node without any service, on an event loop of its own."""
     import httpx
 
@@ -209,7 +217,7 @@ def _in_process(given: Settings) -> Iterator[Send]:
                 transport=transport,
                 base_url="http://localhost",
                 headers=_HEADERS,
-                timeout=_ANSWER_SECONDS,
+                timeout=patience_seconds,
             )
 
             def send(method: str, path: str, **asked: Any) -> httpx.Response:

@@ -15,7 +15,14 @@ from typing import Any, ClassVar, NoReturn
 import typer
 
 from orbit.cli.terminal import count
-from orbit.errors import ConfigurationInvalid, GlobalPause, OrbitError, Refused, RequestInvalid
+from orbit.errors import (
+    ConfigurationInvalid,
+    GlobalPause,
+    NamespaceHalted,
+    OrbitError,
+    Refused,
+    RequestInvalid,
+)
 
 HALTED_CODES = frozenset({"global_pause", "namespace_halted"})
 _CONFLICT = 409
@@ -35,6 +42,7 @@ class ExitCode(IntEnum):
 
 _CODES = {
     GlobalPause: ExitCode.HALTED,
+    NamespaceHalted: ExitCode.HALTED,
     Refused: ExitCode.REFUSED,
     RequestInvalid: ExitCode.USAGE,
 }

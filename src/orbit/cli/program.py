@@ -19,6 +19,7 @@ import typer
 
 from orbit import __version__
 from orbit.cli import (
+    brake,
     checkup,
     configuring,
     cycles,
@@ -54,6 +55,9 @@ app.command("status")(status.status)
 app.command("cycles")(cycles.cycles)
 app.command("trace")(cycles.trace)
 app.command("lanes")(lanes.lanes)
+app.command("halt")(brake.halt)
+app.command("resume")(brake.resume)
+app.command("policy")(brake.policy)
 app.add_typer(dead_letters.app, name="dlq")
 app.command("validate")(configuring.validate)
 app.command("profiles")(configuring.profiles)

@@ -125,6 +125,22 @@ class Database:
                 raise
 
     @asynccontextmanager
+    async def apart(self) -> AsyncIterator[Connection]:
+        """A connection of its own beside the pool, for what cannot wait until one is free."""
+        connection = await AsyncConnection.connect(
+            self.dsn,
+            autocommit=True,
+            row_factory=dict_row,
+            cursor_factory=Cursor,
+            prepare_threshold=None,
+            application_name="orbit apart",
+            **self._options,
+        )
+        async with connection:
+            await self._configure(connection)
+            yield connection
+
+    @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
         """A connection with a transaction open, committed at the end."""
         async with self.connection() as connection, connection.transaction():

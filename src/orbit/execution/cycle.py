@@ -46,9 +46,10 @@ _ORDER = list(Stage)
 async def claim(
     database: Database, node_id: str, room: int, lease_seconds: float
 ) -> list[ClaimedCycle]:
-    """Takes the leases of at most `room` due cycles."""
+    """Takes the leases of at most `room` due cycles of namespaces that are not halted."""
     async with database.transaction() as connection, connection.pipeline():
         await connection.execute(SQL.release_waiting)
+        await connection.execute(SQL.share_fences, {"room": room})
         cursor = await connection.execute(
             SQL.claim_cycles,
             {"node_id": node_id, "room": room, "lease_seconds": lease_seconds},
@@ -141,8 +142,8 @@ class Orchestrator:
     async def run(self, cycle: ClaimedCycle) -> Stage | StepFailed:
         """Carries the cycle on; its last stage, or why it failed, when it needs no worker any more.
 
-        Raises LeaseLost if another worker has it meanwhile, and NotHere if another node may be
-        able to carry it on.
+        Raises LeaseLost if another worker has it meanwhile, NotHere if another node may be able
+        to carry it on, and NamespaceHalted before what a halted namespace does not begin.
         """
         async with self._memory.reserve(cycle.size or 0, owner=cycle.namespace) as memory:
             result = StageResult(cycle)
@@ -231,6 +232,7 @@ class Orchestrator:
 
     async def _dispatch(self, progress: _Progress) -> Stage:
         """Normalisation and enqueueing: the items and their jobs, in one transaction."""
+        self._transformer.check_halted(progress.cycle.namespace)
         normalization = progress.plan.normalization
         step = normalization.normalize or normalization.split or Step("")
         where = _context(progress, Stage.NORMALIZATION_COMPLETE, 0, step)

@@ -18,8 +18,10 @@ from orbit.database.pool import Connection, Database
 from orbit.database.queries import array, load
 from orbit.errors import AlreadyRequeued, MayHaveArrived, NotFound, Refused, RequestInvalid
 from orbit.execution.snapshots import Snapshots
+from orbit.governance.fence import halted
 
 SQL = load("dead_letters")
+HALT_SQL = load("halt")
 
 
 class SnapshotChoice(StrEnum):
@@ -107,10 +109,12 @@ class DeadLetters:
         """Queues the dead letter's item again, for the same endpoint.
 
         Raises NotFound, AlreadyRequeued, RequestInvalid (no reason), MayHaveArrived if an attempt
-        ended unknown (unless forced), and Refused if the endpoint or the payload is gone.
+        ended unknown (unless forced), NamespaceHalted, and Refused if the endpoint or the payload
+        is gone.
         """
         check_reason(reason)
         row = await self._find(job_id)
+        await self.refuse_while_halted(row["namespace"])
         if row["sequence"] and not is_forced:
             raise _already(row)
         if row["unknown_attempt"] and not is_forced:
@@ -151,11 +155,18 @@ class DeadLetters:
         """Queues the selection again, oldest first, at most `limit` of them, all or none.
 
         Those that may have arrived are left out.
-        Raises RequestInvalid (no reason), and Refused if an endpoint is gone.
+        Raises RequestInvalid (no reason), NamespaceHalted, and Refused if an endpoint is gone.
         """
         check_reason(reason)
+        await self.refuse_while_halted(selection.namespace)
         rows = await self.open(selection, limit)
         return await self._requeue(rows, reason, snapshot) if rows else []
+
+    async def refuse_while_halted(self, namespace: str) -> None:
+        """Raises NamespaceHalted: what is halted is not queued up for its end."""
+        asked = {"namespaces": [namespace]}
+        if await self._database.fetch_one(HALT_SQL.halted_among, asked) is not None:
+            raise halted(namespace)
 
     async def open(
         self, selection: Selection, limit: int, after_job_id: str | None = None

@@ -53,7 +53,8 @@ LaneKey = tuple[str, str]
 class ClaimedJob:
     """A job whose attempt `attempt` is open and ours. `content` is None if it is large.
 
-    `spared` of the attempts, this one included, are not counted against the job.
+    `spared` of the attempts, this one included, are not counted against the job. `epoch` is its
+    namespace's as it was seen at the claim: the next halt's is higher.
     """
 
     namespace: str
@@ -74,6 +75,7 @@ class ClaimedJob:
     run_profile_id: str
     traceparent: str
     content: bytes | None
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +217,8 @@ class DispatchQueue:
     async def claim(self, rooms: Mapping[LaneKey, int], places: int) -> list[ClaimedJob]:
         """Opens the next attempt of due jobs: of each lane as many as there is room for.
 
-        That is the caller's room, or less if the lane's cap, rate or breaker says so. `places`:
+        That is the caller's room, or less if the lane's cap, rate or breaker says so; of a halted
+        namespace nothing. `places`:
         how many the caller may have in flight in all, of which retries have their share.
         """
         endpoints = [self.endpoint(key) for _, key in rooms]
@@ -232,11 +235,15 @@ class DispatchQueue:
             "lease_seconds": self._lease_seconds,
         }
         async with self._database.batch() as connection:
+            fences = await connection.execute(SQL.share_fences, _keys(rooms))
             await connection.execute(SQL.hold_lanes, _keys(rooms))
             cursor = await connection.execute(SQL.claim_jobs, asked, binary=True)
         leases = {row["job_id"]: row for row in await cursor.fetchall()}
         if not leases:
             return []
+        epochs = {row["namespace"]: row["epoch"] for row in await fences.fetchall()}
+        for lease in leases.values():
+            lease["epoch"] = epochs[lease["namespace"]]
         # Leases that nobody knows of would end as attempts of unknown outcome.
         return await self._database.persist(lambda: self._claimed(leases))
 

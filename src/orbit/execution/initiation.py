@@ -20,8 +20,9 @@ from orbit.canonical import canonical_json, sha256_hex
 from orbit.database.group_commit import GroupCommit
 from orbit.database.pool import Connection, Database
 from orbit.database.queries import array, load
-from orbit.errors import IdempotencyKeyReused
+from orbit.errors import IdempotencyKeyReused, NamespaceHalted
 from orbit.execution.context import Stage
+from orbit.governance.fence import halted
 from orbit.payload import Payload
 
 SQL = load("cycle")
@@ -92,6 +93,9 @@ class Accepted:
     is_new: bool
 
 
+Refusal = IdempotencyKeyReused | NamespaceHalted
+
+
 class RevisionReplaced(Exception):
     """The configuration changed under a request; it is to be made anew from the current one."""
 
@@ -128,10 +132,11 @@ def new_traceparent() -> str:
 
 async def accept(
     connection: Connection, node_id: str, requests: Sequence[CycleRequest]
-) -> list[Accepted | IdempotencyKeyReused | RevisionReplaced]:
+) -> list[Accepted | Refusal | RevisionReplaced]:
     """Accepts requests in the open transaction; an answer for each, in order.
 
-    An answer is an error where only that one request is refused.
+    An answer is an error where only that one request is refused. One that was accepted before
+    gets its cycle, also while its namespace is halted: that starts nothing.
     """
     initiations = [select_initiation(request) for request in requests]
     async with connection.pipeline():
@@ -144,18 +149,18 @@ async def accept(
             await connection.execute(SQL.accept_payloads, _payload_rows(payloads))
         if checkpoints:
             await connection.execute(SQL.accept_checkpoints, _checkpoint_rows(node_id, checkpoints))
-        fresh = {row["cycle_id"] for row in await cursor.fetchall()}
+        known = {row["cycle_id"]: row["is_halted"] for row in await cursor.fetchall()}
     return [
         Accepted(request.cycle_id, True)
-        if request.cycle_id in fresh
-        else await _existing(connection, request, initiation)
+        if known.get(request.cycle_id) is False
+        else await _existing(connection, request, initiation, is_halted=request.cycle_id in known)
         for request, initiation in zip(requests, initiations, strict=True)
     ]
 
 
 async def _existing(
-    connection: Connection, request: CycleRequest, initiation: Initiation
-) -> Accepted | IdempotencyKeyReused | RevisionReplaced:
+    connection: Connection, request: CycleRequest, initiation: Initiation, *, is_halted: bool
+) -> Accepted | Refusal | RevisionReplaced:
     cursor = await connection.execute(
         SQL.first_cycle,
         {
@@ -166,7 +171,7 @@ async def _existing(
     )
     row = await cursor.fetchone()
     if row is None:
-        return RevisionReplaced()
+        return halted(request.namespace) if is_halted else RevisionReplaced()
     if row["cycle_id"] == request.cycle_id:
         return Accepted(request.cycle_id, True)
     if row["request_digest"] != request.digest():
@@ -189,7 +194,8 @@ class Intake:
     async def accept(self, request: CycleRequest) -> Accepted:
         """Returns when the cycle exists, whatever happens next.
 
-        Raises IdempotencyKeyReused, and RevisionReplaced if the request is to be made anew.
+        Raises IdempotencyKeyReused, NamespaceHalted, and RevisionReplaced if the request is to be
+        made anew.
         """
         answer = await self._group.commit(request)
         if isinstance(answer, Accepted):
@@ -198,7 +204,7 @@ class Intake:
 
     async def _flush(
         self, requests: Sequence[CycleRequest]
-    ) -> Sequence[Accepted | IdempotencyKeyReused | RevisionReplaced]:
+    ) -> Sequence[Accepted | Refusal | RevisionReplaced]:
         async with self._database.transaction() as connection:
             answers = await accept(connection, self._node_id, requests)
         metrics.commit_entries.labels("cycles").observe(len(requests))

@@ -6,6 +6,8 @@ locks the lease by number and node: its new jobs, how far the batch is, and when
 worker may die anywhere: the next one begins where the last commit ended, and nothing is requeued
 twice, since a decision on a dead letter has its key, whichever batch or person makes it.
 
+While its namespace is halted a batch rests: its steps are not claimed.
+
 A batch never takes dead letters younger than itself, so what it brings back and what dies again
 is not its own food. It refuses to go on after a failure unless told so, and ends with a fact.
 """
@@ -165,10 +167,11 @@ class Requeues:
     ) -> tuple[str | None, Found]:
         """A new batch's id, and what it found: dead letters from before now.
 
-        There is no batch if nothing matches. Raises RequestInvalid (no reason), and Refused if an
-        endpoint is gone.
+        There is no batch if nothing matches. Raises RequestInvalid (no reason), NamespaceHalted,
+        and Refused if an endpoint is gone.
         """
         check_reason(reason)
+        await self._letters.refuse_while_halted(selection.namespace)
         row = await self._database.fetch_one(NODE_SQL.now)
         assert row is not None
         until = min(selection.until, row["now"]) if selection.until else row["now"]

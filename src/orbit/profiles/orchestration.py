@@ -18,6 +18,7 @@ from orbit.database.queries import load
 from orbit.errors import (
     GlobalPause,
     IdempotencyKeyReused,
+    NamespaceHalted,
     NotFound,
     NotRerunnable,
     PayloadTooLarge,
@@ -31,6 +32,7 @@ from orbit.execution.initiation import (
     Intake,
     RevisionReplaced,
 )
+from orbit.governance.fence import halted
 from orbit.payload import Payload
 from orbit.profiles.bridge import RAW_NAMESPACE, cycle_request, why_not_runnable
 from orbit.profiles.documents import read_documents
@@ -52,6 +54,7 @@ class TriggerAnswer:
     cycle_id: str | None = None
     is_new: bool = False
     reason: str | None = None
+    is_halted: bool = False
 
 
 class Orchestration:
@@ -80,7 +83,8 @@ class Orchestration:
     ) -> Accepted:
         """Starts a cycle without a run profile.
 
-        Raises GlobalPause, RequestInvalid, PayloadTooLarge or IdempotencyKeyReused.
+        Raises GlobalPause, NamespaceHalted, RequestInvalid, PayloadTooLarge or
+        IdempotencyKeyReused.
         """
         self._refuse_while_paused()
         _check_id(namespace, "namespace")
@@ -111,8 +115,9 @@ class Orchestration:
     ) -> list[TriggerAnswer]:
         """Starts each run profile once, or those named; an answer for each, why not included.
 
-        Raises GlobalPause, NotFound if a name is unknown (then nothing is started), and
-        DatabaseUnavailable if the database does not know which configuration is in force.
+        Raises GlobalPause, NamespaceHalted if all of them are in halted namespaces, NotFound if a
+        name is unknown (then nothing is started), and DatabaseUnavailable if the database does
+        not know which configuration is in force.
         """
         self._refuse_while_paused()
         try:
@@ -122,7 +127,10 @@ class Orchestration:
                 raise
             run_profiles = self._named(run_profile_ids)
         triggers = (self._trigger(one, idempotency_key, trigger) for one in run_profiles)
-        return await asyncio.gather(*triggers)
+        answers = await asyncio.gather(*triggers)
+        if answers and all(answer.is_halted for answer in answers):
+            raise halted(answers[0].namespace or "")
+        return answers
 
     async def rerun(
         self,
@@ -136,7 +144,8 @@ class Orchestration:
 
         Refused, unless forced, while a re-run of it, or of what it is itself a re-run of, is
         running or has finished. Of several at once one starts, and the others get its id.
-        Raises GlobalPause, NotFound, NotRerunnable, and DatabaseUnavailable as a trigger does.
+        Raises GlobalPause, NamespaceHalted, NotFound, NotRerunnable, and DatabaseUnavailable as
+        a trigger does.
         """
         self._refuse_while_paused()
         row = await self._database.fetch_one(SQL.failed_cycle, {"cycle_id": cycle_id})
@@ -199,6 +208,8 @@ class Orchestration:
             except RevisionReplaced:
                 await self._configuration.catch_up()
                 continue
+            except NamespaceHalted as error:
+                return replace(answer, reason=str(error), is_halted=True)
             return replace(answer, cycle_id=accepted.cycle_id, is_new=accepted.is_new)
 
     async def _accept_rerun(self, request: CycleRequest, run_profile_id: str) -> Accepted:

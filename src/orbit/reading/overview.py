@@ -12,6 +12,7 @@ from datetime import datetime
 from orbit.database.pool import Database
 from orbit.database.queries import load
 from orbit.database.upgrade import HEAD
+from orbit.reading.halts import HaltedNamespace, halted_namespaces
 from orbit.reading.lanes import LaneView, waiting_lanes
 from orbit.reading.slots import Slot
 from orbit.reading.view import View, read_all
@@ -88,6 +89,7 @@ class Status(View):
 
     now: datetime
     is_paused: bool
+    halted_namespaces: list[HaltedNamespace]
     revision: str | None
     nodes: list[NodeView]
     cycles: ActiveCycles
@@ -114,6 +116,7 @@ async def status(database: Database, *, lease_seconds: float, is_paused: bool) -
     return Status(
         now=store["now"],
         is_paused=is_paused,
+        halted_namespaces=await halted_namespaces(database),
         revision=store["revision"],
         nodes=await _nodes(database, lease_seconds, store["revision"]),
         cycles=await _active_cycles(database),

@@ -2,8 +2,9 @@
 
 A lane is a namespace's queue for an endpoint, and has its own room, so that a slow one does not
 hold up the others. The first byte leaves only while the attempt's lease is certainly ours by this
-machine's monotonic clock. An attempt that has not begun is given back, and its number with it. A
-place is free again as soon as its attempt is over; the settlement is committed beside the next.
+machine's monotonic clock, and no halt is known that came after its claim. An attempt that has not
+begun is given back, and its number with it. A place is free again as soon as its attempt is over;
+the settlement is committed beside the next.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from orbit.execution.http1 import WITHHELD
 from orbit.execution.memory import PayloadMemory
 from orbit.execution.snapshots import Snapshot, Snapshots
 from orbit.execution.wire import Outcome, Outgoing, Wire, WireResult, request_headers
+from orbit.governance.fence import Fences
 from orbit.services.base import LAST_WORDS_SECONDS, Service, within
 from orbit.services.places import Places
 from orbit.webhooks import sign
@@ -77,6 +79,7 @@ class Dispatcher(Service):
         wire: Wire,
         memory: PayloadMemory,
         clock: Clock,
+        fences: Fences,
         *,
         concurrency: int,
         lease_seconds: float,
@@ -84,7 +87,7 @@ class Dispatcher(Service):
     ) -> None:
         super().__init__(database)
         self._queue, self._snapshots, self._wire = queue, snapshots, wire
-        self._memory, self._clock = memory, clock
+        self._memory, self._clock, self._fences = memory, clock, fences
         self._lease_seconds, self._poll_seconds = lease_seconds, poll_seconds
         self._sending: dict[tuple[str, int], _Sending] = {}
         self._places: Places[_Sending] = Places(concurrency, queue.endpoint, clock)
@@ -273,9 +276,24 @@ class Dispatcher(Service):
     async def _give_back(self, jobs: Sequence[ClaimedJob]) -> None:
         await self._database.persist(lambda: self._queue.release(jobs))
 
+    async def recall(self) -> None:
+        """Gives back at once what was claimed before a halt and has not begun."""
+        overtaken = [
+            one
+            for one in self._sending.values()
+            if not (one.is_begun or one.is_over)
+            and not self._fences.may_send(one.job.namespace, one.job.epoch)
+        ]
+        self._places.withdraw(overtaken)
+        await self._cancel_unbegun(overtaken)
+
     async def _cancel_and_give_back(self) -> None:
         self._places.clear()
-        unbegun = [one for one in self._sending.values() if not (one.is_begun or one.is_over)]
+        await self._cancel_unbegun(
+            [one for one in self._sending.values() if not (one.is_begun or one.is_over)]
+        )
+
+    async def _cancel_unbegun(self, unbegun: Sequence[_Sending]) -> None:
         tasks = _cancelled(unbegun)
         if tasks:
             await asyncio.wait(tasks, timeout=LAST_WORDS_SECONDS)
@@ -320,7 +338,8 @@ class Dispatcher(Service):
         outgoing = _outgoing(job, snapshot, content, int(self._clock.now().timestamp()))
 
         def may_send() -> bool:
-            sending.is_begun = self._clock.monotonic() < sending.expires
+            is_ours = self._clock.monotonic() < sending.expires
+            sending.is_begun = is_ours and self._fences.may_send(job.namespace, job.epoch)
             return sending.is_begun
 
         result = await self._wire.send(outgoing, may_send)

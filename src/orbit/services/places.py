@@ -78,6 +78,15 @@ class Places(Generic[Item]):
         """What came of a job is committed, or it is given back, or lost."""
         _take_one(self._held, lane)
 
+    def withdraw(self, items: Collection[Item]) -> None:
+        """These will not begin, if they wait."""
+        for lane, waiting in list(self._waiting.items()):
+            kept = deque(item for item in waiting if item not in items)
+            if kept:
+                self._waiting[lane] = kept
+            else:
+                del self._waiting[lane]
+
     def clear(self) -> None:
         """Nothing that waits will begin."""
         self._waiting.clear()

@@ -3,7 +3,7 @@
 -- A claim raises the attempt's number and commits before a byte leaves. A lease with a node is
 -- an attempt that may be on the wire; once its time is over it can only be settled as unknown.
 -- Locks are taken in the order dispatch_lease, cycle_lease, lane, each by key. A claim begins
--- with its lanes, and waits for no other lock after them.
+-- with the fences of its namespaces and its lanes, and waits for no other lock after them.
 
 -- name: insert_snapshot
 -- An endpoint as it stands now, once per definition.
@@ -21,7 +21,7 @@ SELECT endpoint_key, url, method, secrets_encrypted, timeout_seconds, permanent_
 FROM endpoint_snapshot WHERE namespace = %(namespace)s AND snapshot_id = %(snapshot_id)s;
 
 -- name: busy_lanes
--- Every lane that has a job to send now or later: when the first is due, when the breaker lets
+-- Every lane of namespaces that are not halted, if it has a job to send now or later: when the first is due, when the breaker lets
 -- one through, and the rate's tokens. A loose scan of dispatch_lease_ready: its cost grows with
 -- the lanes, not with the jobs.
 WITH RECURSIVE lanes AS (
@@ -53,7 +53,8 @@ LEFT JOIN LATERAL (
     SELECT * FROM lane WHERE lane.namespace = lanes.namespace
         AND lane.endpoint_key = lanes.endpoint_key OFFSET 0
 ) lane ON true
-WHERE first.due_at < 'infinity';
+WHERE first.due_at < 'infinity' AND NOT EXISTS (SELECT FROM namespace_fence fence
+    WHERE fence.namespace = lanes.namespace AND fence.is_halted);
 
 -- name: insert_lanes
 -- Lanes that had no job before.
@@ -62,6 +63,17 @@ SELECT * FROM unnest(%(namespace)s::text[], %(endpoint_key)s::text[])
     AS lane (namespace, endpoint_key)
 ORDER BY namespace, endpoint_key
 ON CONFLICT DO NOTHING;
+
+-- name: share_fences
+-- Takes the fences of namespaces in key order, and gives their epochs. To be sent before
+-- hold_lanes and claim_jobs, which reads the flags: a halt waits for whoever holds its fence.
+SELECT namespace, COALESCE((SELECT epoch FROM namespace_fence fence
+        WHERE fence.namespace = asked.namespace), 0) AS epoch,
+    pg_advisory_xact_lock_shared(orbit_fence_key(namespace)) AS taken
+FROM (
+    SELECT DISTINCT namespace FROM unnest(%(namespace)s::text[]) AS lane (namespace)
+    ORDER BY namespace OFFSET 0
+) asked;
 
 -- name: hold_lanes
 -- Locks lanes in key order. To be sent before claim_jobs, as a statement of its own: what that
@@ -99,6 +111,8 @@ WITH open_lane AS MATERIALIZED (
             AND dispatch_lease.namespace = asked.namespace
             AND dispatch_lease.endpoint_key = asked.endpoint_key
     ) flying
+    WHERE NOT EXISTS (SELECT FROM namespace_fence fence
+        WHERE fence.namespace = asked.namespace AND fence.is_halted)
 ), room AS MATERIALIZED (
     SELECT namespace, endpoint_key, cap, rate, is_probe, retries, tokens,
         LEAST(free, floor(tokens)::int) AS jobs

@@ -445,3 +445,30 @@ SELECT DISTINCT ON (run_profile_id) namespace, run_profile_id, cycle_id FROM (
     ORDER BY cycle_id DESC LIMIT 5000
 ) recent
 WHERE run_profile_id <> '' ORDER BY run_profile_id, cycle_id DESC;
+
+-- name: halted_namespaces
+-- The namespaces that are halted, with why. namespace_fence_halted serves it.
+SELECT status.namespace, status.epoch, status.halted_at, status.until_at, status.reason,
+    status.actor, status.resume_asked_by
+FROM namespace_status status
+JOIN namespace_fence fence ON fence.namespace = status.namespace
+WHERE fence.is_halted ORDER BY status.namespace LIMIT 200;
+
+-- name: namespace_state
+-- One namespace, if it was ever halted.
+SELECT namespace, state, epoch, halted_at, until_at, reason, actor, resume_asked_by,
+    resume_asked_at, resumed_at
+FROM namespace_status WHERE namespace = %(namespace)s;
+
+-- name: namespace_halts
+-- A namespace's halts before an epoch, newest first, each with how it ended.
+SELECT halt.epoch, halt.created_at AS halted_at, halt.reason, halt.actor, halt.until_at,
+    asked.actor AS resume_asked_by, resumed.created_at AS resumed_at, resumed.cause AS ended_by,
+    resumed.actor AS resumed_by, resumed.reason AS resume_reason
+FROM namespace_halt halt
+LEFT JOIN namespace_resume asked ON asked.namespace = halt.namespace
+    AND asked.epoch = halt.epoch AND asked.step = 'asked'
+LEFT JOIN namespace_resume resumed ON resumed.namespace = halt.namespace
+    AND resumed.epoch = halt.epoch AND resumed.step = 'resumed'
+WHERE halt.namespace = %(namespace)s AND halt.epoch < %(before)s::bigint
+ORDER BY halt.epoch DESC LIMIT %(count)s;

@@ -2,7 +2,7 @@
 -- alone what has its lease, so that all of it may run again at any time.
 --
 -- To be run in one transaction, in this order: what may change leases or drop facts is locked out
--- first (configuration, partitions, then requeue_lease, dispatch_lease and cycle_lease, as
+-- first (configuration, partitions, then namespace_fence, requeue_lease, dispatch_lease and cycle_lease, as
 -- everywhere).
 -- These statements read whole tables; they are for a bad day, not for every day.
 
@@ -20,7 +20,7 @@ SELECT pg_advisory_xact_lock(hashtext('orbit.partitions'));
 
 -- name: lock_leases
 -- Waits for every transaction that moves a lease, and keeps others from beginning.
-LOCK TABLE requeue_lease, dispatch_lease, cycle_lease IN SHARE ROW EXCLUSIVE MODE;
+LOCK TABLE namespace_fence, requeue_lease, dispatch_lease, cycle_lease IN SHARE ROW EXCLUSIVE MODE;
 
 -- name: rebuild_configuration
 -- The revision in force is the one that was activated last.
@@ -133,3 +133,20 @@ WHERE NOT EXISTS (SELECT FROM requeue_batch_end ended
     AND NOT EXISTS (SELECT FROM requeue_lease lease
         WHERE lease.namespace = batch.namespace AND lease.batch_id = batch.batch_id)
 ORDER BY batch.namespace, batch.batch_id;
+
+-- name: rebuild_fences
+-- A namespace is halted if its last halt has not ended, until when the longest of the halts
+-- since the last end said.
+INSERT INTO namespace_fence (namespace, epoch, is_halted, until_at)
+SELECT last.namespace, last.epoch, last.is_halted, CASE WHEN last.is_halted THEN (
+    SELECT CASE WHEN bool_and(halt.until_at IS NOT NULL) THEN max(halt.until_at) END
+    FROM namespace_halt halt WHERE halt.namespace = last.namespace AND halt.epoch > COALESCE(
+        (SELECT max(resumed.epoch) FROM namespace_resume resumed
+        WHERE resumed.namespace = last.namespace AND resumed.step = 'resumed'), 0)) END
+FROM (
+    SELECT halt.namespace, max(halt.epoch) AS epoch, NOT EXISTS (
+        SELECT FROM namespace_resume resumed WHERE resumed.namespace = halt.namespace
+            AND resumed.step = 'resumed' AND resumed.epoch = max(halt.epoch)) AS is_halted
+    FROM namespace_halt halt GROUP BY halt.namespace
+) last
+ON CONFLICT DO NOTHING;

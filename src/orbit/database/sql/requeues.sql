@@ -21,10 +21,12 @@ SELECT namespace, batch_id, orbit_now(), CASE WHEN canary > 0 THEN 'canary' ELSE
 FROM batch;
 
 -- name: claim_batch
--- The batch that is due first, for a lease length, with how far it is. One whose worker is gone
--- is due again by itself. requeue_lease_due serves it.
+-- The batch that is due first, for a lease length, with how far it is; of a halted namespace
+-- none. One whose worker is gone is due again by itself. requeue_lease_due serves it.
 WITH due AS (
     SELECT namespace, batch_id FROM requeue_lease WHERE due_at <= orbit_now()
+        AND NOT EXISTS (SELECT FROM namespace_fence fence
+            WHERE fence.namespace = requeue_lease.namespace AND fence.is_halted)
     ORDER BY due_at LIMIT 1 FOR UPDATE SKIP LOCKED
 ), claimed AS (
     UPDATE requeue_lease lease SET lease_number = lease.lease_number + 1,
@@ -42,8 +44,11 @@ SELECT namespace, batch_id, batch.endpoint_key, batch.cause, batch.run_profile_i
 FROM claimed JOIN requeue_batch batch USING (namespace, batch_id);
 
 -- name: next_due
--- In how many seconds the next step is due. requeue_lease_due serves it.
+-- In how many seconds the next step is due, of namespaces that are not halted.
+-- requeue_lease_due serves it.
 SELECT extract(epoch FROM due_at - orbit_now())::float8 AS seconds FROM requeue_lease
+WHERE NOT EXISTS (SELECT FROM namespace_fence fence
+    WHERE fence.namespace = requeue_lease.namespace AND fence.is_halted)
 ORDER BY due_at LIMIT 1;
 
 -- name: tally

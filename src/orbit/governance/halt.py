@@ -1,0 +1,384 @@
+"""The halt: stops what a namespace sends, on every node, and says whether it has stopped.
+
+Design note. A claim takes its namespaces' fences (advisory locks, shared, for its transaction)
+in one statement and reads their flags in a later one. A halt commits the flag under a raised
+epoch, and then has the fence to itself for a moment: whatever was claimed before is committed,
+and every later claim sees the flag. What is in flight then is listed, and waited for: an attempt
+is over with its receipt, when it was given back unsent, or when its lease ran out and it was
+settled for its lost worker; that one never sends, since its own clock says that its lease is
+over. `quiesced` is said only when the fence was passed, nothing of the namespace is out on any
+node, and the halt is still in force.
+
+Claims queue behind who waits for the fence, so it is waited for a little at a time: a claim that
+never ends holds up no other namespace. A halt has a connection of its own and is bounded in time.
+It is refused to nobody for want of a reason; a resumption wants one, and a second person where
+the namespace's rule says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import structlog
+from psycopg.errors import LockNotAvailable
+
+from orbit.audit import trail
+from orbit.audit.trail import Act
+from orbit.database.pool import TRANSIENT, Connection, Database, first_line
+from orbit.database.queries import load
+from orbit.errors import NotHalted, RequestInvalid, SecondPersonRequired
+from orbit.governance.in_flight import Flight, Look, listed, look, with_outcomes
+from orbit.governance.rules import needs_two_persons
+
+SQL = load("halt")
+_LEAST_SECONDS = 2.0  # for the fence, however short the wait
+_RAISE_SECONDS = 15.0  # until a halt that cannot be written is given up
+_FIRST_PAUSE, _LAST_PAUSE = 0.005, 0.1
+_FIRST_PATIENCE_SECONDS, _LAST_PATIENCE_SECONDS = 0.05, 0.4  # at a time, for the fence
+_RECOVER_SECONDS = 0.25
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Who wants what, and why; two persons differ by `actor_id`."""
+
+    namespace: str
+    actor: str
+    actor_id: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Halted:
+    """A halt's answer; `is_fenced`: no claim from before it was under way any more."""
+
+    namespace: str
+    epoch: int
+    is_quiesced: bool
+    is_fenced: bool
+    is_in_force: bool
+    halted_at: datetime
+    until_at: datetime | None
+    waited_seconds: float
+    in_flight: tuple[Flight, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A resumption's answer; while it waits for a second person the namespace stays halted."""
+
+    namespace: str
+    epoch: int
+    is_halted: bool
+    asked_by: str | None
+
+
+class Brake:
+    """Halts and resumes namespaces for one node.
+
+    Args:
+        recover: settles attempts whose worker is gone, of any namespace.
+        on_changed: called when a fence was changed here, so that this node looks at once.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        node_id: str,
+        *,
+        recover: Callable[[], Awaitable[object]],
+        on_changed: Callable[[], None],
+    ) -> None:
+        self._database, self._node_id = database, node_id
+        self._recover, self._on_changed = recover, on_changed
+
+    async def halt(
+        self, order: Order, *, until: datetime | None = None, wait_seconds: float = 10.0
+    ) -> Halted:
+        """Halts a namespace, and waits so long for what is in flight to end.
+
+        A namespace that is halted is halted anew, under the next epoch, and not for a shorter
+        time. Raises RequestInvalid (`until` has passed), and one of pool.TRANSIENT if the
+        database does not take it within 15 s.
+        """
+        started = time.monotonic()
+        async with self._connected(started + _RAISE_SECONDS) as connection:
+            row = await self._raise(connection, order, until, started + _RAISE_SECONDS)
+            self._on_changed()
+            raised = time.monotonic()
+            is_fenced = await self._pass(
+                connection, order.namespace, max(raised + _LEAST_SECONDS, started + wait_seconds)
+            )
+            flights = await listed(connection, order.namespace)
+            last = await self._await_quiet(
+                connection, order.namespace, row["epoch"], started + wait_seconds
+            )
+            known = {flight.key for flight in flights}
+            if last.out - known:  # claimed by what the fence could not wait for
+                again = await listed(connection, order.namespace)
+                flights += [one for one in again if one.key not in known]
+            ends = await with_outcomes(connection, order.namespace, flights, last.out)
+        answer = Halted(
+            namespace=order.namespace,
+            epoch=row["epoch"],
+            is_quiesced=is_fenced and last.is_in_force and not last.out,
+            is_fenced=is_fenced,
+            is_in_force=last.is_in_force,
+            halted_at=row["now"],
+            until_at=row["until_at"],
+            waited_seconds=time.monotonic() - started,
+            in_flight=tuple(ends),
+        )
+        _tell(answer)
+        return answer
+
+    async def resume(self, order: Order) -> Resumed:
+        """Lets a namespace go on, or, where two persons are needed, notes that the first agrees.
+
+        Raises RequestInvalid (no reason), NotHalted, and SecondPersonRequired if the same person
+        asks twice.
+        """
+        check_reason(order.reason)
+        try:
+            async with self._database.apart() as connection, connection.transaction():
+                answer = await self._resume(connection, order)
+        except (NotHalted, SecondPersonRequired) as refusal:
+            await self._note_refusal(order, refusal.code)
+            raise
+        self._on_changed()
+        log.warning(
+            "resume_asked" if answer.is_halted else "namespace_resumed",
+            namespace=order.namespace,
+            epoch=answer.epoch,
+            actor=order.actor,
+        )
+        return answer
+
+    async def resume_by_time(self, namespace: str) -> bool:
+        """Lets a namespace go on whose halt was until now; whether it was this call that did."""
+        async with self._database.transaction() as connection:
+            fence = await self._fence(connection, namespace)
+            if fence is None or not fence["is_over"]:
+                return False
+            cursor = await connection.execute(
+                SQL.last_halt, {"namespace": namespace, "epoch": fence["epoch"]}
+            )
+            row = await cursor.fetchone()
+            assert row is not None
+            reason = f"halted until {fence['until_at'].isoformat()}"
+            order = Order(namespace, row["actor"], row["actor_id"], reason)
+            await self._lower(connection, order, fence["epoch"], "until")
+        log.warning("namespace_resumed", namespace=namespace, epoch=fence["epoch"], cause="until")
+        return True
+
+    # ---- halting
+
+    def _connected(self, deadline: float) -> _Apart:
+        return _Apart(self._database, deadline)
+
+    async def _raise(
+        self, connection: Connection, order: Order, until: datetime | None, deadline: float
+    ) -> dict[str, Any]:
+        """Commits flag, epoch, fact and audit entry; the fence's row."""
+        while True:
+            try:
+                async with connection.transaction():
+                    await connection.execute(SQL.bound_locks)
+                    return await self._write_halt(connection, order, until)
+            except LockNotAvailable:
+                if time.monotonic() > deadline:
+                    raise
+
+    async def _write_halt(
+        self, connection: Connection, order: Order, until: datetime | None
+    ) -> dict[str, Any]:
+        asked = {
+            "namespace": order.namespace,
+            "until": until,
+            "reason": order.reason,
+            "actor": order.actor,
+            "actor_id": order.actor_id,
+            "node_id": self._node_id,
+        }
+        row = await (await connection.execute(SQL.raise_fence, asked)).fetchone()
+        assert row is not None
+        if until is not None and until <= row["now"]:
+            raise RequestInvalid(f"until: {until.isoformat()} has passed")
+        await connection.execute(SQL.insert_halt, asked | {"epoch": row["epoch"]})
+        detail = {"epoch": row["epoch"], "until": until.isoformat() if until else None}
+        await trail.append(
+            connection, Act(order.namespace, "halt", order.actor, order.reason, detail=detail)
+        )
+        return row
+
+    async def _pass(self, connection: Connection, namespace: str, deadline: float) -> bool:
+        """Whether the fence was had alone, so that all claims from before are over."""
+        patience = _FIRST_PATIENCE_SECONDS
+        while True:
+            try:
+                async with connection.transaction():
+                    wait = {"milliseconds": int(patience * 1000)}
+                    await connection.execute(SQL.bound_pass, wait)
+                    await connection.execute(SQL.pass_fence, {"namespace": namespace})
+            except LockNotAvailable:
+                if time.monotonic() > deadline:
+                    return False
+            else:
+                return True
+            await asyncio.sleep(_LAST_PAUSE)
+            patience = min(patience * 2, _LAST_PATIENCE_SECONDS)
+
+    async def _await_quiet(
+        self, connection: Connection, namespace: str, epoch: int, deadline: float
+    ) -> Look:
+        """The last look: nothing is out, or the time is over, or the halt is."""
+        pause, recovering = _FIRST_PAUSE, asyncio.create_task(_nothing())
+        recover_at = 0.0
+        try:
+            while True:
+                seen = await look(connection, namespace, epoch)
+                now = time.monotonic()
+                if not seen.out or not seen.is_in_force or now >= deadline:
+                    return seen
+                if seen.has_expired and recovering.done() and now >= recover_at:
+                    recover_at = now + _RECOVER_SECONDS
+                    recovering = asyncio.create_task(self._recover_lost())
+                await asyncio.sleep(min(pause, deadline - now))
+                pause = min(pause * 2, _LAST_PAUSE)
+        finally:
+            recovering.cancel()
+
+    async def _recover_lost(self) -> None:
+        try:
+            await self._recover()
+        except TRANSIENT as error:
+            log.warning("recovery_failed", error=first_line(error))
+
+    # ---- resuming
+
+    async def _resume(self, connection: Connection, order: Order) -> Resumed:
+        await connection.execute(SQL.bound_locks)
+        fence = await self._fence(connection, order.namespace)
+        if fence is None:
+            raise NotHalted(f"namespace {order.namespace} is not halted")
+        epoch = fence["epoch"]
+        if not await needs_two_persons(connection, order.namespace):
+            await self._lower(connection, order, epoch, "person")
+            return Resumed(order.namespace, epoch, False, None)
+        asked = await self._asked(connection, order.namespace, epoch)
+        if asked is None:
+            await self._write_resume(connection, order, epoch, "asked", "person")
+            await trail.append(connection, _act(order, "resume.asked", epoch))
+            return Resumed(order.namespace, epoch, True, order.actor)
+        if asked["actor_id"] == order.actor_id:
+            raise SecondPersonRequired(
+                f"{asked['actor']} has asked for it already: a second person has to agree",
+                askedBy=asked["actor"],
+            )
+        await self._lower(connection, order, epoch, "person", second_to=asked["actor"])
+        return Resumed(order.namespace, epoch, False, asked["actor"])
+
+    async def _fence(self, connection: Connection, namespace: str) -> dict[str, Any] | None:
+        """The fence, locked; None if the namespace is not halted."""
+        cursor = await connection.execute(SQL.hold_fence, {"namespace": namespace})
+        row = await cursor.fetchone()
+        return row if row is not None and row["is_halted"] else None
+
+    async def _asked(
+        self, connection: Connection, namespace: str, epoch: int
+    ) -> dict[str, Any] | None:
+        asked = {"namespace": namespace, "epoch": epoch}
+        return await (await connection.execute(SQL.asked_resume, asked)).fetchone()
+
+    async def _lower(
+        self,
+        connection: Connection,
+        order: Order,
+        epoch: int,
+        cause: str,
+        second_to: str | None = None,
+    ) -> None:
+        await connection.execute(SQL.lower_fence, {"namespace": order.namespace})
+        await self._write_resume(connection, order, epoch, "resumed", cause)
+        action = "resume" if cause == "person" else "resume.until"
+        await trail.append(connection, _act(order, action, epoch, second_to))
+
+    async def _write_resume(
+        self, connection: Connection, order: Order, epoch: int, step: str, cause: str
+    ) -> None:
+        row = {
+            "namespace": order.namespace,
+            "epoch": epoch,
+            "step": step,
+            "cause": cause,
+            "reason": order.reason,
+            "actor": order.actor,
+            "actor_id": order.actor_id,
+            "node_id": self._node_id,
+        }
+        await connection.execute(SQL.insert_resume, row)
+
+    async def _note_refusal(self, order: Order, code: str) -> None:
+        async with self._database.apart() as connection, connection.transaction():
+            refused = Act(
+                order.namespace, "resume.refused", order.actor, order.reason, detail={"code": code}
+            )
+            await trail.append(connection, refused)
+
+
+def check_reason(reason: str | None) -> None:
+    """Raises RequestInvalid for what says nothing."""
+    if reason is None or not reason.strip() or len(reason) > 1000 or "\x00" in reason:
+        raise RequestInvalid("reason: expected 1 to 1000 characters that say why")
+
+
+class _Apart:
+    """A connection of the halt's own, asked for until the deadline: the server may be full."""
+
+    def __init__(self, database: Database, deadline: float) -> None:
+        self._database, self._deadline = database, deadline
+
+    async def __aenter__(self) -> Connection:
+        pause = _FIRST_PAUSE
+        while True:
+            self._given = self._database.apart()
+            try:
+                return await self._given.__aenter__()
+            except TRANSIENT:
+                if time.monotonic() > self._deadline:
+                    raise
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LAST_PAUSE)
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._given.__aexit__(*error)
+
+
+def _act(order: Order, action: str, epoch: int, second_to: str | None = None) -> Act:
+    detail: dict[str, Any] = {"epoch": epoch}
+    if second_to is not None:
+        detail["secondTo"] = second_to
+    return Act(order.namespace, action, order.actor, order.reason, detail=detail)
+
+
+async def _nothing() -> None:
+    """What is done before there is something to recover."""
+
+
+def _tell(answer: Halted) -> None:
+    log.warning(
+        "namespace_halted",
+        namespace=answer.namespace,
+        epoch=answer.epoch,
+        quiesced=answer.is_quiesced,
+        in_flight=len(answer.in_flight),
+        still_out=sum(one.outcome is None for one in answer.in_flight),
+        seconds=round(answer.waited_seconds, 3),
+    )

@@ -1,0 +1,310 @@
+"""The halt of a namespace at the database: fence, epoch, proof, resumption, rules."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from datetime import timedelta
+
+import psycopg
+import pytest
+
+from orbit.clock import DatabaseClock
+from orbit.database.pool import Database
+from orbit.database.repair import repair
+from orbit.errors import (
+    NamespaceHalted,
+    NotHalted,
+    RequestInvalid,
+    SecondPersonRequired,
+)
+from orbit.governance.halt import Brake, Halted, Order
+from orbit.governance.rules import set_two_persons
+from tests.chaos.harness import eventually
+from tests.database.engine import Worker, add_snapshot, count, expire, only
+
+SPACE, OTHER = "brand-a", "brand-b"
+ANN, BEN = ("ann", "key-1"), ("ben", "key-2")
+CLAIMERS, HALTS = 24, 40
+
+
+def order(who: tuple[str, str] = ANN, reason: str | None = "a test", space: str = SPACE) -> Order:
+    """What somebody wants of the namespace."""
+    return Order(space, who[0], who[1], reason)
+
+
+def brake_of(worker: Worker) -> Brake:
+    """A brake that settles what is lost with the worker's queue."""
+
+    async def recover() -> None:
+        await worker.queue.recover(worker.clock.now())
+
+    return Brake(worker.database, worker.node_id, recover=recover, on_changed=lambda: None)
+
+
+@pytest.fixture
+async def pool(dsn: str) -> AsyncIterator[Database]:
+    """A pool for many claimers at once."""
+    found = Database(dsn, minimum=CLAIMERS, maximum=CLAIMERS)
+    await found.open()
+    yield found
+    await found.close()
+
+
+@pytest.fixture
+def worker(database: Database, clock: DatabaseClock) -> Worker:
+    """One node's hands."""
+    return Worker.new(database, clock)
+
+
+@pytest.fixture
+def brake(worker: Worker) -> Brake:
+    """Its brake."""
+    return brake_of(worker)
+
+
+async def test_no_claim_is_committed_after_a_halt_has_answered(
+    pool: Database, clock: DatabaseClock
+) -> None:
+    """24 claimers against 40 halts: every attempt that was claimed is known to the halt."""
+    workers = [Worker.new(pool, clock) for _ in range(CLAIMERS)]
+    brake, chance = brake_of(workers[0]), random.Random(7)
+    for space in (SPACE, OTHER):
+        await add_snapshot(pool, space)
+        cycle = await workers[0].begin(space)
+        await workers[0].enqueue(cycle, [f"lane-{number}" for number in range(8)], 100_000)
+    rooms = {(space, f"lane-{number}"): 1 for space in (SPACE, OTHER) for number in range(8)}
+    await workers[0].queue.lanes()
+    is_over = False
+    claims = {SPACE: 0, OTHER: 0}
+
+    async def claim(worker: Worker) -> None:
+        while not is_over:
+            jobs = await worker.queue.claim(rooms, 64)
+            for job in jobs:
+                claims[job.namespace] += 1
+            if jobs:
+                await worker.queue.release(jobs)
+
+    numbers = "SELECT sum(lease_number)::int AS n FROM dispatch_lease WHERE namespace = 'brand-a'"
+    claimers = [asyncio.create_task(claim(worker)) for worker in workers]
+    late = 0
+    for _ in range(HALTS):
+        await asyncio.sleep(chance.random() * 0.02)
+        answer = await brake.halt(order(), wait_seconds=10)
+        assert answer.is_quiesced, answer
+        before, others = (await only(pool, numbers))["n"], claims[OTHER]
+        deadline = asyncio.get_running_loop().time() + 10
+        while claims[OTHER] < others + CLAIMERS:  # each of them has claimed since, or could have
+            assert asyncio.get_running_loop().time() < deadline, "others were held up"
+            await asyncio.sleep(0)
+        late += (await only(pool, numbers))["n"] - before
+        await brake.resume(order())
+    is_over = True
+    await asyncio.gather(*claimers)
+    assert late == 0
+    assert claims[SPACE] > HALTS
+
+
+async def test_cycles_of_a_halted_namespace_are_not_claimed(worker: Worker, brake: Brake) -> None:
+    """Nor accepted; another namespace's are; all go on after the resumption."""
+    await worker.accept(worker.request(SPACE), worker.request(OTHER))
+    answer = await brake.halt(order())
+    assert (answer.epoch, answer.is_quiesced, answer.in_flight) == (1, True, ())
+    refused, accepted = await worker.accept(worker.request(SPACE), worker.request(OTHER))
+    assert isinstance(refused, NamespaceHalted)
+    assert accepted.is_new
+    assert {cycle.namespace for cycle in await worker.claim()} == {OTHER}
+    await brake.resume(order())
+    assert [cycle.namespace for cycle in await worker.claim()] == [SPACE]
+
+
+async def test_a_repeated_trigger_gets_its_cycle_while_halted(worker: Worker, brake: Brake) -> None:
+    """It starts nothing, and tells what was started before."""
+    first = worker.request(SPACE, idempotency_key="k")
+    await worker.accept(first)
+    await brake.halt(order())
+    (again,) = await worker.accept(worker.request(SPACE, idempotency_key="k"))
+    assert (again.cycle_id, again.is_new) == (first.cycle_id, False)
+
+
+async def raised(worker: Worker) -> None:
+    """Waits until a halt is committed."""
+
+    async def is_raised() -> bool:
+        return await count(worker.database, "namespace_fence", "is_halted") > 0
+
+    await eventually(is_raised, "a halt")
+
+
+async def in_flight(worker: Worker) -> None:
+    """One attempt on the wire, and one cycle in hand."""
+    await add_snapshot(worker.database)
+    await worker.begin_dispatch(max_attempts=2)
+    (job,) = await worker.take("one")
+    assert job.epoch == 0
+    await worker.begin()
+
+
+async def test_a_halt_names_what_is_still_out_and_on_which_node(
+    worker: Worker, brake: Brake
+) -> None:
+    """Attempts and cycles in hand keep it from being quiesced; the time is bounded."""
+    await in_flight(worker)
+    answer = await brake.halt(order(), wait_seconds=0.2)
+    assert (answer.is_quiesced, answer.is_fenced) == (False, True)
+    assert [(one.endpoint_key, one.attempt, one.outcome) for one in answer.in_flight] == [
+        ("one", 1, None),
+        (None, None, None),
+    ]
+    assert {one.node_id for one in answer.in_flight} == {worker.node_id}
+
+
+async def test_what_was_in_flight_is_told_with_its_outcome(worker: Worker, brake: Brake) -> None:
+    """The receipt's, for what was sent; withheld, for what was given back."""
+    await add_snapshot(worker.database)
+    await worker.begin_dispatch(lanes=("one", "two"))
+    sent, unsent = await worker.take("one", "two")
+    halting = asyncio.create_task(brake.halt(order()))
+    await raised(worker)
+    await worker.settle(sent)
+    await worker.queue.release([unsent])
+    answer = await halting
+    assert answer.is_quiesced
+    known = {one.endpoint_key: one.outcome for one in answer.in_flight}
+    assert known.items() <= {("one", "delivered"), ("two", "withheld")}
+    assert await worker.take("one", "two") == []
+
+
+async def test_what_a_lost_worker_held_ends_with_its_lease(worker: Worker, brake: Brake) -> None:
+    """The halt settles it as unknown; the worker's late heartbeat prolongs nothing."""
+    await in_flight(worker)
+    (lease,) = await worker.database.fetch_all(b"SELECT * FROM dispatch_lease")
+    await expire(worker.database, "dispatch_lease")
+    await expire(worker.database, "cycle_lease")
+    answer = await brake.halt(order())
+    assert answer.is_quiesced
+    assert [one.outcome for one in answer.in_flight] == ["unknown", "released"]
+    assert await count(worker.database, "dispatch_lease", "node_id IS NOT NULL") == 0
+    assert await count(worker.database, "cycle_lease", "node_id IS NOT NULL") == 0
+    assert lease["attempt"] == 1
+
+
+async def test_a_claim_that_does_not_end_is_told_honestly(
+    worker: Worker, brake: Brake, dsn: str
+) -> None:
+    """While a claim from before is under way nothing is quiesced, and other claims go on."""
+    await add_snapshot(worker.database, OTHER)
+    await worker.begin_dispatch(OTHER)
+    async with await psycopg.AsyncConnection.connect(dsn) as frozen:
+        await frozen.execute("SELECT pg_advisory_xact_lock_shared(orbit_fence_key(%s))", [SPACE])
+        halting = asyncio.create_task(brake.halt(order(), wait_seconds=0.3))
+        await raised(worker)
+        assert len(await worker.take("one", namespace=OTHER)) == 1
+        answer = await halting
+    assert (answer.is_quiesced, answer.is_fenced) == (False, False)
+    assert (await brake.halt(order())).is_quiesced
+
+
+async def test_a_halt_works_while_the_pool_is_taken(worker: Worker, brake: Brake) -> None:
+    """It has a connection of its own."""
+    async with asyncio.TaskGroup() as group:
+        taken, done = asyncio.Semaphore(0), asyncio.Event()
+
+        async def hold() -> None:
+            async with worker.database.connection():
+                taken.release()
+                await done.wait()
+
+        for _ in range(4):
+            group.create_task(hold())
+        for _ in range(4):
+            await taken.acquire()
+        answer = await brake.halt(order(), wait_seconds=5)
+        done.set()
+    assert answer.is_quiesced
+
+
+async def test_a_second_halt_raises_the_epoch_and_shortens_nothing(
+    worker: Worker, brake: Brake
+) -> None:
+    """A halt without an end stays one; the later of two ends counts."""
+    soon = worker.clock.now() + timedelta(hours=1)
+    later = soon + timedelta(hours=1)
+    assert (await brake.halt(order(), until=later)).until_at == later
+    assert (await brake.halt(order(), until=soon)).until_at == later
+    last = await brake.halt(order())
+    assert (last.epoch, last.until_at) == (3, None)
+    assert (await brake.halt(order(), until=later)).until_at is None
+    with pytest.raises(RequestInvalid, match="has passed"):
+        await brake.halt(order(), until=soon - timedelta(hours=2))
+    assert await count(worker.database, "namespace_halt") == 4
+
+
+async def test_a_halt_ends_by_itself_at_its_time(worker: Worker, brake: Brake) -> None:
+    """Recorded as such, in the name of whoever halted; once, whoever notices."""
+    await brake.halt(order(), until=worker.clock.now() + timedelta(hours=1))
+    assert not await brake.resume_by_time(SPACE)
+    await worker.database.execute(
+        b"UPDATE namespace_fence SET until_at = orbit_now() - interval '1 second'"
+    )
+    ended = await asyncio.gather(*[brake.resume_by_time(SPACE) for _ in range(4)])
+    assert sorted(ended) == [False, False, False, True]
+    row = await only(worker.database, "SELECT cause, actor, step FROM namespace_resume")
+    assert row == {"cause": "until", "actor": "ann", "step": "resumed"}
+
+
+async def test_two_persons_resume_where_two_are_wanted(worker: Worker, brake: Brake) -> None:
+    """The first one's word is kept; twice the same person is refused; a new halt forgets it."""
+    await set_two_persons(worker.database, worker.node_id, order(space="*"), is_wanted=True)
+    await brake.halt(order())
+    with pytest.raises(RequestInvalid, match="reason"):
+        await brake.resume(order(reason=" "))
+    assert (await brake.resume(order())).is_halted
+    with pytest.raises(SecondPersonRequired, match="ann has asked"):
+        await brake.resume(order())
+    await brake.halt(order())
+    assert (await brake.resume(order(BEN))).is_halted
+    answer = await brake.resume(order(ANN))
+    assert (answer.is_halted, answer.asked_by) == (False, "ben")
+    with pytest.raises(NotHalted):
+        await brake.resume(order(BEN))
+
+
+async def test_the_rule_is_not_loosened_under_a_halt(worker: Worker, brake: Brake) -> None:
+    """Neither the namespace's own nor that of all; it may be made stricter."""
+    set_rule = set_two_persons
+    await set_rule(worker.database, worker.node_id, order(), is_wanted=True)
+    await brake.halt(order())
+    for space in (SPACE, "*"):
+        with pytest.raises(NamespaceHalted):
+            await set_rule(worker.database, worker.node_id, order(space=space), is_wanted=False)
+    await set_rule(worker.database, worker.node_id, order(space="*"), is_wanted=True)
+    await brake.resume(order())
+    await brake.resume(order(BEN))
+    await set_rule(worker.database, worker.node_id, order(), is_wanted=False)
+    await brake.halt(order())
+    assert not (await brake.resume(order())).is_halted
+
+
+async def test_a_lost_fence_is_rebuilt_from_the_facts(worker: Worker, brake: Brake) -> None:
+    """Halted is halted, with its end; a halt raises the epoch above all that is known."""
+    until = worker.clock.now() + timedelta(hours=1)
+    await brake.halt(order(), until=until)
+    await brake.halt(order(space=OTHER))
+    await brake.resume(order(space=OTHER))
+    query = b"SELECT namespace, epoch, is_halted, until_at FROM namespace_fence ORDER BY namespace"
+    before = await worker.database.fetch_all(query)
+    await worker.database.execute(b"DELETE FROM namespace_fence")
+    assert (await repair(worker.database))["fences"] == 2
+    assert await worker.database.fetch_all(query) == before
+    await worker.database.execute(b"DELETE FROM namespace_fence")
+    assert (await brake.halt(order())).epoch == 2
+
+
+async def test_halts_at_once_each_have_an_epoch(worker: Worker, brake: Brake) -> None:
+    """The last one is in force; the others say that they are not."""
+    answers: list[Halted] = await asyncio.gather(*[brake.halt(order()) for _ in range(8)])
+    assert sorted(answer.epoch for answer in answers) == list(range(1, 9))
+    assert max(answers, key=lambda one: one.epoch).is_quiesced
