@@ -6,7 +6,14 @@ in the database and is read there. Whoever does a thing counts it where it is ce
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, GCCollector, Gauge, Histogram, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    ProcessCollector,
+)
 
 REGISTRY = CollectorRegistry()
 

@@ -17,6 +17,7 @@ from orbit.audit.sealing import NOTHING, seal
 from orbit.audit.verification import verify
 from orbit.clock import DatabaseClock, new_id
 from orbit.database.pool import Database
+from tests.scenario.conftest import until
 
 DEAD = """
 INSERT INTO dead_letter_dispatch (namespace, job_id, cycle_id, endpoint_key, cause, attempts)
@@ -143,7 +144,6 @@ async def test_transactions_of_another_server_are_found(
         die(connection, 1, 6)
         await seal(database, node_id)
         die(connection, 7, 9)
-        connection.execute("ALTER TABLE audit_sealer ALTER sealed_at DROP NOT NULL")
         for table in connection.execute(
             "SELECT inhrelid::regclass::text FROM pg_inherits"
             " WHERE inhparent = 'dead_letter_dispatch'::regclass"
@@ -157,6 +157,10 @@ async def test_transactions_of_another_server_are_found(
     assert await numbers(database) == {f"ns-{n}": [1, 2, 3, 4] for n in range(3)}
 
 
+async def _sealed(database: Database, node_id: str) -> int:
+    return (await seal(database, node_id)).sealed
+
+
 def _seal_and_hang(dsn: str, node_id: str, ready: Any) -> None:
     """A sealer that is stopped after all its writes, just before its commit."""
 
@@ -167,7 +171,7 @@ def _seal_and_hang(dsn: str, node_id: str, ready: Any) -> None:
     async def run() -> None:
         database = Database(dsn, minimum=1, maximum=2)
         await database.open()
-        sealing.append = hang  # type: ignore[assignment]
+        setattr(sealing, "append", hang)  # noqa: B010
         await seal(database, node_id)
 
     asyncio.run(run())
@@ -190,7 +194,6 @@ async def test_a_killed_sealer_is_replaced_without_gap_or_double(
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    while (await seal(database, node_id)).sealed == 0:
-        await asyncio.sleep(0.01)  # until the server has noticed
+    await until(lambda: _sealed(database, node_id), "the server's noticing")
     assert await numbers(database) == {f"ns-{n}": list(range(1, 21)) for n in range(3)}
     assert verify(owner_dsn).findings == []

@@ -78,8 +78,7 @@ def verify(dsn: str, checkpoints: Sequence[Checkpoint] = (), log: str | None = N
 @contextmanager
 def snapshot(dsn: str) -> Iterator[Connection[TupleRow]]:
     """One unchanging view of the database, as long as it takes to read it whole."""
-    options = {"application_name": "orbit audit", "autocommit": True}
-    with psycopg.connect(dsn, **options) as connection:
+    with psycopg.connect(dsn, application_name="orbit audit", autocommit=True) as connection:
         connection.execute(_SETTINGS)
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         connection.read_only = True
@@ -107,7 +106,7 @@ def entries_of(connection: Connection[TupleRow], log: str, after: int = 0) -> It
         cursor.copy(b"COPY (" + query + b") TO STDOUT (FORMAT binary)") as copy,
     ):
         copy.set_types(["int8", "bytea", "bytea", "bytea", "bool"])
-        yield from copy.rows()  # type: ignore[misc]
+        yield from copy.rows()
 
 
 def _verify_log(

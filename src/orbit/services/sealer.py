@@ -12,7 +12,8 @@ import asyncio
 from orbit.audit.sealing import seal
 from orbit.audit.signing import Signer
 from orbit.clock import Clock
-from orbit.database.pool import Database
+from orbit.database.pool import TRANSIENT, Database, first_line
+from orbit.errors import OrbitError
 from orbit.services.base import Service
 
 _POLL_SECONDS = 1.0
@@ -47,5 +48,12 @@ class Sealer(Service):
         done = await seal(self._database, self._node_id)
         if self._signer is not None and self._clock.monotonic() >= self._due:
             self._due = self._clock.monotonic() + self._checkpoint_seconds
-            await asyncio.to_thread(self._signer.sign_all)
+            await self._sign(self._signer)
         return 0.0 if done.is_more else _POLL_SECONDS
+
+    async def _sign(self, signer: Signer) -> None:
+        """What cannot be signed now is the next time; sealing goes on meanwhile."""
+        try:
+            await asyncio.to_thread(signer.sign_all)
+        except (OSError, OrbitError, *TRANSIENT) as error:
+            self._log.error("checkpoint_failed", error=first_line(error))
