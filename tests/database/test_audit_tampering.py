@@ -230,7 +230,6 @@ async def test_a_restored_backup_is_noticed(
     server: TestServer,
     database: Database,
     database_name: str,
-    dsn: str,
     owner: Owner,
     signer: Signer,
     clock: DatabaseClock,
@@ -243,7 +242,7 @@ async def test_a_restored_backup_is_noticed(
     owner.close()
     server.run(f"CREATE DATABASE {backup} TEMPLATE {database_name}")
     try:
-        again = Database(dsn, minimum=1, maximum=2)
+        again = Database(server.app(database_name), minimum=1, maximum=2)
         await again.open()
         async with again.batch() as connection:
             await append(connection, Act("ns", "test.done", "a person"))
