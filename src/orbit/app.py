@@ -12,12 +12,15 @@ import os
 import random
 import socket
 from collections.abc import Coroutine, Mapping
+from pathlib import Path
 from typing import Any
 
 import structlog
 
 from orbit import __version__
-from orbit.clock import DatabaseClock, SystemClock, new_id
+from orbit.audit.keys import load_signing_key
+from orbit.audit.signing import Signer
+from orbit.clock import Clock, DatabaseClock, SystemClock, new_id
 from orbit.database.embedded import APPLICATION_ROLE, EmbeddedServer
 from orbit.database.pool import Database
 from orbit.database.queries import array, load
@@ -49,6 +52,7 @@ from orbit.services.janitor import Janitor
 from orbit.services.requeuer import Requeuer
 from orbit.services.runner import Runner
 from orbit.services.scheduler import Scheduler
+from orbit.services.sealer import Sealer
 from orbit.settings import Settings
 from orbit.vault import Vault, load_or_create_key_file
 
@@ -115,6 +119,26 @@ class Store:
         return list(self._settings.secret_keys)
 
 
+def checkpoint_folder(settings: Settings) -> Path | None:
+    """Where this node's checkpoints of the audit trail are, if anywhere."""
+    if settings.audit_checkpoint_dir is None and settings.database_url is None:
+        return settings.data_dir / "audit"
+    return settings.audit_checkpoint_dir
+
+
+def signer_of(settings: Settings, dsn: str, clock: Clock) -> Signer | None:
+    """What signs checkpoints; None where no key is named. Raises AuditKeyInvalid."""
+    path = settings.audit_signing_key_file
+    is_embedded = settings.database_url is None
+    if path is None and is_embedded:
+        path = settings.data_dir / "audit.key"
+    if path is None:
+        return None
+    key = load_signing_key(path, is_made=is_embedded)
+    folder = checkpoint_folder(settings)
+    return Signer(dsn, clock, key, folder, settings.audit_checkpoint_command)
+
+
 class Node:
     """One node: everything between its settings and its API.
 
@@ -146,6 +170,7 @@ class Node:
         self.clock = DatabaseClock(row["now"])
         self.configuration = Configuration(database, self.node_id, self.clock)
         await self.configuration.refresh()
+        self.signer = await asyncio.to_thread(signer_of, settings, database.dsn, self.clock)
         self.intake = Intake(database, self.node_id, self._wake_runner)
         self.snapshots = Snapshots(
             database,
@@ -181,7 +206,14 @@ class Node:
         await self._register()
         self._build()
         self._janitor = janitor
-        services = (self.scheduler, self.keeper, self.runner, self.dispatcher, self.requeuer)
+        services = (
+            self.scheduler,
+            self.keeper,
+            self.runner,
+            self.dispatcher,
+            self.requeuer,
+            self._sealer,
+        )
         for service in (self._heartbeat, janitor, *services):
             if service is not None:
                 service.start()
@@ -215,7 +247,12 @@ class Node:
             self.dispatcher.halt()
             parts["dispatcher"] = self.dispatcher.drain(seconds)
         await _all_ended(parts)
-        last = {"heartbeat": self._heartbeat, "janitor": self._janitor, "keeper": self.keeper}
+        last = {
+            "heartbeat": self._heartbeat,
+            "janitor": self._janitor,
+            "keeper": self.keeper,
+            "sealer": self._sealer,
+        }
         await _all_ended(
             {name: one.stop(_LEAVING_SECONDS) for name, one in last.items() if one is not None}
         )
@@ -263,6 +300,13 @@ class Node:
                 self.node_id,
                 self._wake_runner,
             )
+        self._sealer = Sealer(
+            database,
+            self.clock,
+            self.node_id,
+            signer=self.signer,
+            checkpoint_seconds=settings.audit_checkpoint_seconds,
+        )
         self._heartbeat = Heartbeat(
             database,
             self.clock,

@@ -108,6 +108,12 @@ class SecretUnreadable(OrbitError):
     code = "secret_unreadable"
 
 
+class AuditKeyInvalid(OrbitError):
+    """The key that signs or verifies the audit trail's checkpoints cannot be used."""
+
+    code = "audit_key_invalid"
+
+
 class Refused(OrbitError):
     """The request is understood and not allowed now (paused, halted, busy, disabled)."""
 

@@ -252,6 +252,23 @@ class Settings(BaseSettings):
         0, "Days that cycles, jobs and receipts are kept; 0: for ever.", 0, 36_500
     )
 
+    audit_checkpoint_dir: Path | None = _knob(
+        None,
+        "The folder that signed checkpoints of the audit trail go to; keep it from the database's "
+        "owner. Unset: audit/ in the data folder in embedded mode, else none.",
+    )
+    audit_checkpoint_command: str | None = _knob(
+        None, "A program, without a shell, that gets each checkpoint as a line on its stdin."
+    )
+    audit_signing_key_file: Path | None = _knob(
+        None,
+        "The Ed25519 private key (PEM, mode 0600) that signs checkpoints. Unset: one is made in "
+        "the data folder in embedded mode, else nothing is signed.",
+    )
+    audit_checkpoint_seconds: float = _knob(
+        60.0, "How often logs that have grown get a checkpoint.", 1, 86_400
+    )
+
     phase4_enabled: bool = _knob(False, "One of the two switches of controlled autonomy.")
     phase4_allow_mutation: bool = _knob(
         False, "The other one; unless both are true, autonomy does nothing."
@@ -288,6 +305,11 @@ class Settings(BaseSettings):
             self.database_owner_url is not None and self.database_url is None,
             "ORBIT_DATABASE_OWNER_URL is set: accepted only together with DATABASE_URL",
         )
+        has_target = self.audit_checkpoint_dir or self.audit_checkpoint_command
+        yield (
+            self.database_url is not None and bool(has_target) != bool(self.audit_signing_key_file),
+            "ORBIT_AUDIT_SIGNING_KEY_FILE: accepted together with ORBIT_AUDIT_CHECKPOINT_DIR",
+        )
         for low, high in (
             ("database_pool_min", "database_pool_max"),
             ("max_payload_bytes", "payload_memory_bytes"),
@@ -315,6 +337,7 @@ _GROUPS = {
     "lease_seconds": "Cycles",
     "dispatch_endpoints": "Dispatch",
     "telemetry_retention_days": "Retention",
+    "audit_checkpoint_dir": "Audit trail",
     "phase4_enabled": "Controlled autonomy",
 }
 

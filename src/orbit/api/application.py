@@ -10,6 +10,7 @@ from orbit.api.gate import Gate
 from orbit.api.metrics import metrics_router
 from orbit.api.openapi import PROBLEM_RESPONSES, describe, docs_router
 from orbit.api.problems import install
+from orbit.api.routes_audit import audit_router
 from orbit.api.routes_configuration import configuration_router
 from orbit.api.routes_cycles import cycles_router
 from orbit.api.routes_dead_letters import dead_letters_router
@@ -52,6 +53,7 @@ def create_application(node: Node, *, is_probe_only: bool = False) -> FastAPI:
         dead_letters_router(node, bodies),
         lanes_router(node),
         governance_router(node, bodies),
+        audit_router(node),
         docs_router(application),
     ):
         application.include_router(router)

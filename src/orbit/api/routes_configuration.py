@@ -112,6 +112,7 @@ def configuration_router(node: Node, bodies: Bodies) -> APIRouter:
                 body.run_profile_ids,
                 idempotency_key=idempotency_key(request),
                 trigger=asked_by(request),
+                asked_by=asked_by(request),
             )
         )
         return Page([_triggered(one) for one in answers])
@@ -146,9 +147,9 @@ def _add_configuration(router: APIRouter, node: Node) -> None:
         return Valid(True, revision_of(documents).revision)
 
     @router.post("/config/reload", summary="Put this node's configuration files into force")
-    async def reload() -> Reloaded:
+    async def reload(request: Request) -> Reloaded:
         """409 with the active cycles named while any is active."""
-        revision, is_changed = await node.orchestration.reload()
+        revision, is_changed = await node.orchestration.reload(asked_by(request))
         return Reloaded(revision.revision, is_changed)
 
 

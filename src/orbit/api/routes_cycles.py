@@ -107,6 +107,7 @@ def cycles_router(node: Node, bodies: Bodies) -> APIRouter:
                 endpoint_keys=None if keys is None else list(dict.fromkeys(keys)),
                 idempotency_key=idempotency_key(request),
                 trigger=asked_by(request),
+                asked_by=asked_by(request),
             )
         )
         return _triggered(accepted, response)
@@ -152,6 +153,7 @@ def cycles_router(node: Node, bodies: Bodies) -> APIRouter:
                 is_from_start=body.from_ == "start",
                 is_forced=body.force,
                 idempotency_key=idempotency_key(request),
+                asked_by=asked_by(request),
             )
         )
         return _triggered(accepted, response)

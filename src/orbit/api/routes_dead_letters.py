@@ -222,7 +222,11 @@ async def _requeued(node: Node, body: RequeueManyBody, asker: str) -> RequeuedMa
         if body.is_dry_run or not found.matching:
             return _answer(body, found)
         requeued = await node.dead_letters.requeue_many(
-            body.selection, reason, limit=body.limit or _AT_ONCE, snapshot=choice
+            body.selection,
+            reason,
+            limit=body.limit or _AT_ONCE,
+            snapshot=choice,
+            asked_by=asker,
         )
         return _answer(body, found, requeued)
     batch_id, found = await node.requeues.begin(
@@ -268,10 +272,12 @@ def _add_batches(router: APIRouter, node: Node, bodies: Bodies) -> None:
         summary="End a bulk requeue; what it has not requeued stays a dead letter",
         openapi_extra=body_schema(CancelBody, is_required=True),
     )
-    async def cancel(batch_id: BatchId, body: CancelBody = read_cancel) -> BulkRequeue:
+    async def cancel(
+        request: Request, batch_id: BatchId, body: CancelBody = read_cancel
+    ) -> BulkRequeue:
         """409 `refused` if it has ended before."""
         asked = known_id(batch_id, "bulk requeue")
-        await node.requeues.cancel(asked, body.reason)
+        await node.requeues.cancel(asked, body.reason, asked_by(request))
         return await bulk_requeue(node.database, asked)
 
 
@@ -288,13 +294,16 @@ def _add_single(router: APIRouter, node: Node, bodies: Bodies) -> None:
         summary="Requeue a dead letter as a new job",
         openapi_extra=body_schema(RequeueBody, is_required=True),
     )
-    async def requeue(job_id: JobId, body: RequeueBody = read_requeue) -> RequeuedView:
+    async def requeue(
+        request: Request, job_id: JobId, body: RequeueBody = read_requeue
+    ) -> RequeuedView:
         """409 `already_requeued` or `may_have_arrived`, unless forced."""
         requeued = await node.dead_letters.requeue(
             known_id(job_id, "dead letter"),
             body.reason,
             is_forced=body.force,
             snapshot=SnapshotChoice(body.snapshot),
+            asked_by=asked_by(request),
         )
         return RequeuedView(requeued.new_job_id, requeued.job_id, body.snapshot)
 
@@ -303,7 +312,9 @@ def _add_single(router: APIRouter, node: Node, bodies: Bodies) -> None:
         summary="Let a dead letter be",
         openapi_extra=body_schema(DiscardBody, is_required=True),
     )
-    async def discard(job_id: JobId, body: DiscardBody = read_discard) -> Discarded:
+    async def discard(
+        request: Request, job_id: JobId, body: DiscardBody = read_discard
+    ) -> Discarded:
         asked = known_id(job_id, "dead letter")
-        await node.dead_letters.discard(asked, body.reason)
+        await node.dead_letters.discard(asked, body.reason, asked_by(request))
         return Discarded(asked, "discarded")

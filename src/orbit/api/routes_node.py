@@ -31,12 +31,16 @@ class Health(View):
 
 @dataclass(frozen=True, slots=True)
 class Ready(View):
-    """The node takes work on."""
+    """The node takes work on.
+
+    `audit_contradictions`: where the audit trail is not what this node signed, and why.
+    """
 
     status: str
     node_id: str
     revision: str
     is_in_step: bool
+    audit_contradictions: dict[str, str]
 
 
 def node_router(node: Node) -> APIRouter:
@@ -57,7 +61,13 @@ def node_router(node: Node) -> APIRouter:
             raise _unready("not_started", "the node is starting")
         await _check_database(node)
         configuration = node.configuration
-        return Ready("ready", node.node_id, configuration.active.revision, configuration.is_in_step)
+        return Ready(
+            "ready",
+            node.node_id,
+            configuration.active.revision,
+            configuration.is_in_step,
+            dict(node.signer.contradictions) if node.signer else {},
+        )
 
     @router.get("/status", summary="The overview of all nodes")
     async def overview() -> Status:

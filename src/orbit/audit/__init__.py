@@ -1,1 +1,1 @@
-"""The audit trail: who did what, and why."""
+"""The audit trail: entries chained by hash, sealed facts, checkpoints, and their verification."""

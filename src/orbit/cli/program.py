@@ -19,6 +19,7 @@ import typer
 
 from orbit import __version__
 from orbit.cli import (
+    auditing,
     brake,
     checkup,
     configuring,
@@ -63,6 +64,7 @@ app.command("validate")(configuring.validate)
 app.command("profiles")(configuring.profiles)
 app.command("plan")(planning.plan)
 app.command("doctor")(checkup.doctor)
+app.add_typer(auditing.app, name="audit")
 app.add_typer(schema.app, name="db")
 app.command("receiver")(running.receiver)
 

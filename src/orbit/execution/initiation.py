@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from orbit import metrics
+from orbit.audit.trail import Act, append
 from orbit.canonical import canonical_json, sha256_hex
 from orbit.database.group_commit import GroupCommit
 from orbit.database.pool import Connection, Database
@@ -72,6 +73,7 @@ class CycleRequest:
     rerun_slot: tuple[str, int] | None = None
     copied: Sequence[CopiedCheckpoint] = ()
     is_waiting: bool = False
+    asked_by: str | None = None
 
     def digest(self) -> str:
         """What the request asks for, so that a key used for something else is noticed."""
@@ -136,7 +138,8 @@ async def accept(
     """Accepts requests in the open transaction; an answer for each, in order.
 
     An answer is an error where only that one request is refused. One that was accepted before
-    gets its cycle, also while its namespace is halted: that starts nothing.
+    gets its cycle, also while its namespace is halted: that starts nothing. Re-runs among them get
+    their audit entry, so with them this is the last thing in the transaction.
     """
     initiations = [select_initiation(request) for request in requests]
     async with connection.pipeline():
@@ -150,12 +153,26 @@ async def accept(
         if checkpoints:
             await connection.execute(SQL.accept_checkpoints, _checkpoint_rows(node_id, checkpoints))
         known = {row["cycle_id"]: row["is_halted"] for row in await cursor.fetchall()}
-    return [
+    answers = [
         Accepted(request.cycle_id, True)
         if known.get(request.cycle_id) is False
         else await _existing(connection, request, initiation, is_halted=request.cycle_id in known)
         for request, initiation in zip(requests, initiations, strict=True)
     ]
+    again = [one for one in requests if one.trigger == "rerun" and known.get(one.cycle_id) is False]
+    await append(connection, *map(_rerun_act, again))
+    return answers
+
+
+def _rerun_act(request: CycleRequest) -> Act:
+    """A re-run is a person's act; other triggers are sealed with their cycle."""
+    return Act(
+        request.namespace,
+        "cycle.rerun",
+        request.asked_by or "api",
+        subject=request.cycle_id,
+        detail={"rerunOf": request.rerun_of, "from": request.rerun_from},
+    )
 
 
 async def _existing(
@@ -239,6 +256,7 @@ def _cycle_rows(
         "value_tags": array(json.dumps(dict(r.value_tags)) for r in requests),
         "traceparent": array(new_traceparent() for _ in requests),
         "rerun_of": array(r.rerun_of for r in requests),
+        "asked_by": array(r.asked_by for r in requests),
         "hash": array(i.hash for i in initiations),
         "context": array(i.context for i in initiations),
         "request_digest": array(r.digest() for r in requests),

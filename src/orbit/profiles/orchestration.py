@@ -80,6 +80,7 @@ class Orchestration:
         endpoint_keys: Sequence[str] | None = None,
         idempotency_key: str | None = None,
         trigger: str = "api",
+        asked_by: str | None = None,
     ) -> Accepted:
         """Starts a cycle without a run profile.
 
@@ -103,6 +104,7 @@ class Orchestration:
                 payload=payload,
                 endpoint_keys=None if endpoint_keys is None else tuple(endpoint_keys),
                 idempotency_key=idempotency_key,
+                asked_by=asked_by,
             )
         )
 
@@ -112,6 +114,7 @@ class Orchestration:
         *,
         idempotency_key: str | None = None,
         trigger: str = "api",
+        asked_by: str | None = None,
     ) -> list[TriggerAnswer]:
         """Starts each run profile once, or those named; an answer for each, why not included.
 
@@ -126,7 +129,7 @@ class Orchestration:
             if not await self._configuration.refresh():
                 raise
             run_profiles = self._named(run_profile_ids)
-        triggers = (self._trigger(one, idempotency_key, trigger) for one in run_profiles)
+        triggers = (self._trigger(one, idempotency_key, trigger, asked_by) for one in run_profiles)
         answers = await asyncio.gather(*triggers)
         if answers and all(answer.is_halted for answer in answers):
             raise halted(answers[0].namespace or "")
@@ -139,6 +142,7 @@ class Orchestration:
         is_from_start: bool = False,
         is_forced: bool = False,
         idempotency_key: str | None = None,
+        asked_by: str | None = None,
     ) -> Accepted:
         """A new cycle in place of a failed one: from the failed stage, or from the start.
 
@@ -164,6 +168,7 @@ class Orchestration:
             rerun_of=cycle_id,
             rerun_from="start" if is_from_start else "stage",
             rerun_slot=None if is_forced else (family[0]["cycle_id"], len(family) - 1),
+            asked_by=asked_by,
         )
         repeated = _repeated(family, request)
         if repeated is not None:
@@ -179,17 +184,21 @@ class Orchestration:
             config_dir or self._settings.config_dir, endpoint_keys=self._endpoint_keys
         )
 
-    async def reload(self) -> tuple[Revision, bool]:
+    async def reload(self, asked_by: str = "api") -> tuple[Revision, bool]:
         """Puts the files into force; the revision, and whether it is another than before.
 
         Raises ConfigurationInvalid or CyclesActive; then nothing is changed.
         """
         documents = await asyncio.to_thread(self.read_files)
-        is_changed = await self._configuration.replace(documents)
+        is_changed = await self._configuration.replace(documents, asked_by)
         return revision_of(documents), is_changed
 
     async def _trigger(
-        self, run_profile: RunProfile, idempotency_key: str | None, trigger: str
+        self,
+        run_profile: RunProfile,
+        idempotency_key: str | None,
+        trigger: str,
+        asked_by: str | None,
     ) -> TriggerAnswer:
         answer = TriggerAnswer(run_profile.run_profile_id, run_profile.namespace)
         while True:
@@ -204,7 +213,7 @@ class Orchestration:
                 revision, current, self._clock, trigger, idempotency_key=idempotency_key
             )
             try:
-                accepted = await self._intake.accept(request)
+                accepted = await self._intake.accept(replace(request, asked_by=asked_by))
             except RevisionReplaced:
                 await self._configuration.catch_up()
                 continue
@@ -235,6 +244,7 @@ class Orchestration:
                         rerun_from=request.rerun_from,
                         rerun_slot=request.rerun_slot,
                         copied=request.copied,
+                        asked_by=request.asked_by,
                     )
                 )
             except RevisionReplaced:

@@ -23,11 +23,11 @@ WITH request AS MATERIALIZED (
         %(idempotency_key)s::text[], %(revision)s::text[], %(endpoint_keys)s::text[],
         %(value_tags)s::jsonb[], %(traceparent)s::text[], %(rerun_of)s::uuid[],
         %(hash)s::text[], %(context)s::text[], %(request_digest)s::text[],
-        %(is_waiting)s::boolean[]
+        %(is_waiting)s::boolean[], %(asked_by)s::text[]
     ) WITH ORDINALITY AS request (
         namespace, cycle_id, profile_id, run_profile_id, trigger, slot_at, idempotency_key,
         revision, endpoint_keys, value_tags, traceparent, rerun_of, hash, context,
-        request_digest, is_waiting, place)
+        request_digest, is_waiting, asked_by, place)
     WHERE request.revision IS NULL OR request.revision = (SELECT revision FROM config_active)
 ), fresh AS (
     INSERT INTO initiation_key (namespace, run_profile_id, hash, cycle_id, request_digest)
@@ -40,10 +40,11 @@ WITH request AS MATERIALIZED (
     SELECT request.* FROM request JOIN fresh USING (namespace, cycle_id)
 ), runs AS (
     INSERT INTO cycle_run (namespace, cycle_id, profile_id, run_profile_id, trigger, slot_at,
-        idempotency_key, revision, endpoint_keys, value_tags, traceparent, rerun_of, node_id)
+        idempotency_key, revision, endpoint_keys, value_tags, traceparent, rerun_of, asked_by,
+        node_id)
     SELECT namespace, cycle_id, profile_id, run_profile_id, trigger, slot_at, idempotency_key,
         revision, string_to_array(endpoint_keys, ','), value_tags, traceparent, rerun_of,
-        %(node_id)s::uuid
+        asked_by, %(node_id)s::uuid
     FROM accepted
 ), initiations AS (
     INSERT INTO initiation (namespace, cycle_id, hash, context)

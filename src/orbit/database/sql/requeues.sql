@@ -37,8 +37,8 @@ WITH due AS (
         lease.after_job_id, lease.watched_from, lease.is_exhausted, lease.stepped_at
 )
 SELECT namespace, batch_id, batch.endpoint_key, batch.cause, batch.run_profile_id, batch.since_at,
-    batch.until_at, batch.reason, batch.snapshot, batch.canary, batch.rate, batch.is_stopping,
-    batch.size_limit, claimed.lease_number, claimed.phase, claimed.requeued, claimed.after_job_id,
+    batch.until_at, batch.reason, batch.asked_by, batch.snapshot, batch.canary, batch.rate,
+    batch.is_stopping, batch.size_limit, claimed.lease_number, claimed.phase, claimed.requeued, claimed.after_job_id,
     claimed.watched_from, claimed.is_exhausted,
     extract(epoch FROM orbit_now() - claimed.stepped_at)::float8 AS elapsed_seconds
 FROM claimed JOIN requeue_batch batch USING (namespace, batch_id);

@@ -1,0 +1,65 @@
+"""The audit trail: listed, and exported for whoever verifies it elsewhere.
+
+Reads only. An export is streamed as it is read; one that breaks off lacks its last line, which
+verification says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from pydantic import AwareDatetime, Field
+from starlette.responses import StreamingResponse
+
+from orbit.api.bodies import Filter, Key, PageFilter
+from orbit.app import Node, checkpoint_folder
+from orbit.audit.export import export
+from orbit.reading.audit import AuditEntry, audit_entries
+from orbit.reading.view import Page
+
+Log = Key | Annotated[str, Field(pattern=r"^\*$")]
+Text = Annotated[str, Field(min_length=1, max_length=200)]
+MEDIA_TYPE = "application/x-ndjson"
+
+
+class AuditFilter(PageFilter):
+    """Which entries are listed; `namespace` `*` is the whole installation's log."""
+
+    namespace: Log | None = None
+    action: Text | None = None
+    actor: Text | None = None
+    since: AwareDatetime | None = None
+    until: AwareDatetime | None = None
+
+
+class ExportFilter(Filter):
+    """Which log is exported; all of them unless it is said."""
+
+    namespace: Log | None = None
+
+
+def audit_router(node: Node) -> APIRouter:
+    """The routes, for one node."""
+    router = APIRouter(prefix="/audit", tags=["audit"])
+
+    @router.get("", summary="Audit entries, newest first")
+    async def listed(asked: Annotated[AuditFilter, Query()]) -> Page[AuditEntry]:
+        """A filter that matches little may give short or empty pages with a cursor."""
+        return await audit_entries(node.database, **asked.model_dump())
+
+    @router.get(
+        "/export",
+        summary="The audit trail as JSON lines, for verification elsewhere",
+        response_class=StreamingResponse,
+        responses={200: {"content": {MEDIA_TYPE: {}}}},
+    )
+    async def exported(asked: Annotated[ExportFilter, Query()]) -> StreamingResponse:
+        """Entries, hashes and bytes of sealed facts, and this node's checkpoints, signed anew."""
+        if node.signer is not None:
+            await asyncio.to_thread(node.signer.sign_all)
+        lines = export(node.database.dsn, checkpoint_folder(node.settings), asked.namespace)
+        return StreamingResponse(lines, media_type=MEDIA_TYPE)
+
+    return router
