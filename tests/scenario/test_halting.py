@@ -114,7 +114,7 @@ async def test_a_brake_needs_no_body_and_no_known_namespace(api: httpx.AsyncClie
     answer = await api.post("/governance/namespaces/nobody-knows/halt")
     assert answer.json()["quiesced"] is True
     bad = await api.post("/governance/namespaces/-bad/halt")
-    assert bad.status_code == 400
+    assert bad.status_code == 404
     pages = [(await api.post("/governance/namespaces/nobody-knows/halt")).json() for _ in range(2)]
     assert [one["epoch"] for one in pages] == [2, 3]
     first = (await api.get("/governance/namespaces/nobody-knows", params={"limit": 2})).json()
