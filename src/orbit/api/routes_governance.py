@@ -16,7 +16,7 @@ from pydantic import AwareDatetime, Field
 from orbit.api.access import actor_of, require
 from orbit.api.bodies import Bodies, Body, PageFilter, Reason, body_schema
 from orbit.app import Node
-from orbit.errors import RequestInvalid
+from orbit.errors import NotFound
 from orbit.governance.halt import Halted, Order, check_reason
 from orbit.governance.rules import ALL, set_two_persons
 from orbit.reading.halts import (
@@ -29,7 +29,7 @@ from orbit.reading.halts import (
 from orbit.reading.view import View
 from orbit.vocabulary import check_key
 
-Name = Annotated[str, Path(alias="namespace", max_length=128)]
+Name = Annotated[str, Path(alias="namespace")]
 
 
 class HaltBody(Body):
@@ -180,7 +180,7 @@ def _check(namespace: str) -> None:
     try:
         check_key(namespace)
     except ValueError as error:
-        raise RequestInvalid(f"namespace: {error}") from error
+        raise NotFound(f"there can be no such namespace: {error}") from error
 
 
 def _answer(found: Halted) -> HaltAnswer:

@@ -153,7 +153,7 @@ class Brake:
             await self._note_refusal(order, refusal.code)
             raise
         self._on_changed()
-        log.warning(
+        log.info(
             "resume_asked" if answer.is_halted else "namespace_resumed",
             namespace=order.namespace,
             epoch=answer.epoch,
@@ -175,7 +175,7 @@ class Brake:
             reason = f"halted until {fence['until_at'].isoformat()}"
             order = Order(namespace, row["actor"], row["actor_id"], reason)
             await self._lower(connection, order, fence["epoch"], "until")
-        log.warning("namespace_resumed", namespace=namespace, epoch=fence["epoch"], cause="until")
+        log.info("namespace_resumed", namespace=namespace, epoch=fence["epoch"], cause="until")
         return True
 
     # ---- halting
@@ -373,7 +373,7 @@ async def _nothing() -> None:
 
 
 def _tell(answer: Halted) -> None:
-    log.warning(
+    log.info(
         "namespace_halted",
         namespace=answer.namespace,
         epoch=answer.epoch,

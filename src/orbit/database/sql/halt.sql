@@ -161,9 +161,3 @@ INSERT INTO governance_setting (namespace, setting, version, value, reason, acto
 SELECT %(namespace)s, %(setting)s, COALESCE(max(version), 0) + 1, %(value)s::jsonb, %(reason)s,
     %(actor)s, %(actor_id)s, %(node_id)s::uuid
 FROM governance_setting WHERE namespace = %(namespace)s AND setting = %(setting)s;
-
--- name: insert_drill
--- How a rehearsal went.
-INSERT INTO halt_drill (namespace, drill_id, is_passed, result, actor, node_id)
-VALUES (%(namespace)s, %(drill_id)s::uuid, %(is_passed)s, %(result)s::jsonb, %(actor)s,
-    %(node_id)s::uuid);

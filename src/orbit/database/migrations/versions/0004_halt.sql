@@ -4,7 +4,6 @@
 --   namespace_resume    fact: a resumption was asked for, or done, once for each epoch
 --   namespace_fence     lease: whether a namespace is halted now, under which epoch
 --   governance_setting  fact: what a namespace's rules are; the newest version is in force
---   halt_drill          fact: how a rehearsal went
 --
 -- A claim takes orbit_fence_key(namespace) shared, in a transaction's statement of its own, and
 -- reads the fence in a later one. A halt commits the fence, and then has the key to itself once:
@@ -70,18 +69,6 @@ CREATE TABLE governance_setting (
 );
 COMMENT ON TABLE governance_setting IS 'A rule of a namespace; of a setting''s versions the newest is in force.';
 
-CREATE TABLE halt_drill (
-    namespace  text NOT NULL,
-    drill_id   uuid NOT NULL,
-    is_passed  boolean NOT NULL,
-    result     jsonb NOT NULL,
-    actor      text NOT NULL,
-    node_id    uuid NOT NULL,
-    created_at timestamptz NOT NULL DEFAULT orbit_now(),
-    PRIMARY KEY (namespace, drill_id)
-);
-COMMENT ON TABLE halt_drill IS 'A rehearsal of a halt, in a namespace of its own.';
-
 CREATE VIEW namespace_status AS
 SELECT fence.namespace, CASE WHEN fence.is_halted THEN 'halted' ELSE 'running' END AS state,
     fence.epoch, fence.until_at, halt.reason, halt.actor, halt.created_at AS halted_at,
@@ -96,7 +83,7 @@ LEFT JOIN namespace_resume resumed ON resumed.namespace = fence.namespace
 COMMENT ON VIEW namespace_status IS 'Each namespace that was ever halted, with its last halt.';
 
 SELECT orbit_append_only(fact::regclass) FROM unnest(ARRAY['namespace_halt', 'namespace_resume',
-    'governance_setting', 'halt_drill']) AS fact;
+    'governance_setting']) AS fact;
 
 COMMENT ON INDEX cycle_lease_due IS 'cycle.share_fences, cycle.claim_cycles, halt.still_in_flight, halt.free_expired_cycles: the due cycles of each namespace';
 COMMENT ON INDEX dispatch_lease_taken IS 'dispatch.claim_jobs: what a lane has under way; dispatch.expired_jobs: attempts whose worker is gone; halt.still_in_flight: what a namespace has under way';
