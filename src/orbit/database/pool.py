@@ -45,6 +45,7 @@ _EXHAUSTED = (
     psycopg.errors.OutOfMemory,
 )
 _EXHAUSTED_TRIES = 5
+_CLOSING_SECONDS = 1.0
 _FIRST_DELAY, _LAST_DELAY = 0.05, 1.0
 _PROGRAM_LIMIT = "54"  # an OperationalError that no repetition mends
 
@@ -105,7 +106,8 @@ class Database:
         await self._pool.open(wait=True)
 
     async def close(self) -> None:
-        await self._pool.close()
+        """Ends the pool, soon also when it is just connecting to a server that hangs."""
+        await self._pool.close(timeout=_CLOSING_SECONDS)
 
     async def _configure(self, connection: Connection) -> None:
         wanted = session_settings(self._transaction_seconds) | _NOTICING
