@@ -32,7 +32,7 @@ async def repair(database: Database) -> dict[str, int]:
 
     Returns what was rebuilt: `configuration` (0 or 1), `jobs`, `cycles`; and of the cycles that
     wait for their jobs, how many were `recounted` and how many were complete, so `ended`. Last,
-    bulk `requeues` that have not ended.
+    bulk `requeues` that have not ended, and how many wrong `heads` of the audit trail were forgotten.
     Raises one of pool.TRANSIENT if a lock cannot be had within 10 s; then nothing has changed.
     """
     for remaining in reversed(range(_TRIES)):
@@ -62,6 +62,7 @@ async def _rebuild(database: Database) -> dict[str, int]:
             "recounted": (await connection.execute(SQL.recount_jobs)).rowcount,
             "ended": await _end_completed(connection),
             "requeues": (await connection.execute(SQL.rebuild_requeues, stride)).rowcount,
+            "heads": (await connection.execute(SQL.rebuild_heads)).rowcount,
         }
 
 
