@@ -189,8 +189,9 @@ async def test_entries_are_listed_page_by_page_and_narrowed(
     for job_id in await dead_letters(node, 3):
         await api.post(f"/dead-letters/{job_id}/discard", json={"reason": "old"})
     await whole(owner_dsn)
+    pages: list[Any] = []
     for given in ({}, {"namespace": "brand"}):
-        pages: list[Any] = []
+        pages = []
         cursor: dict[str, str] = {}
         while True:
             page = (await api.get("/audit", params={"limit": 1, **given, **cursor})).json()
