@@ -114,6 +114,12 @@ class AuditKeyInvalid(OrbitError):
     code = "audit_key_invalid"
 
 
+class VerificationImpossible(OrbitError):
+    """The audit trail is not stored in a way that this program can verify."""
+
+    code = "verification_impossible"
+
+
 class Refused(OrbitError):
     """The request is understood and not allowed now (paused, halted, busy, disabled)."""
 

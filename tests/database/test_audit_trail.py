@@ -9,6 +9,7 @@ import pytest
 
 from orbit.audit.trail import FIRST_PREV, Act, Chain, append
 from orbit.database.pool import Database
+from orbit.database.repair import repair
 
 
 def act(namespace: str, **given: object) -> Act:
@@ -69,7 +70,7 @@ async def test_a_lost_head_is_made_anew(database: Database) -> None:
 
 
 async def test_a_fork_cannot_commit(database: Database) -> None:
-    """With its head set back, a log refuses a second entry after the same one."""
+    """With its head set back, a log refuses a second entry after the same one, until repaired."""
     async with database.batch() as connection:
         await append(connection, act("ns"), act("ns"))
     [first, _] = await entries(database, "ns")
@@ -84,3 +85,7 @@ async def test_a_fork_cannot_commit(database: Database) -> None:
         async with database.batch() as connection:
             await append(connection, act("ns"))
     assert len(await entries(database, "ns")) == 2
+    assert (await repair(database))["heads"] == 1
+    async with database.batch() as connection:
+        await append(connection, act("ns"))
+    assert [row["seq"] for row in await entries(database, "ns")] == [1, 2, 3]

@@ -9,6 +9,7 @@ end cut off since the last checkpoint that it is given.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 
 import psycopg
 from psycopg import Connection, sql
+from psycopg.abc import Buffer
 from psycopg.rows import TupleRow, dict_row, tuple_row
 
 from orbit.audit.checkpoints import Checkpoint
@@ -23,8 +25,11 @@ from orbit.audit.merkle import leaf_hash
 from orbit.audit.reconciliation import reconcile
 from orbit.audit.trail import SQL
 from orbit.audit.walk import Entry, Finding, LogWalk
+from orbit.errors import VerificationImpossible
 
 _ROWS = 10_000
+_COPY_HEADER = b"PGCOPY\n\xff\r\n\x00" + bytes(8)
+_ENTRY = struct.Struct(">hiqi32si32si")  # a row's beginning, up to its body: seq, prev, hash
 _EVERY_TRANSACTION = {"low": "0", "until": str(2**64 - 1)}
 _SETTINGS = b"""
 SELECT set_config(name, wanted.value, false) FROM (VALUES ('transaction_timeout', '0'),
@@ -105,8 +110,23 @@ def entries_of(connection: Connection[TupleRow], log: str, after: int = 0) -> It
         connection.cursor() as cursor,
         cursor.copy(b"COPY (" + query + b") TO STDOUT (FORMAT binary)") as copy,
     ):
-        copy.set_types(["int8", "bytea", "bytea", "bytea", "bool"])
-        yield from copy.rows()
+        yield from _unpacked(iter(copy))
+
+
+def _unpacked(rows: Iterator[Buffer]) -> Iterator[Entry]:
+    """Binary COPY rows, one a message, taken apart by hand: a third of the driver's own time."""
+    skip = len(_COPY_HEADER)
+    unpack, size = _ENTRY.unpack_from, _ENTRY.size
+    for row in rows:
+        data = bytes(row)[skip:]
+        if len(data) < size:
+            continue  # the mark of the end
+        skip = 0
+        fields, _, seq, prev_size, prev, hash_size, stored, body_size = unpack(data)
+        if (fields, prev_size, hash_size) != (5, 32, 32):
+            raise VerificationImpossible("entries are not stored as this program stores them")
+        end = size + body_size
+        yield seq, prev, stored, data[size:end], data[-1] == 1
 
 
 def _verify_log(

@@ -32,7 +32,8 @@ async def repair(database: Database) -> dict[str, int]:
 
     Returns what was rebuilt: `configuration` (0 or 1), `jobs`, `cycles`; and of the cycles that
     wait for their jobs, how many were `recounted` and how many were complete, so `ended`. Last,
-    bulk `requeues` that have not ended, and `fences` of namespaces that were ever halted.
+    bulk `requeues` that have not ended, `fences` of namespaces that were ever halted, and how many
+    wrong `heads` of the audit trail were forgotten.
     Raises one of pool.TRANSIENT if a lock cannot be had within 10 s; then nothing has changed.
     """
     for remaining in reversed(range(_TRIES)):
@@ -63,6 +64,7 @@ async def _rebuild(database: Database) -> dict[str, int]:
             "ended": await _end_completed(connection),
             "requeues": (await connection.execute(SQL.rebuild_requeues, stride)).rowcount,
             "fences": (await connection.execute(SQL.rebuild_fences)).rowcount,
+            "heads": (await connection.execute(SQL.rebuild_heads)).rowcount,
         }
 
 

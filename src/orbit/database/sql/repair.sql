@@ -118,6 +118,13 @@ WHERE cycle_lease.namespace = counted.namespace AND cycle_lease.cycle_id = count
 -- The cycles whose jobs are all done: nobody else would end them.
 SELECT namespace, cycle_id FROM cycle_lease WHERE outstanding = 0 ORDER BY namespace, cycle_id;
 
+-- name: rebuild_heads
+-- Forgets heads of the audit trail that do not name their log's last entry; the next act makes
+-- them anew from it. Entries that were cut off do not come back: verification says so.
+DELETE FROM audit_head head
+WHERE (head.seq, head.hash) IS DISTINCT FROM (SELECT (entry.seq, entry.hash)
+    FROM audit_trail_entry entry WHERE entry.log = head.log ORDER BY entry.seq DESC LIMIT 1);
+
 -- name: rebuild_requeues
 -- A bulk requeue that has not ended goes on from its first dead letter: those that it brought
 -- back are decided. Its canaries are looked at again.
