@@ -19,6 +19,9 @@ LEASES = {
     "lane",
     "lane_tally",
     "requeue_lease",
+    "access_link",
+    "access_session",
+    "access_use",
 }
 BOOKKEEPING = {"alembic_version"}
 OF_ALL = {"config_revision", "config_activation", "config_active", "node"}

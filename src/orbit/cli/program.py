@@ -24,6 +24,7 @@ from orbit.cli import (
     cycles,
     dead_letters,
     demonstration,
+    keys,
     lanes,
     planning,
     running,
@@ -55,6 +56,8 @@ app.command("cycles")(cycles.cycles)
 app.command("trace")(cycles.trace)
 app.command("lanes")(lanes.lanes)
 app.add_typer(dead_letters.app, name="dlq")
+app.add_typer(keys.app, name="keys")
+app.command("login")(keys.login)
 app.command("validate")(configuring.validate)
 app.command("profiles")(configuring.profiles)
 app.command("plan")(planning.plan)

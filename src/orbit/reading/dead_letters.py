@@ -7,14 +7,14 @@ snapshot of an endpoint has a version for people: its rank among those of its na
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from orbit.database.pool import Database
 from orbit.database.queries import array, load
 from orbit.errors import NotFound
-from orbit.reading.receipts import Receipt, receipt_of, safe_url
+from orbit.reading.receipts import Receipt, receipt_of, safe_url, without_answer
 from orbit.reading.view import (
     LARGEST_ID,
     Page,
@@ -22,7 +22,9 @@ from orbit.reading.view import (
     Row,
     View,
     check_cursor_id,
+    is_within,
     known_id,
+    narrowed,
     position_of,
     read_all,
     read_page,
@@ -122,13 +124,17 @@ async def dead_letters(
     state: str | None = None,
     limit: int = 50,
     cursor: str | None = None,
+    within: Sequence[str] | None = None,
+    has_answers: bool = True,
 ) -> Page[DeadLetter]:
     """Dead letters newest first; `state` is `open` or `decided`.
 
+    Without `has_answers` the bodies of receivers' answers are left out, as in a lineage.
     Raises RequestInvalid for a cursor that is none.
     """
+    namespaces = narrowed(namespace, within)
+    query = SQL.dead_letter_window if namespaces is None else SQL.dead_letter_window_of_namespaces
     wanted = {
-        "namespace": namespace,
         "endpoint_key": endpoint_key,
         "cause": cause,
         "run_profile_id": run_profile_id,
@@ -139,13 +145,20 @@ async def dead_letters(
     async def scan(after: Position | None, count: int) -> Sequence[Row]:
         before_at, before = after or _LATEST
         return await database.fetch_all(
-            SQL.dead_letter_window, {"before_at": before_at, "before": before, "count": count}
+            query,
+            {
+                "namespaces": namespaces,
+                "before_at": before_at,
+                "before": before,
+                "count": count,
+            },
         )
 
     async def choose(rows: Sequence[Row]) -> Mapping[Position, DeadLetter]:
         asked = [row for row in rows if all(row[name] == value for name, value in filters.items())]
         found = await _read(database, asked)
-        return {(one.created_at.isoformat(), one.job_id): one for one, _ in found}
+        shown = [one if has_answers else _without_answer(one) for one, _ in found]
+        return {(one.created_at.isoformat(), one.job_id): one for one in shown}
 
     return await read_page(
         scan,
@@ -158,16 +171,21 @@ async def dead_letters(
 
 
 async def dead_letter_groups(
-    database: Database, namespace: str | None = None
+    database: Database, namespace: str | None = None, within: Sequence[str] | None = None
 ) -> list[DeadLetterGroup]:
     """The open dead letters grouped by namespace, endpoint and cause, the most first."""
-    asked = {"namespace": namespace, "count": MAX_GROUPS}
+    asked = {"namespaces": narrowed(namespace, within), "count": MAX_GROUPS}
     rows = await read_all(database, SQL.dead_letter_groups, asked)
     return [DeadLetterGroup(**row) for row in rows]
 
 
 async def dead_letter(
-    database: Database, job_id: str, current_snapshots: Mapping[str, str]
+    database: Database,
+    job_id: str,
+    current_snapshots: Mapping[str, str],
+    within: Sequence[str] | None = None,
+    *,
+    has_answers: bool = True,
 ) -> DeadLetterDetail:
     """One dead letter. Raises NotFound.
 
@@ -175,7 +193,7 @@ async def dead_letter(
     """
     asked = known_id(job_id, "dead letter")
     row = await database.fetch_one(SQL.dead_letter_namespace, {"job_id": asked})
-    if row is None:
+    if row is None or not is_within(row["namespace"], within):
         raise NotFound(f"there is no dead letter {asked}")
     key = {"namespace": row["namespace"], "job_id": asked}
     ((found, snapshot_id),) = await _read(database, [key])
@@ -185,10 +203,11 @@ async def dead_letter(
         {"namespace": row["namespace"], "job_id": array([asked]), "count": 1001},
     )
     decisions = await read_all(database, SQL.dead_letter_decisions, key)
+    shown = [receipt_of(one) for one in receipts]
     return DeadLetterDetail(
-        found,
+        found if has_answers else _without_answer(found),
         await _versions(database, found, snapshot_id, current_snapshots.get(found.endpoint_key)),
-        [receipt_of(one) for one in receipts],
+        [one if has_answers else without_answer(one) for one in shown],
         [_decision(one) for one in decisions],
     )
 
@@ -244,6 +263,11 @@ def _dead_letter(row: Mapping[str, Any], receipt: Row | None) -> DeadLetter:
         decision=None if is_open else Decision(**decided),
         last_receipt=receipt_of(receipt) if receipt else None,
     )
+
+
+def _without_answer(letter: DeadLetter) -> DeadLetter:
+    receipt = letter.last_receipt
+    return letter if receipt is None else replace(letter, last_receipt=without_answer(receipt))
 
 
 def _decision(row: Row) -> Decision:

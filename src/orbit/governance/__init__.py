@@ -1,0 +1,1 @@
+"""What stands above the work: who may do what."""
