@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import Field
 
-from orbit.api.bodies import Bodies, Body, Key, PageFilter, body_schema, idempotency_key
 from orbit.api.access import actor_of, check_namespace, require, sees_payloads
+from orbit.api.bodies import Bodies, Body, Key, PageFilter, body_schema, idempotency_key
 from orbit.app import Node
 from orbit.errors import DatabaseUnavailable, RequestInvalid
 from orbit.execution.initiation import Accepted

@@ -138,7 +138,7 @@ async def _shown(node: Node, key_id: str) -> KeyView:
 
 
 def _view(row: dict[str, Any]) -> KeyView:
-    given = {
+    given: dict[str, Any] = {
         name: value.astimezone(UTC) if isinstance(value, datetime) else value
         for name, value in row.items()
         if name != "is_good"

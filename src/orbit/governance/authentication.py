@@ -56,7 +56,7 @@ class Authentication:
             return None if token is None else await self._keys.verify(token)
 
         token = Token.of(text)
-        return await self._verified(text, source, look, token and token.key_id)
+        return await self._verified(text, source, look, None if token is None else token.key_id)
 
     async def by_session(self, secret: str, source: str) -> Actor | None:
         """The same for the secret of a session."""

@@ -32,6 +32,7 @@ from orbit.vocabulary import check_key
 SQL = load("keys")
 MOST_LISTED = 1000
 _TOKEN = re.compile(r"orb_([0-9a-f]{16})_([0-9a-f]{64})")
+_KEY_ID = re.compile(r"[0-9a-f]{16}")
 _NAME = re.compile(r"[!-~](?:[ -~]{0,98}[!-~])?")
 _NOBODY = bytes(32)  # no secret has this digest, so comparing with it always fails
 
@@ -198,8 +199,8 @@ class Keys:
 
     async def _held(self, connection: Connection, actor: Actor, key_id: str) -> dict[str, Any]:
         """The key's row, read after its lock; a key that the actor does not see is none."""
-        known = await self.listed(actor.within, key_id)
-        if not known:
+        is_one = _KEY_ID.fullmatch(key_id) is not None
+        if not (is_one and await self.listed(actor.within, key_id)):
             raise NotFound(f"there is no key {key_id}")
         await connection.execute(SQL.hold_key, {"key_id": key_id})
         asked = {"key_id": key_id, "namespaces": None, "count": 1}

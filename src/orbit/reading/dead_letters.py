@@ -114,7 +114,7 @@ class DeadLetterDetail(View):
     decisions: list[Decision]
 
 
-async def dead_letters(
+async def dead_letters(  # noqa: PLR0913 - one for each filter
     database: Database,
     *,
     namespace: str | None = None,
@@ -125,11 +125,9 @@ async def dead_letters(
     limit: int = 50,
     cursor: str | None = None,
     within: Sequence[str] | None = None,
-    has_answers: bool = True,
 ) -> Page[DeadLetter]:
     """Dead letters newest first; `state` is `open` or `decided`.
 
-    Without `has_answers` the bodies of receivers' answers are left out, as in a lineage.
     Raises RequestInvalid for a cursor that is none.
     """
     namespaces = narrowed(namespace, within)
@@ -157,8 +155,7 @@ async def dead_letters(
     async def choose(rows: Sequence[Row]) -> Mapping[Position, DeadLetter]:
         asked = [row for row in rows if all(row[name] == value for name, value in filters.items())]
         found = await _read(database, asked)
-        shown = [one if has_answers else _without_answer(one) for one, _ in found]
-        return {(one.created_at.isoformat(), one.job_id): one for one in shown}
+        return {(one.created_at.isoformat(), one.job_id): one for one, _ in found}
 
     return await read_page(
         scan,
@@ -205,7 +202,7 @@ async def dead_letter(
     decisions = await read_all(database, SQL.dead_letter_decisions, key)
     shown = [receipt_of(one) for one in receipts]
     return DeadLetterDetail(
-        found if has_answers else _without_answer(found),
+        found if has_answers else withheld(found),
         await _versions(database, found, snapshot_id, current_snapshots.get(found.endpoint_key)),
         [one if has_answers else without_answer(one) for one in shown],
         [_decision(one) for one in decisions],
@@ -265,7 +262,8 @@ def _dead_letter(row: Mapping[str, Any], receipt: Row | None) -> DeadLetter:
     )
 
 
-def _without_answer(letter: DeadLetter) -> DeadLetter:
+def withheld(letter: DeadLetter) -> DeadLetter:
+    """The dead letter without the body of the receiver's answer, which may repeat a payload."""
     receipt = letter.last_receipt
     return letter if receipt is None else replace(letter, last_receipt=without_answer(receipt))
 
