@@ -54,7 +54,7 @@ def refusal(answer: httpx.Response) -> tuple[int, str]:
 
 def without_clock(headers: Mapping[str, str]) -> dict[str, str]:
     """Headers but for those that tell the time."""
-    return {name: value for name, value in headers.items() if name not in {"date"}}
+    return {name: value for name, value in headers.items() if name != "date"}
 
 
 # --- routes ------------------------------------------------------------------------------
@@ -141,9 +141,7 @@ async def test_what_is_no_good_key_gets_one_answer(node: Node) -> None:
         async with asking(node, text, peer=f"10.0.0.{number}") as api:
             answers.append(await api.get("/status"))
     assert {(one.status_code, one.content) for one in answers} == {(401, answers[0].content)}
-    assert all(
-        without_clock(one.headers) == without_clock(answers[0].headers) for one in answers
-    )
+    assert all(without_clock(one.headers) == without_clock(answers[0].headers) for one in answers)
     async with asking(node, good) as api:
         assert (await api.get("/status")).status_code == 200
         twice = [*bearer(good).items(), *bearer(good).items()]
@@ -433,7 +431,7 @@ async def test_a_body_is_bounded_on_every_route(make_node: MakeNode) -> None:
     """Also where none is read: what announces more than any body may have is refused."""
     node = await make_node(auth="on", max_payload_bytes=1000)
     async with asking(node, await key_of(node, "admin")) as api:
-        for (method, path), _ in declared_scopes(create_application(node)).items():
+        for method, path in declared_scopes(create_application(node)):
             given = {"Content-Length": "99999999", "Content-Type": "application/json"}
             answer = await api.request(method, path, headers=given, content=b"{}")
             assert refusal(answer) == (413, "payload_too_large"), (method, path)
