@@ -20,7 +20,7 @@ from orbit.governance.actor import actor_here
 from orbit.governance.authentication import STALE_SECONDS
 from orbit.governance.keys import Token
 from orbit.governance.slowing import FREE_FAILURES
-from orbit.settings import Settings
+from orbit.settings import load_settings
 from tests.scenario.access import asking, bearer, key_of
 from tests.scenario.conftest import Facts, MakeNode, SetTime, database_now, until
 
@@ -62,7 +62,7 @@ def without_clock(headers: Mapping[str, str]) -> dict[str, str]:
 
 def test_every_route_declares_its_scope() -> None:
     """Each method and path has exactly one scope, and what is open is what needs no key."""
-    application = create_application(Node(Settings()))
+    application = create_application(Node(load_settings({}, None)))
     scopes = declared_scopes(application)
     assert len(scopes) >= 38
     assert all(len(found) == 1 for found in scopes.values())

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from aiohttp import web
 
 from orbit.api.access import declared_scopes
 from orbit.api.application import create_application
@@ -29,7 +30,6 @@ from tests.scenario.conftest import (
     profile,
     run_profile,
     until,
-    web,
 )
 
 UNKNOWN = "01890000-0000-7000-8000-000000000000"
@@ -187,8 +187,8 @@ async def test_a_foreign_namespace_is_as_good_as_none(scene: Scene, facts: Facts
             assert answers[0].status_code == 404
             assert shown(answers[0], FOREIGN) == shown(answers[1], "unused"), path
         for namespaces in ([FOREIGN], ["unused"], ["*"], [OWN, FOREIGN]):
-            body = {"name": "x", "scopes": ["viewer"], "namespaces": namespaces}
-            assert (await api.post("/keys", json=body)).status_code == 404, namespaces
+            wanted = {"name": "x", "scopes": ["viewer"], "namespaces": namespaces}
+            assert (await api.post("/keys", json=wanted)).status_code == 404, namespaces
     assert facts("SELECT count(*) AS n FROM cycle_run") == before
 
 
