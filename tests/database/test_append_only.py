@@ -24,7 +24,18 @@ LEASES = {
     "access_use",
 }
 BOOKKEEPING = {"alembic_version"}
-OF_ALL = {"config_revision", "config_activation", "config_active", "node"}
+# What belongs to the installation: keys are for namespaces, they are not in one.
+OF_ALL = {
+    "config_revision",
+    "config_activation",
+    "config_active",
+    "node",
+    "access_key",
+    "access_key_end",
+    "access_link",
+    "access_session",
+    "access_use",
+}
 
 _TABLES = """
 SELECT relname, relispartition FROM pg_class
