@@ -1,9 +1,8 @@
-"""The first key, without one before it: an embedded instance, a given database, the command line."""
+"""The first key, without one before it: embedded, on a given database, by the command line."""
 
 from __future__ import annotations
 
 import json
-import os
 import stat
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -140,4 +139,4 @@ def test_the_demo_works_with_keys(tmp_path: Path) -> None:
     content = Project(tmp_path).json("demo")
     assert content["cycles"]
     assert "admin.key" not in json.dumps(content)
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
