@@ -12,8 +12,9 @@ import httpx
 import pytest
 from cryptography.fernet import Fernet
 
+from orbit.cli.scaffold import write_project
 from tests.scenario.access import bearer
-from tests.scenario.test_cli import Project, answers, free_port, wait_for, write_project
+from tests.scenario.test_cli import Project, answers, free_port, wait_for
 
 OPERATE = ("keys", "create", "ops", "--scope", "operator")
 
