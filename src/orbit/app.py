@@ -25,6 +25,7 @@ from orbit.database.embedded import APPLICATION_ROLE, EmbeddedServer
 from orbit.database.pool import Database
 from orbit.database.queries import array, load
 from orbit.database.upgrade import SchemaStatus, check, require_current, upgrade
+from orbit.errors import SettingInvalid
 from orbit.execution.cycle import Orchestrator
 from orbit.execution.dead_letters import DeadLetters
 from orbit.execution.dispatch import DispatchQueue, RetryPolicy
@@ -39,8 +40,13 @@ from orbit.execution.snapshots import Snapshots
 from orbit.execution.tenure import Tenure
 from orbit.execution.transformation import Transformer
 from orbit.execution.wire import Wire
+from orbit.governance import local_key
+from orbit.governance.actor import EVERYWHERE, Scope
+from orbit.governance.authentication import Authentication
 from orbit.governance.fence import Fences
 from orbit.governance.halt import Brake
+from orbit.governance.keys import Grant, Keys
+from orbit.governance.sessions import Sessions
 from orbit.profiles.bridge import Bridge
 from orbit.profiles.orchestration import Orchestration
 from orbit.profiles.revision import Configuration
@@ -188,6 +194,9 @@ class Node:
         self.brake = Brake(
             database, self.node_id, recover=self._recover, on_changed=self._wake_keeper
         )
+        self.keys = Keys(database, self.clock)
+        self.sessions = Sessions(database, self.keys, settings.session_seconds)
+        self.authentication = Authentication(database, self.clock, self.keys, self.sessions)
         self.orchestration = Orchestration(
             settings, database, self.clock, self.configuration, self.intake
         )
@@ -195,9 +204,11 @@ class Node:
     async def start(self, address: str | None = None) -> None:
         """Proposes the configuration files and starts the services of the node's roles.
 
-        Raises ConfigurationInvalid.
+        Raises ConfigurationInvalid, and SettingInvalid where other machines could ask, and nobody
+        has a key.
         """
         self.address = address
+        await self._check_access()
         documents = await asyncio.to_thread(self.orchestration.read_files)
         janitor = Janitor(self.database, fact_retention_days=self.settings.fact_retention_days)
         await janitor.run_once()
@@ -224,6 +235,20 @@ class Node:
             address=self.address,
             roles=sorted(self.roles),
             version=__version__,
+        )
+
+    async def _check_access(self) -> None:
+        """The embedded instance makes its own key; elsewhere a person makes the first one."""
+        settings = self.settings
+        if settings.database_url is None:
+            token = await asyncio.to_thread(local_key.load_or_create, settings.data_dir)
+            grant = Grant("admin of this folder", (Scope.ADMIN,), (EVERYWHERE,))
+            await self.keys.adopt(token, grant, f"orbit on {self.name}")
+        if settings.is_loopback or "api" not in self.roles or await self.keys.has_any():
+            return
+        raise SettingInvalid(
+            f"ORBIT_HOST={settings.host}: other machines reach it, and there is no access key yet: "
+            "make one with `orbit keys create NAME --scope admin`, or listen on 127.0.0.1"
         )
 
     async def drain(self) -> None:

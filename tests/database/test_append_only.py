@@ -22,9 +22,24 @@ LEASES = {
     "namespace_fence",
     "audit_head",
     "audit_sealer",
+    "access_link",
+    "access_session",
+    "access_use",
 }
 BOOKKEEPING = {"alembic_version"}
-OF_ALL = {"config_revision", "config_activation", "config_active", "node", "audit_sealer"}
+# What belongs to the installation: keys are for namespaces, they are not in one.
+OF_ALL = {
+    "config_revision",
+    "config_activation",
+    "config_active",
+    "node",
+    "audit_sealer",
+    "access_key",
+    "access_key_end",
+    "access_link",
+    "access_session",
+    "access_use",
+}
 
 _TABLES = """
 SELECT relname, relispartition FROM pg_class

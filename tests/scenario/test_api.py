@@ -94,6 +94,7 @@ def settings(dsn: str, config_dir: Path, receiver: tuple[Receiver, str]) -> Sett
         "database_url": dsn,
         "secret_keys": (Fernet.generate_key().decode(),),
         "config_dir": config_dir,
+        "auth": "off",
         "cron_schedule": "",
         "max_dispatch_retries": 0,
         "max_payload_bytes": 200_000,

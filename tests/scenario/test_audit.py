@@ -264,23 +264,24 @@ async def test_the_command_line_verifies_and_exports(
 async def test_a_node_says_that_the_trail_contradicts_what_it_signed(
     node: Node, api: httpx.AsyncClient, owner_dsn: str
 ) -> None:
-    """A tail that is cut after a checkpoint shows in /ready and in the metrics."""
+    """A tail that is cut after a checkpoint shows in /ready, /status and the metrics."""
     await dead_letters(node, 1)
     await whole(owner_dsn)
     assert node.signer is not None
     folder = node.settings.audit_checkpoint_dir
     assert folder is not None
     await until((folder / "brand.jsonl").exists, "a checkpoint")
-    assert (await api.get("/ready")).json()["auditContradictions"] == {}
+    assert (await api.get("/ready")).json()["auditContradictions"] == 0
     with psycopg.connect(owner_dsn, autocommit=True) as owner:
         owner.execute("ALTER TABLE audit_trail_entry DISABLE TRIGGER append_only")
         owner.execute("DELETE FROM audit_trail_entry WHERE log = 'brand'")
         owner.execute("DELETE FROM audit_head")
 
     async def told() -> Any:
-        return (await api.get("/ready")).json()["auditContradictions"].get("brand")
+        return (await api.get("/status")).json()["auditContradictions"].get("brand")
 
     assert "is not there" in await until(told, "the contradiction")
+    assert (await api.get("/ready")).json()["auditContradictions"] == 1
     assert "orbit_audit_contradictions 1.0" in (await api.get("/metrics")).text
 
 

@@ -1,46 +1,217 @@
-"""Who asks, and whether they may.
+"""Who may ask what: authentication before anything of a request is read, a scope on every route.
 
-For now whoever reaches the loopback port may do everything, and is called by how they ask.
+Every path needs an actor but those that are declared open; a route without a declared scope does
+not come into being (`check_scopes`). What a namespace-bound actor may not see does not exist: it
+gets the answer of an unknown id or name, and never a 403, which is about scopes alone.
+
+A key in `Authorization` decides alone: a session beside it rescues nobody. A change that a browser
+makes with its session needs the session's CSRF token too. What goes wrong while it is decided
+denies; a wrong key, an unknown one, one that has ended and one that is no key get one answer.
 """
 
 from __future__ import annotations
 
-import getpass
-import socket
-from collections.abc import Callable
-from dataclasses import dataclass
+import hmac
+import math
+from collections.abc import Awaitable, Callable, Iterable
+from http import HTTPStatus
+from typing import Any
 
-from fastapi import Request
+from fastapi import FastAPI, Request
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import iter_route_contexts
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as AsgiScope
+
+from orbit.api.problems import HttpRefusal, database_away
+from orbit.app import Node
+from orbit.database.pool import TRANSIENT
+from orbit.errors import NotFound
+from orbit.governance.actor import ANYONE, Actor, Scope
+from orbit.governance.authentication import TooManyFailures
+from orbit.governance.sessions import csrf_token
+from orbit.governance.slowing import source_of
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/session/open"})
+COOKIE = "orbit_session"
+SECURE_COOKIE = f"__Host-{COOKIE}"
+CSRF_HEADER = "x-csrf-token"
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+_PRESENTED_BYTES = 512
+_DECLARED = "orbit_scope"
 
 
-@dataclass(frozen=True, slots=True)
-class Actor:
-    """Who did it; two persons have two ids."""
+class Access:
+    """ASGI middleware: finds out who asks; within the gate, around every route.
 
-    name: str
-    id: str
+    `local` asks in this very process and needs no key: it has the database.
+    """
+
+    def __init__(self, app: ASGIApp, node: Node, local: Actor | None) -> None:
+        self._app, self._node, self._local = app, node, local
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                scope.setdefault("state", {})["actor"] = await self._actor(Request(scope))
+            except TRANSIENT as error:
+                await database_away(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    async def _actor(self, request: Request) -> Actor | None:
+        settings = self._node.settings
+        if self._local is not None:
+            return self._local
+        if settings.auth == "off":
+            return ANYONE
+        path = request.url.path
+        if path in OPEN_PATHS or (path == "/metrics" and settings.metrics_open):
+            return None
+        if not hasattr(self._node, "authentication"):
+            text = "the node is starting; try again"
+            raise HttpRefusal(HTTPStatus.SERVICE_UNAVAILABLE, "not_started", text)
+        try:
+            actor = await self._presented(request)
+        except TooManyFailures as pause:
+            raise too_many(pause) from None
+        if actor is None:
+            raise unauthenticated()
+        return actor
+
+    async def _presented(self, request: Request) -> Actor | None:
+        authentication, source = self._node.authentication, client_of(request)
+        given = request.headers.getlist("authorization")
+        if given:
+            return await authentication.by_key(_bearer(given), source)
+        secret = session_secret(request)
+        if secret is None:
+            return None
+        actor = await authentication.by_session(secret, source)
+        if actor is not None and request.method not in _SAFE_METHODS:
+            _check_csrf(request, secret)
+        return actor
 
 
-def actor_of(request: Request) -> Actor:
-    """Who makes a request."""
-    if request.headers.get("user-agent", "").startswith("orbit-cli/"):
-        name = f"{_user()}@{socket.gethostname()} (cli)"
-        return Actor(name, name)
-    return Actor("api", "api")
+def require(scope: str, *, is_everywhere: bool = False) -> Callable[[Request], Awaitable[None]]:
+    """A dependency that lets those with the scope pass; with `is_everywhere`, in all namespaces."""
+    needed = Scope(scope)
 
+    async def check(request: Request) -> None:
+        if request.app.state.node.settings.metrics_open and request.url.path == "/metrics":
+            return
+        actor = actor_of(request)
+        if actor.may(needed) and (actor.namespaces is None or not is_everywhere):
+            return
+        place = " in every namespace" if is_everywhere else ""
+        if hasattr(request.app.state.node, "authentication"):
+            what = f"{request.method} {_template(request)}"
+            await request.app.state.node.authentication.refused(actor, what, needed + place)
+        text = f"this needs the scope {needed}{place}"
+        raise HttpRefusal(HTTPStatus.FORBIDDEN, "forbidden", text)
 
-def require(scope: str) -> Callable[[Request], None]:
-    """A dependency that lets through who has the scope."""
-    del scope  # nobody has a key yet
-
-    def check(request: Request) -> None:
-        del request
-
+    setattr(check, _DECLARED, f"{needed}{' everywhere' if is_everywhere else ''}")
     return check
 
 
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "unknown"
+async def anyone(request: Request) -> None:
+    """The dependency of what is open to all."""
+
+
+setattr(anyone, _DECLARED, "open")
+
+
+def actor_of(request: Request) -> Actor:
+    """Who asks; raises the 401 where nobody does."""
+    actor = getattr(request.state, "actor", None)
+    if not isinstance(actor, Actor):
+        raise unauthenticated()
+    return actor
+
+
+def check_namespace(actor: Actor, namespace: str) -> None:
+    """Raises NotFound for a namespace that is not there for the actor."""
+    if not actor.sees(namespace):
+        raise NotFound(f"there is no namespace {namespace}")
+
+
+def sees_payloads(actor: Actor) -> bool:
+    """Whether what may repeat a payload is shown: to all but who may only look."""
+    return actor.may(Scope.OPERATOR) or actor.may(Scope.APPROVER)
+
+
+def declared_scopes(application: FastAPI) -> dict[tuple[str, str], list[str]]:
+    """The scopes that each method and path declares; a route without one has none."""
+    found = {}
+    for route in iter_route_contexts(application.routes):
+        dependant = getattr(route, "dependant", None)
+        scopes = [] if dependant is None else list(_declared(dependant))
+        for method in sorted(route.methods or {"*"}):
+            found[method, str(route.path)] = scopes
+    return found
+
+
+def check_scopes(application: FastAPI) -> None:
+    """Raises RuntimeError unless every route declares who may ask it, once."""
+    scopes = declared_scopes(application)
+    wrong = [f"{method} {path}" for (method, path), found in scopes.items() if len(found) != 1]
+    if wrong:
+        raise RuntimeError(f"routes without exactly one scope: {', '.join(wrong)}")
+
+
+def session_secret(request: Request) -> str | None:
+    """The secret of the browser's session; over TLS only the cookie that TLS protects counts."""
+    name = SECURE_COOKIE if request.url.scheme == "https" else COOKIE
+    secret = request.cookies.get(name)
+    return secret[:_PRESENTED_BYTES] if secret else None
+
+
+def client_of(request: Request) -> str:
+    """What failures of this request are counted by."""
+    return source_of(request.client.host if request.client else None)
+
+
+def unauthenticated() -> HttpRefusal:
+    """The one answer to everybody who brings no good key."""
+    return HttpRefusal(
+        HTTPStatus.UNAUTHORIZED,
+        "unauthenticated",
+        "this needs a good access key: Authorization: Bearer orb_…",
+        WWW_Authenticate='Bearer realm="orbit"',
+    )
+
+
+def too_many(pause: TooManyFailures) -> HttpRefusal:
+    """The answer to who has failed too often."""
+    return HttpRefusal(
+        HTTPStatus.TOO_MANY_REQUESTS,
+        "too_many_attempts",
+        "too many failed attempts from this address; wait",
+        Retry_After=str(math.ceil(pause.seconds)),
+    )
+
+
+def _bearer(given: list[str]) -> str:
+    scheme, _, text = given[0].partition(" ")
+    is_one = len(given) == 1 and scheme.lower() == "bearer"
+    return text.strip()[:_PRESENTED_BYTES] if is_one else ""
+
+
+def _check_csrf(request: Request, secret: str) -> None:
+    given = request.headers.get(CSRF_HEADER, "")
+    if not hmac.compare_digest(given.encode(), csrf_token(secret).encode()):
+        text = "a change with a session needs its X-CSRF-Token (GET /session gives it)"
+        raise HttpRefusal(HTTPStatus.FORBIDDEN, "csrf_refused", text)
+
+
+def _template(request: Request) -> str:
+    """The route's path as declared: what was asked for may be anything."""
+    return str(getattr(request.scope.get("route"), "path", ""))
+
+
+def _declared(dependant: Dependant) -> Iterable[Any]:
+    for one in dependant.dependencies:
+        scope = getattr(one.call, _DECLARED, None)
+        if scope is not None:
+            yield scope
+        yield from _declared(one)

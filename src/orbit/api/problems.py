@@ -53,15 +53,18 @@ log = structlog.get_logger(__name__)
 class HttpRefusal(OrbitError):
     """A request refused for how it was made, not for what it asks."""
 
-    def __init__(self, status: HTTPStatus, code: str, message: str) -> None:
+    def __init__(self, status: HTTPStatus, code: str, message: str, **headers: str) -> None:
         super().__init__(message)
         self.status, self.http_code = status, code
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
 def problem_of(error: OrbitError) -> JSONResponse:
     """The answer that an error of Orbit's own gets."""
     if isinstance(error, HttpRefusal):
-        return problem(error.status, error.http_code, str(error))
+        answer = problem(error.status, error.http_code, str(error))
+        answer.headers.update(error.headers)
+        return answer
     status = next(
         (_STATUSES[kind] for kind in type(error).__mro__ if kind in _STATUSES),
         HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -97,6 +100,12 @@ def unexpected(error: Exception) -> JSONResponse:
     return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", text)
 
 
+def database_away(error: Exception) -> JSONResponse:
+    """The answer while the database does not answer."""
+    log.warning("database_unavailable", error=type(error).__name__)
+    return problem(HTTPStatus.SERVICE_UNAVAILABLE, DatabaseUnavailable.code, _AWAY)
+
+
 def request_invalid(errors: Sequence[ErrorDetails | Mapping[str, Any]]) -> RequestInvalid:
     """What is wrong with a request's values, each with its place."""
     problems = [
@@ -125,8 +134,7 @@ def install(application: FastAPI) -> None:
         return answer
 
     async def away(_: Request, error: Exception) -> JSONResponse:
-        log.warning("database_unavailable", error=type(error).__name__)
-        return problem(HTTPStatus.SERVICE_UNAVAILABLE, DatabaseUnavailable.code, _AWAY)
+        return database_away(error)
 
     async def unstorable(_: Request, error: Exception) -> JSONResponse:
         log.warning("value_unstorable", error=type(error).__name__)

@@ -13,7 +13,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import AwareDatetime, Field
 
-from orbit.api.access import actor_of, require
+from orbit.api.access import actor_of, check_namespace, require
 from orbit.api.bodies import Bodies, Body, PageFilter, Reason, body_schema
 from orbit.app import Node
 from orbit.errors import NotFound
@@ -142,9 +142,12 @@ def _add_brake(router: APIRouter, node: Node, bodies: Bodies) -> None:
         summary="A namespace's state, what is in flight, and its halts",
         dependencies=[Depends(require("viewer"))],
     )
-    async def shown(namespace: Name, asked: Annotated[PageFilter, Query()]) -> NamespaceState:
+    async def shown(
+        request: Request, namespace: Name, asked: Annotated[PageFilter, Query()]
+    ) -> NamespaceState:
         """Also of a namespace that nothing is known of: it is running."""
         _check(namespace)
+        check_namespace(actor_of(request), namespace)
         return await namespace_state(node.database, namespace, **asked.model_dump())
 
 
@@ -173,6 +176,7 @@ def _order(
     if not (is_all_allowed and namespace == ALL):
         _check(namespace)
     actor = actor_of(request)
+    check_namespace(actor, namespace)
     return Order(namespace, actor.name, actor.id, reason)
 
 

@@ -4,6 +4,9 @@ Where a node answers (ORBIT_URL, else the address of the settings), it is asked.
 ORBIT_URL says that there must be one, the same API runs in this process over the same database,
 so that an operator can look and act while no node is up. In-process nothing is started: what is
 accepted waits for a node. A database that isn't there is not made by asking.
+
+A node is shown ORBIT_API_KEY, else the embedded instance's own key, which is never sent to an
+address of ORBIT_URL. Who has the database but no key asks in this process: it has everything.
 """
 
 from __future__ import annotations
@@ -91,23 +94,41 @@ def connected(
             _refuse_without_database(given, "the address")
             yield Api(stack.enter_context(_in_process(given, patience_seconds)), None)
             return
-        named = _named_address()
+        named, key = _named_address(), api_key(given)
         address = named or own_address(given)
         client = stack.enter_context(
             httpx.Client(
                 base_url=address,
-                headers=_HEADERS,
+                headers=_HEADERS | authorization(key),
                 timeout=patience_seconds,
                 trust_env=named is not None,
             )
         )
         if named is not None:
             _refuse_stranger(client, address)
-        if named is not None or ("api" in given.roles and answers(client)):
+        is_let_in = "api" in given.roles and (key is not None or given.auth == "off")
+        if named is not None or (is_let_in and answers(client)):
             yield Api(client.request, address)
             return
         _refuse_without_database(given, address)
         yield Api(stack.enter_context(_in_process(given, patience_seconds)), None)
+
+
+def api_key(given: Settings) -> str | None:
+    """The access key to show: ORBIT_API_KEY, else that of the embedded instance here."""
+    from orbit.governance import local_key
+
+    key = os.environ.get("ORBIT_API_KEY", "").strip()
+    if key and not (key.isascii() and key.isprintable()):
+        raise SettingInvalid("ORBIT_API_KEY: accepted is an access key, orb_…")
+    if key or given.database_url is not None or _named_address() is not None:
+        return key or None
+    return local_key.read(given.data_dir)
+
+
+def authorization(key: str | None) -> dict[str, str]:
+    """The header that shows a key; without one there is none."""
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 def differing_revision(given: Settings, documents: Documents) -> str | None:
@@ -120,7 +141,8 @@ def differing_revision(given: Settings, documents: Documents) -> str | None:
     from orbit.profiles.revision import revision_of
 
     address = _named_address() or own_address(given)
-    with httpx.Client(base_url=address, headers=_HEADERS, trust_env=False) as client:
+    headers = _HEADERS | authorization(api_key(given))
+    with httpx.Client(base_url=address, headers=headers, trust_env=False) as client:
         if not answers(client):
             return None
         try:
@@ -202,6 +224,7 @@ def _in_process(given: Settings, patience_seconds: float) -> Iterator[Send]:
 
     from orbit.api.server import create_application
     from orbit.app import Node
+    from orbit.governance.actor import actor_here
     from orbit.logging import configure_logging
 
     small = given.model_copy(
@@ -212,7 +235,9 @@ def _in_process(given: Settings, patience_seconds: float) -> Iterator[Send]:
     with asyncio.Runner() as runner:
         try:
             runner.run(node.open())
-            transport = httpx.ASGITransport(create_application(node), raise_app_exceptions=False)
+            transport = httpx.ASGITransport(
+                create_application(node, local=actor_here()), raise_app_exceptions=False
+            )
             client = httpx.AsyncClient(
                 transport=transport,
                 base_url="http://localhost",

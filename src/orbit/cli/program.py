@@ -26,6 +26,7 @@ from orbit.cli import (
     cycles,
     dead_letters,
     demonstration,
+    keys,
     lanes,
     planning,
     running,
@@ -60,6 +61,8 @@ app.command("halt")(brake.halt)
 app.command("resume")(brake.resume)
 app.command("policy")(brake.policy)
 app.add_typer(dead_letters.app, name="dlq")
+app.add_typer(keys.app, name="keys")
+app.command("login")(keys.login)
 app.command("validate")(configuring.validate)
 app.command("profiles")(configuring.profiles)
 app.command("plan")(planning.plan)

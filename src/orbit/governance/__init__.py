@@ -1,1 +1,1 @@
-"""Governance: the halt of a namespace, and the rules that a namespace is held to."""
+"""Governance: who may do what, the halt of a namespace, and the rules that it is held to."""

@@ -34,7 +34,7 @@ from orbit.execution.initiation import (
 )
 from orbit.governance.fence import halted
 from orbit.payload import Payload
-from orbit.profiles.bridge import RAW_NAMESPACE, cycle_request, why_not_runnable
+from orbit.profiles.bridge import RAW_ENDPOINT, RAW_NAMESPACE, cycle_request, why_not_runnable
 from orbit.profiles.documents import read_documents
 from orbit.profiles.model import Documents, RunProfile
 from orbit.profiles.revision import Configuration, Revision, revision_of
@@ -81,15 +81,18 @@ class Orchestration:
         idempotency_key: str | None = None,
         trigger: str = "api",
         asked_by: str | None = None,
+        is_bound: bool = False,
     ) -> Accepted:
         """Starts a cycle without a run profile.
 
+        With `is_bound` it may go only where the namespace's own run profiles go, and to the
+        endpoint that is every namespace's.
         Raises GlobalPause, NamespaceHalted, RequestInvalid, PayloadTooLarge or
         IdempotencyKeyReused.
         """
         self._refuse_while_paused()
         _check_id(namespace, "namespace")
-        self._check_endpoints(endpoint_keys)
+        self._check_endpoints(endpoint_keys, namespace if is_bound else None)
         limit = self._settings.max_payload_bytes
         if payload is not None and payload.size > limit:
             raise PayloadTooLarge(
@@ -115,20 +118,22 @@ class Orchestration:
         idempotency_key: str | None = None,
         trigger: str = "api",
         asked_by: str | None = None,
+        within: Sequence[str] | None = None,
     ) -> list[TriggerAnswer]:
         """Starts each run profile once, or those named; an answer for each, why not included.
 
+        `within`: the namespaces that there are for who asks; None: all.
         Raises GlobalPause, NamespaceHalted if all of them are in halted namespaces, NotFound if a
         name is unknown (then nothing is started), and DatabaseUnavailable if the database does
         not know which configuration is in force.
         """
         self._refuse_while_paused()
         try:
-            run_profiles = self._named(run_profile_ids)
+            run_profiles = self._named(run_profile_ids, within)
         except NotFound:
             if not await self._configuration.refresh():
                 raise
-            run_profiles = self._named(run_profile_ids)
+            run_profiles = self._named(run_profile_ids, within)
         triggers = (self._trigger(one, idempotency_key, trigger, asked_by) for one in run_profiles)
         answers = await asyncio.gather(*triggers)
         if answers and all(answer.is_halted for answer in answers):
@@ -204,7 +209,7 @@ class Orchestration:
         while True:
             revision = self._configuration.active
             current = revision.documents.run_profile(run_profile.run_profile_id)
-            if current is None:
+            if current is None or current.namespace != run_profile.namespace:
                 return replace(answer, reason="it was removed from the configuration")
             reason = why_not_runnable(revision.documents, current)
             if reason is not None:
@@ -234,7 +239,8 @@ class Orchestration:
     async def _accept_anew(self, request: CycleRequest, run_profile_id: str) -> Accepted:
         """Accepts a re-run under the configuration in force."""
         while True:
-            base = cycle_request(*self._of(run_profile_id), self._clock, "rerun")
+            revision, run_profile = self._of(run_profile_id, request.namespace)
+            base = cycle_request(revision, run_profile, self._clock, "rerun")
             try:
                 return await self._intake.accept(
                     replace(
@@ -250,20 +256,21 @@ class Orchestration:
             except RevisionReplaced:
                 await self._configuration.catch_up()
 
-    def _named(self, ids: Collection[str] | None) -> list[RunProfile]:
+    def _named(self, ids: Collection[str] | None, within: Sequence[str] | None) -> list[RunProfile]:
         documents = self._configuration.active.documents
+        there = [one for one in documents.run_profiles if within is None or one.namespace in within]
         if ids is None:
-            return list(documents.run_profiles)
-        found = {one.run_profile_id: one for one in documents.run_profiles}
+            return there
+        found = {one.run_profile_id: one for one in there}
         unknown = [one for one in ids if one not in found]
         if unknown:
             raise NotFound(f"there is no run profile {', '.join(sorted(unknown))}")
         return [found[one] for one in dict.fromkeys(ids)]
 
-    def _of(self, run_profile_id: str) -> tuple[Revision, RunProfile]:
+    def _of(self, run_profile_id: str, namespace: str) -> tuple[Revision, RunProfile]:
         revision = self._configuration.active
         run_profile = revision.documents.run_profile(run_profile_id)
-        if run_profile is None:
+        if run_profile is None or run_profile.namespace != namespace:
             raise NotRerunnable(f"run profile {run_profile_id} is not configured any more")
         reason = why_not_runnable(revision.documents, run_profile)
         if reason is not None:
@@ -297,11 +304,22 @@ class Orchestration:
         if self._settings.global_pause:
             raise GlobalPause("ORBIT_GLOBAL_PAUSE is set: no cycle starts")
 
-    def _check_endpoints(self, keys: Sequence[str] | None) -> None:
-        unknown = sorted(set(keys or ()) - self._endpoint_keys)
+    def _check_endpoints(self, keys: Sequence[str] | None, only_of: str | None) -> None:
+        there = self._endpoint_keys if only_of is None else self._endpoints_of(only_of)
+        unknown = sorted(set(keys or ()) - there)
         if unknown:
-            known = ", ".join(sorted(self._endpoint_keys)) or "none"
+            known = ", ".join(sorted(there)) or "none"
             raise RequestInvalid(f"unknown endpoint {', '.join(unknown)}; known: {known}")
+
+    def _endpoints_of(self, namespace: str) -> frozenset[str]:
+        run_profiles = self._configuration.active.documents.run_profiles
+        named = {
+            key
+            for one in run_profiles
+            if one.namespace == namespace
+            for key in one.distribution_targets
+        }
+        return self._endpoint_keys & (named | {RAW_ENDPOINT})
 
 
 def _repeated(family: Sequence[Mapping[str, Any]], request: CycleRequest) -> Accepted | None:

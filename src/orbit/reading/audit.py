@@ -14,7 +14,16 @@ from typing import Any
 
 from orbit.database.pool import Database
 from orbit.database.queries import load
-from orbit.reading.view import Page, Position, Row, View, position_of, read_page
+from orbit.reading.view import (
+    Page,
+    Position,
+    Row,
+    View,
+    is_within,
+    narrowed,
+    position_of,
+    read_page,
+)
 
 SQL = load("audit")
 _LARGEST = 2**63 - 1
@@ -35,7 +44,7 @@ class AuditEntry(View):
     hash: str
 
 
-async def audit_entries(
+async def audit_entries(  # noqa: PLR0913 - one for each filter
     database: Database,
     *,
     namespace: str | None = None,
@@ -45,21 +54,27 @@ async def audit_entries(
     until: datetime | None = None,
     limit: int = 50,
     cursor: str | None = None,
+    within: Sequence[str] | None = None,
 ) -> Page[AuditEntry]:
-    """Entries newest first; `since` is included, `until` is not.
+    """Entries newest first, of the namespaces that there are for who asks.
+
+    `since` is included, `until` is not.
 
     Raises RequestInvalid for a cursor that is none.
     """
     wanted = {"action": action, "actor": actor}
     filters = {name: value for name, value in wanted.items() if value is not None}
 
+    logs = narrowed(namespace, within)
+    query = SQL.newest_entries if logs is None else SQL.newest_entries_of_logs
+
     async def scan(after: Position | None, count: int) -> Sequence[Row]:
-        if namespace is not None:
+        if namespace is not None and is_within(namespace, within):
             asked = {"log": namespace, "before": int(after[2]) if after else _LARGEST}
             return await database.fetch_all(SQL.entry_window, {**asked, "count": count})
         at, log, seq = after or (until.isoformat() if until else "infinity", "", "0")
-        place = {"at": at, "log": log, "seq": int(seq), "count": count}
-        rows = await database.fetch_all(SQL.newest_entries, place)
+        place = {"logs": logs, "at": at, "log": log, "seq": int(seq), "count": count}
+        rows = await database.fetch_all(query, place)
         return [row for row in rows if since is None or row["at"] >= since]
 
     async def choose(rows: Sequence[Row]) -> Mapping[Position, AuditEntry]:

@@ -10,7 +10,7 @@ from orbit.database.pool import Database
 from orbit.database.queries import load
 from orbit.governance.in_flight import Flight, listed
 from orbit.governance.rules import needs_two_persons
-from orbit.reading.view import Page, Position, Row, View, position_of, read_all, read_page
+from orbit.reading.view import Page, Position, Row, View, narrowed, position_of, read_all, read_page
 
 SQL = load("reading")
 MAX_IN_FLIGHT = 1000
@@ -95,9 +95,13 @@ def flight_view(flight: Flight) -> FlightView:
     )
 
 
-async def halted_namespaces(database: Database) -> list[HaltedNamespace]:
-    """Those that are halted now, at most 200."""
-    return [HaltedNamespace(**row) for row in await read_all(database, SQL.halted_namespaces)]
+async def halted_namespaces(
+    database: Database, within: Sequence[str] | None = None
+) -> list[HaltedNamespace]:
+    """Those that are halted now, of those that there are for who asks; at most 200."""
+    asked = {"namespaces": narrowed(None, within)}
+    rows = await read_all(database, SQL.halted_namespaces, asked)
+    return [HaltedNamespace(**row) for row in rows]
 
 
 async def namespace_state(

@@ -138,6 +138,17 @@ SELECT log, seq, at, hash, prev, body FROM audit_trail_entry
 WHERE (at, log, seq) < (%(at)s::timestamptz, %(log)s, %(seq)s)
 ORDER BY at DESC, log DESC, seq DESC LIMIT %(count)s;
 
+-- name: newest_entries_of_logs
+-- The same of some logs. audit_trail_entry_newest_of_log serves it, once for each.
+SELECT found.* FROM unnest(%(logs)s::text[]) AS asked (log)
+CROSS JOIN LATERAL (
+    SELECT entry.log, seq, at, hash, prev, body FROM audit_trail_entry entry
+    WHERE entry.log = asked.log AND at <= %(at)s::timestamptz
+        AND (at, entry.log, seq) < (%(at)s::timestamptz, %(log)s, %(seq)s)
+    ORDER BY at DESC, seq DESC LIMIT %(count)s
+) found
+ORDER BY found.at DESC, found.log DESC, found.seq DESC LIMIT %(count)s;
+
 -- name: logs
 -- Every log with its head, should it have one: a loose scan of the entries' key.
 WITH RECURSIVE log AS (

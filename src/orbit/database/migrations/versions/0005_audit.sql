@@ -24,6 +24,8 @@ CREATE TABLE audit_trail_entry (
 );
 CREATE INDEX audit_trail_entry_newest ON audit_trail_entry (at DESC, log DESC, seq DESC);
 COMMENT ON INDEX audit_trail_entry_newest IS 'audit.newest_entries: newest first over all logs';
+CREATE INDEX audit_trail_entry_newest_of_log ON audit_trail_entry (log, at DESC, seq DESC);
+COMMENT ON INDEX audit_trail_entry_newest_of_log IS 'audit.newest_entries_of_logs: newest first over some logs';
 COMMENT ON INDEX a_fork_cannot_commit IS 'audit.append: two entries cannot have one predecessor';
 COMMENT ON TABLE audit_trail_entry IS 'One governed act: canonical JSON, and the SHA-256 that chains it to the entry before it in its log.';
 

@@ -1,0 +1,485 @@
+"""Who gets in, who does not, and what becomes of keys and sessions: over a whole node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import APIRouter, FastAPI
+
+from orbit.api.access import OPEN_PATHS, check_scopes, declared_scopes
+from orbit.api.application import create_application
+from orbit.app import Node
+from orbit.audit import trail
+from orbit.audit.trail import Act
+from orbit.errors import SettingInvalid
+from orbit.governance.actor import actor_here
+from orbit.governance.authentication import STALE_SECONDS
+from orbit.governance.keys import Token
+from orbit.governance.slowing import FREE_FAILURES
+from orbit.settings import load_settings
+from tests.scenario.access import asking, bearer, key_of
+from tests.scenario.conftest import Facts, MakeNode, SetTime, database_now, until
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture
+async def node(make_node: MakeNode) -> Node:
+    """A node that asks for keys."""
+    return await make_node(auth="on")
+
+
+@pytest.fixture
+def acts(monkeypatch: pytest.MonkeyPatch) -> list[Act]:
+    """Every entry that is appended to the audit trail, as it is appended."""
+    found: list[Act] = []
+    append = trail.append
+
+    async def noting(connection: Any, *given: Act) -> None:
+        await append(connection, *given)
+        found.extend(given)
+
+    monkeypatch.setattr(trail, "append", noting)
+    return found
+
+
+def refusal(answer: httpx.Response) -> tuple[int, str]:
+    """The status and code of a problem document."""
+    return answer.status_code, answer.json()["code"]
+
+
+def without_clock(headers: Mapping[str, str]) -> dict[str, str]:
+    """Headers but for those that tell the time."""
+    return {name: value for name, value in headers.items() if name != "date"}
+
+
+# --- routes ------------------------------------------------------------------------------
+
+
+def test_every_route_declares_its_scope() -> None:
+    """Each method and path has exactly one scope, and what is open is what needs no key."""
+    application = create_application(Node(load_settings({}, None)))
+    scopes = declared_scopes(application)
+    assert len(scopes) >= 38
+    assert all(len(found) == 1 for found in scopes.values())
+    assert {path for (_, path), found in scopes.items() if found == ["open"]} == OPEN_PATHS
+
+
+def test_a_route_without_a_scope_does_not_come_into_being() -> None:
+    """A route that is added without one is named, wherever it is included."""
+    application = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    router = APIRouter()
+
+    @router.get("/forgotten")
+    async def forgotten() -> None: ...
+
+    application.include_router(router, prefix="/new")
+    with pytest.raises(RuntimeError, match="GET /new/forgotten"):
+        check_scopes(application)
+
+
+async def test_nothing_but_the_probes_answers_without_a_key(node: Node) -> None:
+    """Every route, and every path that is none, answers the same 401 before it looks further."""
+    bodies = set()
+    async with asking(node) as api:
+        for method, path in declared_scopes(create_application(node)):
+            if path in OPEN_PATHS:
+                continue
+            answer = await api.request(method, path, content=b"{not json")
+            assert refusal(answer) == (401, "unauthenticated"), (method, path)
+            assert answer.headers["www-authenticate"].startswith("Bearer")
+            bodies.add(answer.content)
+        bodies.add((await api.get("/nowhere")).content)
+        assert len(bodies) == 1
+        assert (await api.get("/health")).status_code == 200
+        assert (await api.get("/ready")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("scope", "may"),
+    [
+        ("viewer", {"viewer"}),
+        ("operator", {"viewer", "operator"}),
+        ("approver", {"viewer", "approver"}),
+        ("admin", {"viewer", "operator", "approver", "admin"}),
+    ],
+)
+async def test_a_scope_opens_what_it_contains_and_nothing_else(
+    node: Node, scope: str, may: set[str]
+) -> None:
+    """403 exactly where the declared scope isn't contained; never where it is."""
+    async with asking(node, await key_of(node, scope)) as api:
+        for (method, path), (declared,) in declared_scopes(create_application(node)).items():
+            answer = await api.request(method, path.replace("{", "").replace("}", ""))
+            is_open = declared == "open" or declared.partition(" ")[0] in may
+            assert (answer.status_code == 403) is not is_open, (method, path, answer.text)
+
+
+# --- keys --------------------------------------------------------------------------------
+
+
+async def test_what_is_no_good_key_gets_one_answer(node: Node) -> None:
+    """Unknown id, wrong secret, expired, revoked, malformed: the same status, head and body."""
+    good = await key_of(node, "admin")
+    revoked = await key_of(node, "admin")
+    await node.keys.revoke(actor_here(), revoked.key_id, None)
+    answers = []
+    for number, text in enumerate(
+        (
+            Token.make().text,
+            f"orb_{good.key_id}_{'0' * 64}",
+            revoked.text,
+            good.text.upper(),
+            "orb_" + "x" * 600,
+            "",
+        )
+    ):
+        async with asking(node, text, peer=f"10.0.0.{number}") as api:
+            answers.append(await api.get("/status"))
+    assert {(one.status_code, one.content) for one in answers} == {(401, answers[0].content)}
+    assert all(without_clock(one.headers) == without_clock(answers[0].headers) for one in answers)
+    async with asking(node, good) as api:
+        assert (await api.get("/status")).status_code == 200
+        twice = [*bearer(good).items(), *bearer(good).items()]
+        assert (await api.get("/status", headers=twice)).status_code in {200, 401}
+
+
+async def test_secrets_are_stored_as_digests_only(node: Node, facts: Facts) -> None:
+    """Neither a key's secret nor a session's is anywhere in the database or in a list."""
+    token = await key_of(node, "admin")
+    async with asking(node, token) as api:
+        await api.post("/session")
+        secret = api.cookies["orbit_session"]
+        shown = (await api.get("/keys")).text
+    (row,) = facts("SELECT secret_sha256 FROM access_key")
+    (session,) = facts("SELECT session_sha256 FROM access_session")
+    assert row["secret_sha256"] == token.digest
+    for table in ("access_key", "access_session", "access_link", "access_use"):
+        text = str(facts(f"SELECT {table}::text AS row FROM {table}"))
+        assert token.secret not in text
+        assert secret not in text
+    assert len(bytes(session["session_sha256"])) == 32
+    assert token.secret not in shown
+    assert token.secret not in repr(token)
+
+
+async def test_a_key_is_made_listed_rotated_and_revoked(
+    node: Node, set_time: SetTime, acts: list[Act]
+) -> None:
+    """The old key is good until its overlap is over, and a revoked one ends at once."""
+    async with asking(node, await key_of(node, "admin")) as admin:
+        body = {"name": "ci", "scopes": ["operator"], "namespaces": ["sea"]}
+        made = (await admin.post("/keys", json=body)).json()
+        key_id = made["key"]["keyId"]
+        answer = await admin.post(f"/keys/{key_id}/rotate", json={"overlapSeconds": 3600})
+        assert answer.status_code == 201, answer.text
+        new = answer.json()
+        again = await admin.post(f"/keys/{key_id}/rotate", json={})
+        assert refusal(again) == (409, "refused")
+        assert new["key"]["scopes"] == ["operator"]
+        assert new["key"]["namespaces"] == ["sea"]
+        assert new["key"]["rootId"] == key_id
+        for token in (made["token"], new["token"]):
+            async with asking(node, token) as api:
+                assert (await api.get("/cycles")).status_code == 200
+        set_time(await database_now(node.database) + timedelta(hours=2))
+        node.authentication.forget()
+        async with asking(node, made["token"]) as api:
+            assert (await api.get("/cycles")).status_code == 401
+        async with asking(node, new["token"]) as api:
+            assert (await api.get("/cycles")).status_code == 200
+            new_id = new["key"]["keyId"]
+            revoked = await admin.post(f"/keys/{new_id}/revoke", json={"reason": "lost"})
+            assert revoked.json()["state"] == "revoked"
+            assert (await api.get("/cycles")).status_code == 401
+        states = {one["keyId"]: one["state"] for one in (await admin.get("/keys")).json()["items"]}
+        assert (states[key_id], states[new_id]) == ("rotated", "revoked")
+    told = [(one.action, one.namespace, one.reason) for one in acts if one.namespace == "sea"]
+    assert told == [
+        ("key.created", "sea", None),
+        ("key.rotated", "sea", None),
+        ("key.revoked", "sea", "lost"),
+    ]
+
+
+async def test_a_rotated_key_is_the_same_person(node: Node) -> None:
+    """Two keys of one root have one actor id, so they don't make two persons."""
+    first = await key_of(node, "admin")
+    second = await node.keys.rotate(actor_here(), first.key_id, timedelta(hours=1))
+    found = [await node.keys.verify(one) for one in (first, second, await key_of(node, "admin"))]
+    ids = [one.actor.id for one in found if one is not None]
+    assert ids[0] == ids[1] != ids[2]
+
+
+async def test_an_expired_key_is_none(node: Node, set_time: SetTime) -> None:
+    """A key ends at its expiry, and cannot be made with one that is past."""
+    now = await database_now(node.database)
+    token = await key_of(node, "viewer", expires_at=now + timedelta(hours=1))
+    async with asking(node, token) as api:
+        assert (await api.get("/cycles")).status_code == 200
+        set_time(now + timedelta(hours=2))
+        node.authentication.forget()
+        assert (await api.get("/cycles")).status_code == 401
+    async with asking(node, await key_of(node, "admin")) as admin:
+        body = {"name": "x", "scopes": ["viewer"], "expiresAt": "2001-01-01T00:00:00Z"}
+        assert refusal(await admin.post("/keys", json=body)) == (400, "request_invalid")
+
+
+async def test_a_revocation_reaches_the_other_nodes(make_node: MakeNode) -> None:
+    """What one node revokes another one refuses as soon as its second is over."""
+    one, other = await make_node(auth="on"), await make_node(auth="on")
+    token = await key_of(one, "viewer")
+    async with asking(other, token) as api:
+        assert (await api.get("/cycles")).status_code == 200
+        await one.keys.revoke(actor_here(), token.key_id, "lost")
+
+        async def is_out() -> bool:
+            return (await api.get("/cycles")).status_code == 401
+
+        await until(is_out, f"the refusal within {STALE_SECONDS} s")
+
+
+async def test_the_last_use_is_noted_once_a_minute(node: Node, facts: Facts) -> None:
+    """Ten requests write it once."""
+    token = await key_of(node, "viewer")
+    async with asking(node, token) as api:
+        for _ in range(10):
+            await api.get("/cycles")
+            node.authentication.forget()
+    (row,) = facts("SELECT last_used_at, xmin::text AS writer FROM access_use")
+    assert row["last_used_at"] is not None
+
+
+async def test_an_error_while_deciding_denies(node: Node) -> None:
+    """Without a database nobody gets in, and nothing has happened: 503, also for a good key."""
+    token = await key_of(node, "admin")
+    async with asking(node, token) as api:
+        assert (await api.get("/session")).status_code == 200
+        node.authentication.forget()
+        await node.database.close()
+        assert refusal(await api.get("/session")) == (503, "database_unavailable")
+
+
+# --- failures ----------------------------------------------------------------------------
+
+
+async def test_who_fails_often_has_to_wait(node: Node, acts: list[Act]) -> None:
+    """Five tries, then 429 with Retry-After; the trail has every try that was looked at."""
+    wrong = Token.make()
+    async with asking(node, wrong, peer="10.1.1.1") as api:
+        for _ in range(FREE_FAILURES):
+            assert (await api.get("/status")).status_code == 401
+        answer = await api.get("/status")
+        assert refusal(answer) == (429, "too_many_attempts")
+        assert int(answer.headers["retry-after"]) >= 1
+    failed = [one for one in acts if one.action == "access.failed"]
+    assert len(failed) == FREE_FAILURES
+    assert {one.detail["source"] for one in failed} == {"10.1.1.1"}
+    assert {one.detail["keyId"] for one in failed} == {wrong.key_id}
+    assert wrong.secret not in str(failed)
+    async with asking(node, wrong, peer="10.1.1.2") as api:
+        assert (await api.get("/status")).status_code == 401
+
+
+async def test_others_failures_do_not_lock_out_a_client_that_is_in(node: Node) -> None:
+    """Who was right before stays in while somebody at its address has to wait."""
+    token = await key_of(node, "viewer")
+    async with asking(node, token) as api:
+        assert (await api.get("/cycles")).status_code == 200
+        for _ in range(FREE_FAILURES + 1):
+            await api.get("/status", headers=bearer(Token.make()))
+        assert (await api.get("/status", headers=bearer(Token.make()))).status_code == 429
+        node.authentication.forget()
+        assert (await api.get("/cycles")).status_code == 200
+
+
+async def test_a_refused_act_is_audited(node: Node, acts: list[Act]) -> None:
+    """A viewer who tries to act is named, with what was tried and what it needs."""
+    async with asking(node, await key_of(node, "viewer", namespaces=["sea"])) as api:
+        assert refusal(await api.post("/cycles/trigger")) == (403, "forbidden")
+    (act,) = [one for one in acts if one.action == "access.refused"]
+    assert (act.namespace, act.subject) == ("sea", "POST /cycles/trigger")
+    assert act.actor.startswith("test viewer (key ")
+
+
+# --- sessions ----------------------------------------------------------------------------
+
+
+async def test_a_session_is_a_cookie_that_scripts_and_other_sites_cannot_use(node: Node) -> None:
+    """HttpOnly, SameSite=Strict; over TLS Secure under a name that only TLS can set."""
+    token = await key_of(node, "operator")
+    async with asking(node) as api:
+        answer = await api.post("/session", headers=bearer(token))
+        cookie = answer.headers["set-cookie"]
+        assert {"HttpOnly", "SameSite=strict", "Path=/"} <= set(cookie.split("; "))
+        assert "Secure" not in cookie
+        assert token.secret not in cookie
+        assert (await api.get("/cycles")).status_code == 200
+        assert (await api.get("/session")).json()["csrfToken"] == answer.json()["csrfToken"]
+    async with asking(node, base="https") as api:
+        answer = await api.post("/session", headers=bearer(token))
+        cookie = answer.headers["set-cookie"]
+        assert cookie.startswith("__Host-orbit_session=")
+        assert "Secure" in cookie.split("; ")
+        assert "strict-transport-security" in answer.headers
+        assert (await api.get("/cycles")).status_code == 200
+
+
+async def test_a_sessions_changes_need_its_csrf_token(node: Node, facts: Facts) -> None:
+    """Without, with another's, or with an empty one nothing happens."""
+    token = await key_of(node, "operator")
+    async with asking(node) as other:
+        strange = (await other.post("/session", headers=bearer(token))).json()["csrfToken"]
+    async with asking(node) as api:
+        own = (await api.post("/session", headers=bearer(token))).json()["csrfToken"]
+        for headers in ({}, {"X-CSRF-Token": strange}, {"X-CSRF-Token": ""}):
+            answer = await api.post("/cycles/trigger", headers=headers)
+            assert refusal(answer) == (403, "csrf_refused")
+        assert facts("SELECT FROM cycle_run") == []
+        answer = await api.post("/cycles/trigger", headers={"X-CSRF-Token": own})
+        assert answer.status_code == 202
+        assert (await api.request("DELETE", "/session")).status_code == 403
+
+
+async def test_a_bad_key_beside_a_good_session_is_refused(node: Node) -> None:
+    """What is wrong is not made right by what is right: deny wins."""
+    async with asking(node) as api:
+        await api.post("/session", headers=bearer(await key_of(node, "viewer")))
+        assert (await api.get("/cycles")).status_code == 200
+        assert (await api.get("/cycles", headers=bearer(Token.make()))).status_code == 401
+
+
+async def test_a_session_ends_by_logout_with_its_key_and_in_time(
+    node: Node, set_time: SetTime
+) -> None:
+    """After any of the three the cookie is worth nothing."""
+    tokens = [await key_of(node, "viewer") for _ in range(3)]
+    for number, token in enumerate(tokens):
+        async with asking(node) as api:
+            own = (await api.post("/session", headers=bearer(token))).json()["csrfToken"]
+            kept = dict(api.cookies)
+            match number:
+                case 0:
+                    answer = await api.request("DELETE", "/session", headers={"X-CSRF-Token": own})
+                    assert answer.status_code == 204
+                case 1:
+                    await node.keys.revoke(actor_here(), token.key_id, None)
+                case _:
+                    set_time(await database_now(node.database) + timedelta(hours=9))
+            node.authentication.forget()
+            cookie = "; ".join(f"{name}={value}" for name, value in kept.items())
+            assert (await api.get("/cycles", headers={"Cookie": cookie})).status_code == 401
+
+
+async def test_a_link_opens_one_session_once(node: Node, set_time: SetTime) -> None:
+    """The second who follows it, and who comes too late, get a 401 and no cookie."""
+    token = await key_of(node, "viewer")
+    async with asking(node) as api:
+        links = [
+            (await api.post("/session/links", headers=bearer(token))).json()["path"]
+            for _ in range(2)
+        ]
+        answer = await api.get(links[0])
+        assert (answer.status_code, answer.headers["location"]) == (303, "/docs")
+        assert (await api.get("/docs")).status_code == 200
+        own = (await api.get("/session")).json()["csrfToken"]
+        again = await api.post("/session/links", headers={"X-CSRF-Token": own})
+        assert refusal(again) == (409, "refused")
+    async with asking(node) as api:
+        assert (await api.get(links[0])).status_code == 401
+        set_time(await database_now(node.database) + timedelta(minutes=3))
+        late = await api.get(links[1])
+        assert late.status_code == 401
+        assert "set-cookie" not in late.headers
+
+
+# --- what is around every answer -----------------------------------------------------------
+
+
+async def test_every_answer_has_the_headers_and_no_other_site_is_let_in(node: Node) -> None:
+    """Refusals and answers alike; a preflight of another site is not answered as it wishes."""
+    async with asking(node, await key_of(node, "viewer")) as api:
+        answers = [
+            await api.get("/health"),
+            await api.get("/status"),
+            await api.get("/docs"),
+            await api.get("/nowhere"),
+            await api.get("/status", headers=bearer("nonsense")),
+            await api.options(
+                "/status",
+                headers={
+                    "Origin": "https://else.example",
+                    "Access-Control-Request-Method": "POST",
+                },
+            ),
+        ]
+    for answer in answers:
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["x-frame-options"] == "DENY"
+        assert answer.headers["cache-control"] == "no-store"
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+async def test_a_body_is_bounded_on_every_route(make_node: MakeNode) -> None:
+    """Also where none is read: what announces more than any body may have is refused."""
+    node = await make_node(auth="on", max_payload_bytes=1000)
+    async with asking(node, await key_of(node, "admin")) as api:
+        for method, path in declared_scopes(create_application(node)):
+            given = {"Content-Length": "99999999", "Content-Type": "application/json"}
+            answer = await api.request(method, path, headers=given, content=b"{}")
+            assert refusal(answer) == (413, "payload_too_large"), (method, path)
+
+
+async def test_metrics_can_be_opened(make_node: MakeNode) -> None:
+    """By a setting, to all; else to who sees every namespace, since they count over all."""
+    closed, opened = await make_node(auth="on"), await make_node(auth="on", metrics_open=True)
+    bound = await key_of(closed, "admin", namespaces=["sea"])
+    async with asking(closed, bound) as api:
+        assert (await api.get("/metrics")).status_code == 403
+    async with asking(closed, await key_of(closed, "viewer")) as api:
+        assert (await api.get("/metrics")).status_code == 200
+    async with asking(opened) as api:
+        assert (await api.get("/metrics")).status_code == 200
+        assert (await api.get("/status")).status_code == 401
+
+
+# --- beginnings --------------------------------------------------------------------------
+
+
+async def test_other_machines_need_a_key_before_a_node_starts(make_node: MakeNode) -> None:
+    """Without one it refuses, and names the way out; with one it starts."""
+    node = await make_node(is_started=False, auth="on", host="0.0.0.0")
+    with pytest.raises(SettingInvalid, match="orbit keys create"):
+        await node.start()
+    token = await key_of(node, "viewer")
+    await node.keys.revoke(actor_here(), token.key_id, None)
+    with pytest.raises(SettingInvalid, match="no access key"):
+        await node.start()
+    await key_of(node, "admin")
+    await node.start()
+    assert node.is_ready
+
+
+async def test_a_node_for_other_machines_answers_at_its_addresses_and_names(
+    make_node: MakeNode,
+) -> None:
+    """By address or a declared name; another name may have been made to lead here."""
+    node = await make_node(
+        is_started=False, auth="on", host="0.0.0.0", allowed_hosts=("orbit.example",)
+    )
+    token = await key_of(node, "viewer")
+    await node.start()
+    async with asking(node, token) as api:
+        for host, status in (
+            ("10.0.0.5:3000", 200),
+            ("orbit.example", 200),
+            ("evil.example", 421),
+        ):
+            assert (await api.get("/cycles", headers={"Host": host})).status_code == status
