@@ -35,6 +35,14 @@ GOVERNED = (
     Governed("dead_letter_decision", "dead_letter.discarded", SQL.discard_decisions),
     Governed("requeue_batch", "requeue.begun", SQL.begun_requeues),
     Governed("requeue_batch_end", "requeue.cancelled", SQL.cancelled_requeues),
+    Governed("namespace_halt", "halt", SQL.halts),
+    Governed("namespace_resume", "resume.asked", SQL.asked_resumptions),
+    Governed("namespace_resume", "resume", SQL.resumptions),
+    Governed("namespace_resume", "resume.until", SQL.timed_resumptions),
+    Governed("governance_setting", "setting", SQL.made_settings),
+    Governed("access_key", "key.created", SQL.created_keys),
+    Governed("access_key_end", "key.rotated", SQL.rotated_keys),
+    Governed("access_key_end", "key.revoked", SQL.revoked_keys),
 )
 
 

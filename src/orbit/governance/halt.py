@@ -213,9 +213,9 @@ class Brake:
             raise RequestInvalid(f"until: {until.isoformat()} has passed")
         await connection.execute(SQL.insert_halt, asked | {"epoch": row["epoch"]})
         detail = {"epoch": row["epoch"], "until": until.isoformat() if until else None}
-        await trail.append(
-            connection, Act(order.namespace, "halt", order.actor, order.reason, detail=detail)
-        )
+        subject = _subject(row["epoch"])
+        act = Act(order.namespace, "halt", order.actor, order.reason, subject, detail)
+        await trail.append(connection, act)
         return row
 
     async def _pass(self, connection: Connection, namespace: str, deadline: float) -> bool:
@@ -365,7 +365,11 @@ def _act(order: Order, action: str, epoch: int, second_to: str | None = None) ->
     detail: dict[str, Any] = {"epoch": epoch}
     if second_to is not None:
         detail["secondTo"] = second_to
-    return Act(order.namespace, action, order.actor, order.reason, detail=detail)
+    return Act(order.namespace, action, order.actor, order.reason, _subject(epoch), detail)
+
+
+def _subject(epoch: int) -> str:
+    return f"epoch {epoch}"
 
 
 async def _nothing() -> None:

@@ -183,9 +183,9 @@ class Keys:
                 grant = Grant(grant.name, grant.scopes, grant.namespaces, expires_at)
             await _end(connection, actor, key_id, "rotated", overlap.total_seconds(), None)
             await _insert(connection, token, grant, actor.name, root=row["root_id"], of=key_id)
-            await trail.append(
-                connection, *_acts(grant, "key.rotated", actor, key_id, token.key_id)
-            )
+            acts = _acts(grant, "key.rotated", actor, key_id, token.key_id)
+            made = _acts(grant, "key.created", actor, token.key_id)
+            await trail.append(connection, *acts, *made)
         return token
 
     async def revoke(self, actor: Actor, key_id: str, reason: str | None) -> None:

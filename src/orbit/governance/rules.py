@@ -43,7 +43,8 @@ async def set_two_persons(
     except Refused as refusal:
         async with database.apart() as connection, connection.transaction():
             detail = {"code": refusal.code, "value": is_wanted}
-            await trail.append(connection, _act(order, "setting.refused", detail))
+            act = _act(order, "setting.refused", TWO_PERSON_RESUME, detail)
+            await trail.append(connection, act)
         raise
 
 
@@ -66,9 +67,11 @@ async def _write(connection: Connection, node_id: str, order: Order, *, is_wante
         "actor_id": order.actor_id,
         "node_id": node_id,
     }
-    await connection.execute(SQL.insert_setting, row)
-    await trail.append(connection, _act(order, "setting", {"value": is_wanted}))
+    made = await (await connection.execute(SQL.insert_setting, row)).fetchone()
+    assert made is not None
+    subject = f"{TWO_PERSON_RESUME}/{made['version']}"
+    await trail.append(connection, _act(order, "setting", subject, {"value": is_wanted}))
 
 
-def _act(order: Order, action: str, detail: dict[str, object]) -> Act:
-    return Act(order.namespace, action, order.actor, order.reason, TWO_PERSON_RESUME, detail=detail)
+def _act(order: Order, action: str, subject: str, detail: dict[str, object]) -> Act:
+    return Act(order.namespace, action, order.actor, order.reason, subject, detail)

@@ -256,3 +256,48 @@ WHERE %(log)s::text IS NULL OR namespace = %(log)s;
 -- Bulk requeues that somebody ended.
 SELECT namespace AS log, batch_id::text AS subject, ended_at AS at FROM requeue_batch_end
 WHERE state = 'cancelled' AND (%(log)s::text IS NULL OR namespace = %(log)s);
+
+-- name: halts
+-- Halts of namespaces.
+SELECT namespace AS log, 'epoch ' || epoch AS subject, created_at AS at FROM namespace_halt
+WHERE %(log)s::text IS NULL OR namespace = %(log)s;
+
+-- name: asked_resumptions
+-- Resumptions that the first of two persons asked for.
+SELECT namespace AS log, 'epoch ' || epoch AS subject, created_at AS at FROM namespace_resume
+WHERE step = 'asked' AND (%(log)s::text IS NULL OR namespace = %(log)s);
+
+-- name: resumptions
+-- Halts that persons ended.
+SELECT namespace AS log, 'epoch ' || epoch AS subject, created_at AS at FROM namespace_resume
+WHERE step = 'resumed' AND cause = 'person' AND (%(log)s::text IS NULL OR namespace = %(log)s);
+
+-- name: timed_resumptions
+-- Halts that ended when their time had come.
+SELECT namespace AS log, 'epoch ' || epoch AS subject, created_at AS at FROM namespace_resume
+WHERE step = 'resumed' AND cause = 'until' AND (%(log)s::text IS NULL OR namespace = %(log)s);
+
+-- name: made_settings
+-- Versions of namespaces' rules.
+SELECT namespace AS log, setting || '/' || version AS subject, created_at AS at
+FROM governance_setting WHERE %(log)s::text IS NULL OR namespace = %(log)s;
+
+-- name: created_keys
+-- Access keys, in each log that they reach.
+SELECT log, 'key ' || key_id AS subject, created_at AS at
+FROM access_key CROSS JOIN LATERAL unnest(namespaces) AS log
+WHERE %(log)s::text IS NULL OR log = %(log)s;
+
+-- name: rotated_keys
+-- Access keys that have a successor.
+SELECT log, 'key ' || key_id AS subject, ended.created_at AS at
+FROM access_key_end ended JOIN access_key USING (key_id)
+CROSS JOIN LATERAL unnest(namespaces) AS log
+WHERE kind = 'rotated' AND (%(log)s::text IS NULL OR log = %(log)s);
+
+-- name: revoked_keys
+-- Access keys that somebody ended.
+SELECT log, 'key ' || key_id AS subject, ended.created_at AS at
+FROM access_key_end ended JOIN access_key USING (key_id)
+CROSS JOIN LATERAL unnest(namespaces) AS log
+WHERE kind = 'revoked' AND (%(log)s::text IS NULL OR log = %(log)s);

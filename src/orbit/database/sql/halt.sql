@@ -160,4 +160,5 @@ INSERT INTO governance_setting (namespace, setting, version, value, reason, acto
     node_id)
 SELECT %(namespace)s, %(setting)s, COALESCE(max(version), 0) + 1, %(value)s::jsonb, %(reason)s,
     %(actor)s, %(actor_id)s, %(node_id)s::uuid
-FROM governance_setting WHERE namespace = %(namespace)s AND setting = %(setting)s;
+FROM governance_setting WHERE namespace = %(namespace)s AND setting = %(setting)s
+RETURNING version;

@@ -131,8 +131,10 @@ INSERT INTO audit_sealer DEFAULT VALUES;
 
 -- How many governed changes there were before the trail: one that is dated back does not fit in.
 SELECT orbit_append_audit(ARRAY['*'], ARRAY[format(
-    '{"action":"trail.begun","actor":"upgrade","detail":{"cycle_run":%s,"config_activation":%s,"dead_letter_decision":%s,"requeue_batch":%s,"requeue_batch_end":%s}}',
+    '{"action":"trail.begun","actor":"upgrade","detail":{"config_activation":%s,"cycle_run":%s,"dead_letter_decision":%s,"governance_setting":%s,"namespace_halt":%s,"namespace_resume":%s,"requeue_batch":%s,"requeue_batch_end":%s}}',
+    (SELECT count(*) FROM config_activation),
     (SELECT count(*) FROM cycle_run WHERE trigger = 'rerun'),
-    (SELECT count(*) FROM config_activation), (SELECT count(*) FROM dead_letter_decision),
+    (SELECT count(*) FROM dead_letter_decision), (SELECT count(*) FROM governance_setting),
+    (SELECT count(*) FROM namespace_halt), (SELECT count(*) FROM namespace_resume),
     (SELECT count(*) FROM requeue_batch),
     (SELECT count(*) FROM requeue_batch_end WHERE state = 'cancelled'))]);
