@@ -202,6 +202,7 @@ async def test_a_key_is_made_listed_rotated_and_revoked(
     assert told == [
         ("key.created", "sea", None),
         ("key.rotated", "sea", None),
+        ("key.created", "sea", None),
         ("key.revoked", "sea", "lost"),
     ]
 

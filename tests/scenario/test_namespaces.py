@@ -7,6 +7,7 @@ foreign thing gets the very answer of a thing that there isn't.
 from __future__ import annotations
 
 import base64
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from aiohttp import web
 from orbit.api.access import declared_scopes
 from orbit.api.application import create_application
 from orbit.app import Node
+from orbit.governance.halt import Order
 from orbit.reading.view import cursor_of
 from tests.scenario.access import asking, key_of
 from tests.scenario.conftest import (
@@ -32,6 +34,7 @@ from tests.scenario.conftest import (
     until,
 )
 
+LISTS = ("/cycles", "/slots", "/dead-letters", "/dead-letters/requeues", "/lanes")
 UNKNOWN = "01890000-0000-7000-8000-000000000000"
 OWN, FOREIGN = "sea", "secret-moon"
 PAYLOAD = "payload-that-a-viewer-may-not-see"
@@ -92,19 +95,18 @@ async def scene(make_node: MakeNode, configure: Configure, receiver: Receiver) -
 
 
 async def _everything(node: Node, namespace: str) -> tuple[str, str, str]:
-    """A cycle whose job is dead, and a bulk requeue that has ended; their ids."""
+    """A cycle whose job is dead, and a bulk requeue of an older one that has ended; their ids."""
     async with asking(node, await key_of(node, "admin")) as admin:
         body = {
             "namespace": namespace,
             "payload": PAYLOAD,
             "endpointKeys": [f"{namespace}-out"],
         }
-        cycle_id = (await admin.post("/cycles/trigger", json=body)).json()["cycleRunId"]
-        await ended(node, cycle_id)
-        (job,) = (await admin.get(f"/cycles/{cycle_id}")).json()["jobs"]
-        asked = {"namespace": namespace, "reason": "x", "canary": 1, "until": "2001-01-01T00:00Z"}
+        await _dead(admin, node, body)
+        asked = {"namespace": namespace, "reason": "x", "canary": 1, "limit": 1}
         answer = await admin.post("/dead-letters/requeue", json=asked)
         batch_id = answer.json()["batchId"]
+        cycle_id, job_id = await _dead(admin, node, body)
         await admin.post("/run-profiles/trigger", json={"runProfileIds": [f"{namespace}-daily"]})
 
         async def is_over() -> bool:
@@ -113,7 +115,20 @@ async def _everything(node: Node, namespace: str) -> tuple[str, str, str]:
 
         await until(is_over, "the end of the bulk requeue")
         await node.database.execute(_SLOT, [namespace, f"{namespace}-daily", node.node_id])
-        return cycle_id, job["jobId"], batch_id
+        return cycle_id, job_id, batch_id
+
+
+async def _dead(admin: httpx.AsyncClient, node: Node, body: dict[str, Any]) -> tuple[str, str]:
+    """A new cycle and its one job, which is dead."""
+    cycle_id = (await admin.post("/cycles/trigger", json=body)).json()["cycleRunId"]
+    await ended(node, cycle_id)
+    (job,) = (await admin.get(f"/cycles/{cycle_id}")).json()["jobs"]
+
+    async def is_dead() -> bool:
+        return (await admin.get(f"/dead-letters/{job['jobId']}")).status_code == 200
+
+    await until(is_dead, "the dead letter")
+    return cycle_id, job["jobId"]
 
 
 def shown(answer: httpx.Response, *ids: str) -> tuple[int, str]:
@@ -137,7 +152,9 @@ async def test_a_foreign_id_is_as_good_as_none(scene: Scene, facts: Facts) -> No
         ("POST", "/keys/{}/rotate", scene.foreign_key_id, {}),
         ("POST", "/keys/{}/revoke", scene.foreign_key_id, {}),
     ]
-    before = facts("SELECT count(*) AS n FROM dispatch_job")
+    counts = "SELECT (SELECT count(*) FROM dispatch_job), (SELECT count(*) FROM cycle_run) AS runs"
+    decisions = "SELECT FROM dead_letter_decision WHERE namespace = %s"
+    before, decided = facts(counts), len(facts(decisions, FOREIGN))
     async with asking(scene.node, await key_of(scene.node, "admin", namespaces=[OWN])) as api:
         for method, path, foreign, body in calls:
             unknown = UNKNOWN if "-" in foreign else "0" * 16
@@ -156,8 +173,8 @@ async def test_a_foreign_id_is_as_good_as_none(scene: Scene, facts: Facts) -> No
             ("/lanes/{}", "sea/sea-out"),
         ):
             assert (await api.get(path.format(own))).status_code == 200, path
-    assert facts("SELECT count(*) AS n FROM dispatch_job") == before
-    assert facts("SELECT FROM dead_letter_decision WHERE namespace = %s", FOREIGN) == []
+    assert facts(counts) == before
+    assert len(facts(decisions, FOREIGN)) == decided
     assert facts("SELECT FROM access_key_end") == []
 
 
@@ -165,7 +182,7 @@ async def test_a_foreign_namespace_is_as_good_as_none(scene: Scene, facts: Facts
     """In a filter it is empty, in a body not found: as a name that nobody uses."""
     before = facts("SELECT count(*) AS n FROM cycle_run")
     async with asking(scene.node, await key_of(scene.node, "admin", namespaces=[OWN])) as api:
-        for path in ("/cycles", "/slots", "/dead-letters", "/dead-letters/requeues", "/lanes"):
+        for path in (*LISTS, "/audit"):
             answers = [
                 await api.get(path, params={"namespace": one}) for one in (FOREIGN, "unused")
             ]
@@ -178,7 +195,7 @@ async def test_a_foreign_namespace_is_as_good_as_none(scene: Scene, facts: Facts
         for path, body in (
             ("/cycles/trigger", {"payload": 1}),
             ("/dead-letters/requeue", {"reason": "x"}),
-            ("/dead-letters/requeue", {"dryRun": True}),
+            ("/dead-letters/requeue", {"isDryRun": True}),
             ("/dead-letters/requeue", {"reason": "x", "rate": 1}),
         ):
             answers = [
@@ -269,7 +286,7 @@ async def test_nothing_tells_of_a_foreign_namespace(scene: Scene) -> None:
         assert seen >= 15
         status = (await api.get("/status")).json()
         assert [one["namespace"] for one in status["schedules"]] == [OWN]
-        assert status["openDeadLetters"] <= 2
+        assert status["openDeadLetters"] <= 3
         assert [one["namespace"] for one in status["slotsNotFired"]] == [OWN]
 
 
@@ -277,7 +294,7 @@ async def test_no_page_and_no_cursor_tells_of_a_foreign_namespace(scene: Scene) 
     """Pages are full as if the others weren't there, and cursors name own things only."""
     node = scene.node
     async with asking(node, await key_of(node, "viewer", namespaces=[OWN])) as api:
-        for path in ("/cycles", "/slots", "/dead-letters", "/dead-letters/requeues", "/lanes"):
+        for path in (*LISTS, "/audit"):
             whole = (await api.get(path)).json()["items"]
             assert whole, path
             found, cursor = [], None
@@ -294,6 +311,52 @@ async def test_no_page_and_no_cursor_tells_of_a_foreign_namespace(scene: Scene) 
         crafted = cursor_of((FOREIGN, "a"))
         for one in (await api.get("/lanes", params={"cursor": crafted})).json()["items"]:
             assert one["namespace"] == OWN
+
+
+async def test_the_brake_of_a_foreign_namespace_is_not_there(scene: Scene, facts: Facts) -> None:
+    """Neither shown nor pulled nor let go, and its halt shows nowhere; nor is the rule of all."""
+    node = scene.node
+    await node.brake.halt(Order(FOREIGN, "ann", "key-1", "secret-reason"))
+    async with asking(node, await key_of(node, "admin", namespaces=[OWN])) as api:
+        for one in (FOREIGN, "unused", "*"):
+            path = f"/governance/namespaces/{one}"
+            rule = {"twoPersonResume": False, "reason": "x"}
+            for answer in (
+                await api.get(path),
+                await api.post(f"{path}/halt"),
+                await api.post(f"{path}/resume", json={"reason": "x"}),
+                await api.post(f"{path}/settings", json=rule),
+            ):
+                assert answer.status_code == 404, (one, answer.text)
+                assert "secret-reason" not in answer.text
+        assert (await api.get("/status")).json()["haltedNamespaces"] == []
+        path = f"/governance/namespaces/{OWN}"
+        assert (await api.post(f"{path}/halt")).json()["inForce"] is True
+        assert (await api.get(path)).json()["state"] == "halted"
+        (shown_one,) = (await api.get("/status")).json()["haltedNamespaces"]
+        assert shown_one["namespace"] == OWN
+    halts = facts("SELECT namespace FROM namespace_halt ORDER BY namespace")
+    assert [row["namespace"] for row in halts] == [OWN, FOREIGN]
+    assert facts("SELECT FROM namespace_resume") == []
+    assert facts("SELECT FROM governance_setting") == []
+
+
+async def test_an_export_has_no_foreign_log(scene: Scene) -> None:
+    """Without a name it is one's own log; of several one is named, and `*` is everybody's."""
+    node = scene.node
+    async with asking(node, await key_of(node, "viewer", namespaces=[OWN])) as api:
+        lines = [json.loads(one) for one in (await api.get("/audit/export")).text.splitlines()]
+        assert {one["log"] for one in lines if one["kind"] in {"entry", "fact"}} == {OWN}
+        for one in (FOREIGN, "unused", "*"):
+            answer = await api.get("/audit/export", params={"namespace": one})
+            assert answer.status_code == 404, one
+    both = await key_of(node, "viewer", namespaces=[OWN, FOREIGN])
+    async with asking(node, both) as api:
+        assert (await api.get("/audit/export")).status_code == 400
+        answer = await api.get("/audit/export", params={"namespace": FOREIGN})
+        assert answer.status_code == 200
+        logs = {one["namespace"] for one in (await api.get("/audit")).json()["items"]}
+        assert logs == {OWN, FOREIGN}
 
 
 async def test_a_viewer_sees_neither_tokens_nor_payloads(scene: Scene) -> None:
@@ -332,5 +395,5 @@ def _decoded(cursor: str) -> str:
 
 
 def _named(item: dict[str, Any]) -> list[Any]:
-    names = ("cycleRunId", "jobId", "batchId", "slotAt", "endpointKey")
+    names = ("cycleRunId", "jobId", "batchId", "slotAt", "endpointKey", "seq")
     return [item.get(name) for name in names]
