@@ -15,11 +15,14 @@ from aiohttp import web
 
 from orbit.api.application import create_application
 from orbit.app import Node
+from orbit.audit.verification import verify
 from orbit.errors import NamespaceHalted
 from orbit.execution.context import ExecutionContext
 from orbit.execution.dead_letters import Selection
+from orbit.governance.actor import actor_here
 from orbit.governance.halt import Order
 from orbit.payload import Payload
+from tests.scenario.access import asking, key_of
 from tests.scenario.conftest import (
     SECRET_KEY,
     Arrival,
@@ -226,6 +229,59 @@ async def test_nothing_is_requeued_into_a_halt(node: Node) -> None:
     await node.brake.halt(ANN)
     with pytest.raises(NamespaceHalted):
         await node.dead_letters.requeue_many(Selection("brand"), "again", limit=10)
+
+
+async def test_two_persons_have_two_keys(
+    make_node: MakeNode, receiver: Receiver, facts: Facts, dsn: str
+) -> None:
+    """A key rotated into another stays one person; who may only look, pulls and rules nothing."""
+    node = await make_node(auth="on", dispatch_endpoints=(receiver.endpoint("out"),))
+    path, why = "/governance/namespaces/brand", {"reason": "mended"}
+    ann = await key_of(node, "operator")
+    successor = await node.keys.rotate(actor_here(), ann.key_id, timedelta(hours=1))
+    ben = await key_of(node, "operator", namespaces=["brand"])
+    async with asking(node, await key_of(node, "viewer")) as viewer:
+        for verb in ("halt", "resume", "settings"):
+            rule = why | {"twoPersonResume": False} if verb == "settings" else why
+            refused = await viewer.post(f"{path}/{verb}", json=rule)
+            assert (refused.status_code, refused.json()["code"]) == (403, "forbidden")
+    async with (
+        asking(node, await key_of(node, "admin")) as admin,
+        asking(node, ann) as first,
+        asking(node, successor) as again,
+        asking(node, ben) as second,
+    ):
+        rule = why | {"twoPersonResume": True}
+        assert (await first.post(f"{path}/settings", json=rule)).status_code == 403
+        assert (await admin.post(f"{path}/settings", json=rule)).status_code == 200
+        assert (await first.post(f"{path}/halt")).json()["quiesced"] is True
+        asked = (await first.post(f"{path}/resume", json=why)).json()
+        assert (asked["state"], ann.key_id in asked["askedBy"]) == ("halted", True)
+        for one in (first, again):
+            refused = await one.post(f"{path}/resume", json=why)
+            assert refused.json()["code"] == "second_person_required"
+        assert (await second.post(f"{path}/resume", json=why)).json()["state"] == "running"
+        items = (await admin.get("/audit", params={"namespace": "brand"})).json()["items"]
+    acts = [one["action"] for one in reversed(items) if not one["action"].startswith("key.")]
+    assert acts == [
+        "setting",
+        "halt",
+        "resume.asked",
+        "resume.refused",
+        "resume.refused",
+        "resume",
+    ]
+    refusals = facts(
+        "SELECT subject, detail ->> 'needed' AS needed FROM audit_trail"
+        " WHERE action = 'access.refused' ORDER BY seq"
+    )
+    assert [(row["subject"].rpartition("/")[2], row["needed"]) for row in refusals] == [
+        ("halt", "operator"),
+        ("resume", "operator"),
+        ("settings", "admin"),
+        ("settings", "admin"),
+    ]
+    assert verify(dsn).findings == []
 
 
 async def test_until_resumes_by_itself(node: Node, facts: Facts) -> None:
