@@ -5,9 +5,10 @@ flight it also leaves at least as many free as it holds: one that hangs can take
 places, two a third each, and there are always some for a lane that is well. Free places go first
 to the lane that has the fewest, among these to the one that has waited longest.
 
-A lane that ends many attempts is given jobs ahead, at most twice as many as it ended in the last
-30 ms: they begin without waiting for the database. Not so where an unknown outcome is left to a
-person, since what is lost with its worker counts as unknown.
+A lane that ends many attempts is given jobs ahead: they begin without waiting for the database, and
+the next claim is made while they last. At most twice as many as it ended in the last 30 ms; all
+lanes together half of that, so that they come forward together. Not so where an unknown outcome is
+left to a person, since what is lost with its worker counts as unknown.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Places(Generic[Item]):
         self._held: Counter[LaneKey] = Counter()  # places of the lane: claimed and not settled
         self._waiting: dict[LaneKey, deque[Item]] = {}
         self._served_at: dict[LaneKey, float] = {}
+        self._was_alone = False
 
     @property
     def free(self) -> int:
@@ -45,8 +47,8 @@ class Places(Generic[Item]):
     @property
     def is_worth_a_claim(self) -> bool:
         """Whether there is room for half at least of what is claimed at a time."""
-        pace = self._pace.total()
-        return (self.free + pace - self._ahead()) * 2 >= self.count + pace
+        most = self._most_in_all()
+        return (self.free + most - self._ahead()) * 2 >= self.count + most
 
     def add(self, lane: LaneKey, item: Item) -> None:
         """A claimed job waits for its turn; it holds a place of its lane until `settle`."""
@@ -98,9 +100,9 @@ class Places(Generic[Item]):
     def shares(self, due: Sequence[LaneKey]) -> dict[LaneKey, int]:
         """How many jobs to claim: the free places, dealt out one by one, then what is ahead."""
         free, shares = self.free, Counter[LaneKey]()  # what waits although some are free may not
-        ahead = min(self._pace.total(), 2 * self.count) - self._ahead()
+        is_alone = self._was_alone = self._is_alone(due)
+        ahead = self._most_in_all() - self._ahead()
         waiting = Counter({lane: len(items) for lane, items in self._waiting.items()})
-        is_alone = self._is_alone(due)
         turns = [(self._held[lane], self._served_at.get(lane, 0.0), lane) for lane in due]
         heapq.heapify(turns)
         while turns and (free > 0 or ahead > 0):
@@ -124,6 +126,11 @@ class Places(Generic[Item]):
     def _is_alone(self, due: Collection[LaneKey]) -> bool:
         """Whether there is but one lane with jobs due or in flight."""
         return len({*due, *self._waiting, *self._taken}) <= 1
+
+    def _most_in_all(self) -> int:
+        if self._was_alone:
+            return min(2 * self._pace.total(), 4 * self.count)
+        return min(self._pace.total(), 2 * self.count)
 
     def _most_ahead(self, lane: LaneKey) -> int:
         is_left_to_a_person = self._endpoint(lane[1]).on_unknown == "hold"
