@@ -13,6 +13,7 @@ from orbit.api.problems import install
 from orbit.api.routes_configuration import configuration_router
 from orbit.api.routes_cycles import cycles_router
 from orbit.api.routes_dead_letters import dead_letters_router
+from orbit.api.routes_drills import drills_router
 from orbit.api.routes_governance import governance_router
 from orbit.api.routes_lanes import lanes_router
 from orbit.api.routes_node import node_router
@@ -52,6 +53,7 @@ def create_application(node: Node, *, is_probe_only: bool = False) -> FastAPI:
         dead_letters_router(node, bodies),
         lanes_router(node),
         governance_router(node, bodies),
+        drills_router(node, bodies),
         docs_router(application),
     ):
         application.include_router(router)

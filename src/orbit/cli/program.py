@@ -25,6 +25,7 @@ from orbit.cli import (
     cycles,
     dead_letters,
     demonstration,
+    drilling,
     lanes,
     planning,
     running,
@@ -58,6 +59,7 @@ app.command("lanes")(lanes.lanes)
 app.command("halt")(brake.halt)
 app.command("resume")(brake.resume)
 app.command("policy")(brake.policy)
+app.add_typer(drilling.app, name="drill")
 app.add_typer(dead_letters.app, name="dlq")
 app.command("validate")(configuring.validate)
 app.command("profiles")(configuring.profiles)
