@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -41,7 +41,6 @@ _ARRIVE_SECONDS = 30.0  # for what is to arrive, before and after the halt
 _HALT_SECONDS = 10.0
 _END_SECONDS = 5.0  # for what a drill that failed has left
 _LIFE_SECONDS = 120.0
-_LOOK_SECONDS = 0.005
 _WHY = "a drill"
 
 log = structlog.get_logger(__name__)
@@ -112,7 +111,7 @@ class HaltDrill:
     ) -> Drilled:
         await self._trigger(order.namespace, REQUESTS // 2)
         worker.wake()
-        await _until(lambda: len(receiver.jobs) >= _AMID, _ARRIVE_SECONDS)
+        await receiver.until(_AMID, _ARRIVE_SECONDS)
         await self._trigger(order.namespace, REQUESTS - REQUESTS // 2)
         worker.wake()
         until = self._node.clock.now() + timedelta(seconds=_LIFE_SECONDS)
@@ -124,8 +123,15 @@ class HaltDrill:
         late = len(receiver.jobs) - len(before)
         await self._node.brake.resume(order)
         worker.wake()
-        await _until(lambda: receiver.distinct >= REQUESTS, _ARRIVE_SECONDS)
-        return _judged(halted, receiver, len(set(before)), late, is_refused, watch_seconds)
+        await receiver.until(REQUESTS, _ARRIVE_SECONDS)
+        return _judged(
+            halted,
+            receiver,
+            before=len(set(before)),
+            late=late,
+            is_refused=is_refused,
+            watched_seconds=watch_seconds,
+        )
 
     async def _trigger(self, namespace: str, count: int) -> bool:
         """Starts so many cycles of one request each; False if the namespace is halted."""
@@ -155,6 +161,7 @@ class HaltDrill:
 def _judged(
     halted: Halted,
     receiver: DrillReceiver,
+    *,
     before: int,
     late: int,
     is_refused: bool,
@@ -188,11 +195,3 @@ def _namespace(node: Node) -> str:
     """A name that no other drill has: its time, and chance."""
     at = new_id(node.clock.now()).replace("-", "")[:12]
     return f"{DRILL_PREFIX}{at}{os.urandom(2).hex()}"
-
-
-async def _until(is_so: Callable[[], bool], seconds: float) -> None:
-    """Waits for what is to come; what does not come in time is told by its absence."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            while not is_so():
-                await asyncio.sleep(_LOOK_SECONDS)

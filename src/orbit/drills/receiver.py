@@ -21,11 +21,20 @@ class DrillReceiver:
         self._answer_seconds = answer_seconds
         self.jobs: list[str] = []
         self.url = ""
+        self._arrival = asyncio.Event()
 
     @property
     def distinct(self) -> int:
         """How many jobs arrived."""
         return len(set(self.jobs))
+
+    async def until(self, count: int, seconds: float) -> None:
+        """Waits so long for so many jobs; what does not arrive is told by its absence."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.distinct < count:
+                    self._arrival.clear()
+                    await self._arrival.wait()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, request by request."""
@@ -33,6 +42,7 @@ class DrillReceiver:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).lower()
                 self.jobs.append(_field(head, _MARK))
+                self._arrival.set()
                 await reader.readexactly(int(_field(head, b"content-length:") or 0))
                 await asyncio.sleep(self._answer_seconds)
                 writer.write(_ANSWER)

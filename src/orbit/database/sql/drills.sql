@@ -12,8 +12,8 @@ VALUES (%(namespace)s, %(epoch)s, %(has_passed)s, %(requests)s, %(arrived_before
 
 -- name: open_work
 -- Something of a namespace that waits or is in hand, if there is any.
-SELECT FROM dispatch_lease WHERE namespace = %(namespace)s
-UNION ALL SELECT FROM cycle_lease WHERE namespace = %(namespace)s
+SELECT namespace FROM dispatch_lease WHERE namespace = %(namespace)s
+UNION ALL SELECT namespace FROM cycle_lease WHERE namespace = %(namespace)s
 LIMIT 1;
 
 -- name: undecided_dead_letters
