@@ -76,6 +76,8 @@ FROM filled WHERE n % 10 = 0;
 INSERT INTO schedule_slot SELECT namespace, 'p', orbit_now() - n * interval '1 min', 'missed',
     '', NULL,
     node_id FROM filled WHERE n % 10 = 0;
+INSERT INTO namespace_fence SELECT 'n-' || lpad(n::text, 6, '0'), 1, n % 1000 = 0 FROM filled
+WHERE n % 10 = 0;
 INSERT INTO endpoint_snapshot SELECT namespace, 's' || n, 'e', '', 'POST', '', NULL, 1, '{}'
 FROM filled WHERE n % 10 = 0;
 """

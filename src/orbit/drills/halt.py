@@ -25,7 +25,7 @@ from orbit.app import Node
 from orbit.audit import trail
 from orbit.audit.trail import Act
 from orbit.clock import new_id
-from orbit.database.queries import load
+from orbit.database.queries import array, load
 from orbit.drills.receiver import DrillReceiver, listening
 from orbit.drills.worker import ENDPOINT, DrillWorker
 from orbit.errors import DrillUnderWay, NamespaceHalted, NotHalted
@@ -34,6 +34,7 @@ from orbit.governance.halt import Halted, Order
 from orbit.vocabulary import DRILL_PREFIX
 
 SQL = load("drills")
+HALT_SQL = load("halt")
 REQUESTS = 200
 _ANSWER_SECONDS = 0.05
 _AMID = REQUESTS // 10  # so many have arrived when the second half is triggered, and halted
@@ -98,9 +99,7 @@ class HaltDrill:
         try:
             yield worker
         finally:
-            with suppress(NotHalted):
-                await self._node.brake.resume(order)
-            worker.wake()
+            await self._resume(order, worker)
             await worker.until_idle(_END_SECONDS)
             is_over.set()
             await working
@@ -121,8 +120,7 @@ class HaltDrill:
         is_refused = not await self._trigger(order.namespace, 1)
         await asyncio.sleep(watch_seconds)
         late = len(receiver.jobs) - len(before)
-        await self._node.brake.resume(order)
-        worker.wake()
+        await self._resume(order, worker)
         await receiver.until(REQUESTS, _ARRIVE_SECONDS)
         return _judged(
             halted,
@@ -132,6 +130,14 @@ class HaltDrill:
             is_refused=is_refused,
             watched_seconds=watch_seconds,
         )
+
+    async def _resume(self, order: Order, worker: DrillWorker) -> None:
+        """Lets the namespace go on if it does not; a halt that did not hold is seen elsewhere."""
+        asked = {"namespaces": array([order.namespace])}
+        if await self._node.database.fetch_all(HALT_SQL.halted_among, asked):
+            with suppress(NotHalted):
+                await self._node.brake.resume(order)
+        worker.wake()
 
     async def _trigger(self, namespace: str, count: int) -> bool:
         """Starts so many cycles of one request each; False if the namespace is halted."""
