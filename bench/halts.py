@@ -1,0 +1,60 @@
+"""The halt under load: how soon it says quiesced, and whether anything arrives after that.
+
+One node with many requests in flight to a receiver that answers each after 50 ms, in a thread of
+its own. Seconds are the whole request's, as an operator's verb sees them.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import psycopg
+
+from bench.program import Bench, Node
+from bench.queues import SPLITTING, Sink, queue_up, sink, until
+
+_IN_HAND = "SELECT count(*)::int FROM dispatch_lease WHERE node_id IS NOT NULL"
+_SPACE = "/governance/namespaces/space-0"
+_WATCHED_SECONDS = 0.5
+
+
+def halt(in_flight: int = 1000, halts: int = 5, queued: int = 20_000) -> dict[str, Any]:
+    """From the request for a halt to its answer, with at least so many attempts in flight."""
+    with sink() as found:
+        endpoint = {"key": "quick", "url": f"{found.url}/fair", "max_concurrency": 2 * in_flight}
+        bench = Bench(
+            endpoints=[endpoint],
+            policy=SPLITTING,
+            target="quick",
+            ORBIT_DISPATCH_CONCURRENCY=str(in_flight + in_flight // 10),
+        )
+        with bench.database() as database, bench.node() as node:
+            queue_up(node, database, queued)
+            database.execute("UPDATE lane SET probe_at = NULL")
+            each = [_one(node, database, found, in_flight) for _ in range(halts)]
+        bench.close()
+    return {
+        "halt_to_quiesced_s": [one["seconds"] for one in each],
+        "in_flight": [one["in_flight"] for one in each],
+        "quiesced": all(one["quiesced"] for one in each),
+        "arrived_afterwards": sum(one["late"] for one in each),
+    }
+
+
+def _one(
+    node: Node, database: psycopg.Connection[Any], found: Sink, in_flight: int
+) -> dict[str, Any]:
+    until(database, _IN_HAND, in_flight)
+    began = time.monotonic()
+    answer = node.http.post(f"{_SPACE}/halt").raise_for_status().json()
+    seconds, before = time.monotonic() - began, found.arrivals
+    time.sleep(_WATCHED_SECONDS)
+    late = found.arrivals - before
+    node.http.post(f"{_SPACE}/resume", json={"reason": "measured"}).raise_for_status()
+    return {
+        "seconds": round(seconds, 3),
+        "in_flight": answer["inFlightCount"],
+        "quiesced": answer["quiesced"],
+        "late": late,
+    }
