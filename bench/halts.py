@@ -20,14 +20,17 @@ _WATCHED_SECONDS = 0.5
 
 
 def halt(in_flight: int = 1000, halts: int = 5, queued: int = 20_000) -> dict[str, Any]:
-    """From the request for a halt to its answer, with at least so many attempts in flight."""
+    """From the request for a halt to its answer, with about so many attempts in flight.
+
+    `withheld` of them had not begun, and were given back.
+    """
     with sink() as found:
         endpoint = {"key": "quick", "url": f"{found.url}/fair", "max_concurrency": 2 * in_flight}
         bench = Bench(
             endpoints=[endpoint],
             policy=SPLITTING,
             target="quick",
-            ORBIT_DISPATCH_CONCURRENCY=str(in_flight + in_flight // 10),
+            ORBIT_DISPATCH_CONCURRENCY=str(in_flight),
         )
         with bench.database() as database, bench.node() as node:
             queue_up(node, database, queued)
@@ -37,6 +40,7 @@ def halt(in_flight: int = 1000, halts: int = 5, queued: int = 20_000) -> dict[st
     return {
         "halt_to_quiesced_s": [one["seconds"] for one in each],
         "in_flight": [one["in_flight"] for one in each],
+        "withheld": [one["withheld"] for one in each],
         "quiesced": all(one["quiesced"] for one in each),
         "arrived_afterwards": sum(one["late"] for one in each),
     }
@@ -55,6 +59,7 @@ def _one(
     return {
         "seconds": round(seconds, 3),
         "in_flight": answer["inFlightCount"],
+        "withheld": sum(flight["outcome"] == "withheld" for flight in answer["inFlight"]),
         "quiesced": answer["quiesced"],
         "late": late,
     }
