@@ -44,11 +44,22 @@ _WAITING = "SELECT count(*)::int FROM dispatch_lease"
 
 
 class Sink:
-    """Answers at once, after 50 ms or two seconds, or never, by the path; counts what came."""
+    """Answers at once, after 50 ms or two seconds, or never, by the path; counts what came.
 
-    def __init__(self) -> None:
-        self.arrivals = 0
+    What comes to `/fair` while the gate is shut waits for it first, so that many are on the wire.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.arrivals = self.answers = 0
         self.url = ""
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    @property
+    def on_the_wire(self) -> int:
+        """Requests without an answer yet."""
+        return self.arrivals - self.answers
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError, asyncio.IncompleteReadError):
@@ -62,16 +73,18 @@ class Sink:
                 if b" /slow " in head:
                     await asyncio.sleep(_SLOW_SECONDS)
                 if b" /fair " in head:
+                    await self.gate.wait()
                     await asyncio.sleep(_FAIR_SECONDS)
                 writer.write(_ANSWER)
+                self.answers += 1
         writer.close()
 
 
 @contextmanager
 def sink() -> Iterator[Sink]:
     """A sink, while it runs in a thread of its own."""
-    found = Sink()
     loop = uvloop.new_event_loop()
+    found = Sink(loop)
     listening = asyncio.start_server(found.serve, "127.0.0.1", 0, backlog=1024)
     server = loop.run_until_complete(listening)
     host, port = server.sockets[0].getsockname()[:2]
