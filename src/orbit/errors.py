@@ -150,6 +150,12 @@ class SecondPersonRequired(Refused):
     code = "second_person_required"
 
 
+class DrillUnderWay(Refused):
+    """This node rehearses already; one drill at a time."""
+
+    code = "drill_under_way"
+
+
 class CyclesActive(Refused):
     """The configuration cannot change while cycles are active."""
 

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 # `(?!\n)` because `$` also matches before a last line feed, in Python but not in ECMAScript.
 KEY_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:~-]{0,127}(?!\n)$"
 KEY_MEANING = "1 to 128 of A-Z a-z 0-9 . _ : ~ -, beginning with a letter or digit"
+DRILL_PREFIX = "orbit-drill-"
 
 
 def check_key(text: str) -> str:
@@ -20,6 +21,11 @@ def check_key(text: str) -> str:
     if not re.search(KEY_PATTERN, text):
         raise ValueError(KEY_MEANING)
     return text
+
+
+def is_drill(namespace: str) -> bool:
+    """Whether a namespace is a drill's: only the drill's own worker takes its work."""
+    return namespace.startswith(DRILL_PREFIX)
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

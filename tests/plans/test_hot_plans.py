@@ -80,6 +80,7 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
     }
     last = "ffffffff-ffff-7fff-bfff-ffffffffffff"
     return {
+        "cycle.share_fences": {"room": 64, "only": None, "drills": "orbit-drill-"},
         "cycle.claim_cycles": {
             "room": 64,
             "lease_seconds": 30.0,
@@ -155,6 +156,7 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
             "last_cycle": max(sample["cycle_id"]),
             "inline_bytes": 65536,
         },
+        "dispatch.share_fences": keyed(sample, "namespace"),
         "dispatch.hold_lanes": keyed(sample, "namespace", "endpoint_key"),
         "dispatch.renew_jobs": {**jobs, "node_id": NODE, "lease_seconds": 30.0},
         "dispatch.release_jobs": {**jobs, "node_id": NODE},
@@ -175,6 +177,12 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
         },
         "dispatch.judge_lanes": {**verdicts, "settler_id": NODE},
         "dispatch.snapshot": {"namespace": sample["namespace"][0], "snapshot_id": "s"},
+        "halt.still_in_flight": {"namespace": sample["namespace"][0], "epoch": 1},
+        "halt.attempts_in_flight": {"namespace": sample["namespace"][0]},
+        "halt.cycles_in_flight": {"namespace": sample["namespace"][0]},
+        "halt.free_expired_cycles": {"namespace": sample["namespace"][0]},
+        "halt.halted": {},
+        "drills.open_work": {"namespace": sample["namespace"][0]},
         "slots.next_due": {},
         "slots.claim_schedules": {"limit": 100},
         "slots.busy_run_profiles": profiles,

@@ -192,6 +192,7 @@ _POLICY = "execution_policy"
 _RUN_PROFILE_CASES = [
     ("namespace", ..., "", 'expected the key "namespace"'),
     ("namespace", "brand a", "namespace", "1 to 128 of A-Z a-z 0-9"),
+    ("namespace", "orbit-drill-a", "namespace", "that does not begin with orbit-drill-"),
     ("profile_id", "nov", "profile_id", "expected a profile of profiles.json; did you mean nova?"),
     (
         "distribution_targets",

@@ -15,6 +15,7 @@ from orbit.api.routes_audit import audit_router
 from orbit.api.routes_configuration import configuration_router
 from orbit.api.routes_cycles import cycles_router
 from orbit.api.routes_dead_letters import dead_letters_router
+from orbit.api.routes_drills import drills_router
 from orbit.api.routes_governance import governance_router
 from orbit.api.routes_keys import keys_router
 from orbit.api.routes_lanes import lanes_router
@@ -61,6 +62,7 @@ def create_application(
         dead_letters_router(node, bodies),
         lanes_router(node),
         governance_router(node, bodies),
+        drills_router(node, bodies),
         audit_router(node),
         keys_router(node, bodies),
         session_router(node),

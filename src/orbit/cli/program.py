@@ -26,6 +26,7 @@ from orbit.cli import (
     cycles,
     dead_letters,
     demonstration,
+    drilling,
     keys,
     lanes,
     planning,
@@ -60,6 +61,7 @@ app.command("lanes")(lanes.lanes)
 app.command("halt")(brake.halt)
 app.command("resume")(brake.resume)
 app.command("policy")(brake.policy)
+app.add_typer(drilling.app, name="drill")
 app.add_typer(dead_letters.app, name="dlq")
 app.add_typer(keys.app, name="keys")
 app.command("login")(keys.login)

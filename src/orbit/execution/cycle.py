@@ -38,18 +38,25 @@ from orbit.execution.recorder import Checkpoint, Recorder, StageResult
 from orbit.execution.snapshots import Snapshots
 from orbit.execution.transformation import Transformer
 from orbit.payload import Payload
+from orbit.vocabulary import DRILL_PREFIX
 
 SQL = load("cycle")
 _ORDER = list(Stage)
 
 
 async def claim(
-    database: Database, node_id: str, room: int, lease_seconds: float
+    database: Database, node_id: str, room: int, lease_seconds: float, *, only: str | None = None
 ) -> list[ClaimedCycle]:
-    """Takes the leases of at most `room` due cycles of namespaces that are not halted."""
+    """Takes the leases of at most `room` due cycles of namespaces that are not halted.
+
+    Drills' are left out; with `only` it is a drill that asks, and nothing else is touched.
+    """
     async with database.transaction() as connection, connection.pipeline():
-        await connection.execute(SQL.release_waiting)
-        await connection.execute(SQL.share_fences, {"room": room})
+        if only is None:
+            await connection.execute(SQL.release_waiting)
+        await connection.execute(
+            SQL.share_fences, {"room": room, "only": only, "drills": DRILL_PREFIX}
+        )
         cursor = await connection.execute(
             SQL.claim_cycles,
             {"node_id": node_id, "room": room, "lease_seconds": lease_seconds},

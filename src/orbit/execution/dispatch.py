@@ -31,6 +31,7 @@ from orbit.database.queries import array, load
 from orbit.endpoints import Breaker, Endpoint
 from orbit.execution.retry import Backoff, full_jitter, parse_retry_after, with_retry_after
 from orbit.execution.wire import Outcome, WireResult
+from orbit.vocabulary import is_drill
 
 SQL = load("dispatch")
 CYCLE_SQL = load("cycle")
@@ -188,7 +189,10 @@ class RetryPolicy:
 
 
 class DispatchQueue:
-    """Claims, renews, settles and recovers jobs for one node."""
+    """Claims, renews, settles and recovers jobs for one node, of all namespaces but drills'.
+
+    With `only` it is a drill's worker: it sees that namespace, and recovers nothing.
+    """
 
     def __init__(
         self,
@@ -197,8 +201,10 @@ class DispatchQueue:
         lease_seconds: float,
         policy: RetryPolicy,
         endpoints: Mapping[str, Endpoint],
+        *,
+        only: str | None = None,
     ) -> None:
-        self._database, self._node_id = database, node_id
+        self._database, self._node_id, self._only = database, node_id, only
         self._lease_seconds, self._policy, self._endpoints = lease_seconds, policy, endpoints
         self._part = zlib.crc32(node_id.encode()) % _TALLY_PARTS
         self._settlements = GroupCommit(database, self._flush, lanes=1)
@@ -208,11 +214,15 @@ class DispatchQueue:
         return self._endpoints.get(key, _ANY_ENDPOINT)
 
     async def lanes(self) -> list[Lane]:
-        """Every lane that has a job, due now or later."""
-        lanes = [Lane(**row) for row in await self._database.fetch_all(SQL.busy_lanes)]
+        """Every lane of its own that has a job, due now or later."""
+        found = [Lane(**row) for row in await self._database.fetch_all(SQL.busy_lanes)]
+        lanes = [lane for lane in found if self._is_ours(lane.namespace)]
         if new := [lane.key for lane in lanes if not lane.is_known]:
             await self._database.execute(SQL.insert_lanes, _keys(new))
         return lanes
+
+    def _is_ours(self, namespace: str) -> bool:
+        return namespace == self._only if self._only else not is_drill(namespace)
 
     async def claim(self, rooms: Mapping[LaneKey, int], places: int) -> list[ClaimedJob]:
         """Opens the next attempt of due jobs: of each lane as many as there is room for.
@@ -319,6 +329,8 @@ class DispatchQueue:
 
     async def recover(self, now: datetime, limit: int = 500) -> int:
         """Settles as unknown the attempts whose worker is gone; how many there were."""
+        if self._only is not None:
+            return 0
         async with self._database.batch() as connection:
             cursor = await connection.execute(SQL.expired_jobs, {"limit": limit})
             lost = [self._lost(row, now) for row in await cursor.fetchall()]

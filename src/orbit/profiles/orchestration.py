@@ -39,7 +39,7 @@ from orbit.profiles.documents import read_documents
 from orbit.profiles.model import Documents, RunProfile
 from orbit.profiles.revision import Configuration, Revision, revision_of
 from orbit.settings import Settings
-from orbit.vocabulary import check_key
+from orbit.vocabulary import DRILL_PREFIX, check_key, is_drill
 
 SQL = load("rerun")
 _COPIED = (Stage.CYCLE_STARTED, *TIERS)
@@ -92,6 +92,8 @@ class Orchestration:
         """
         self._refuse_while_paused()
         _check_id(namespace, "namespace")
+        if is_drill(namespace):
+            raise RequestInvalid(f"namespace: {DRILL_PREFIX}… is kept for drills")
         self._check_endpoints(endpoint_keys, namespace if is_bound else None)
         limit = self._settings.max_payload_bytes
         if payload is not None and payload.size > limit:

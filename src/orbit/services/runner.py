@@ -27,7 +27,7 @@ _ERROR_CHARACTERS = 500
 
 
 class Runner(Service):
-    """Claims cycles up to its concurrency.
+    """Claims cycles up to its concurrency; a drill's, and nothing else, if `only` names it.
 
     `on_enqueued` is called when a cycle's jobs are queued, so that dispatch begins at once.
     """
@@ -46,12 +46,14 @@ class Runner(Service):
         lease_seconds: float,
         poll_seconds: float,
         on_enqueued: Callable[[], None],
+        only: str | None = None,
     ) -> None:
         super().__init__(database)
         self._orchestrator, self._node_id = orchestrator, node_id
         self._tenure, self._clock = tenure, clock
         self._concurrency, self._lease_seconds = concurrency, lease_seconds
         self._poll_seconds, self._on_enqueued = poll_seconds, on_enqueued
+        self._only = only
         self._running: dict[str, tuple[ClaimedCycle, asyncio.Task[None]]] = {}
 
     async def run_once(self) -> float:
@@ -60,7 +62,9 @@ class Runner(Service):
         if room <= 0:
             return self._poll_seconds
         asked_at = self._clock.monotonic()
-        claimed = await claim(self._database, self._node_id, room, self._lease_seconds)
+        claimed = await claim(
+            self._database, self._node_id, room, self._lease_seconds, only=self._only
+        )
         self._tenure.hold([cycle.cycle_id for cycle in claimed], asked_at)
         for cycle in claimed:
             if cycle.is_taken_over:

@@ -94,8 +94,8 @@ SELECT revision FROM config_active;
 
 -- name: share_fences
 -- Takes the fences of the namespaces with due cycles, those that wait longest, in key order; for
--- claim_cycles, which reads the flags after it and keeps to these. cycle_lease_due serves the
--- loose scan over namespaces.
+-- claim_cycles, which reads the flags after it and keeps to these. A drill's namespace is taken by
+-- the drill that asks for it only. cycle_lease_due serves the loose scan over namespaces.
 WITH RECURSIVE namespaces AS (
     (SELECT namespace FROM cycle_lease WHERE due_at < 'infinity' ORDER BY namespace LIMIT 1)
     UNION ALL
@@ -112,7 +112,9 @@ WITH RECURSIVE namespaces AS (
         ORDER BY due_at LIMIT 1
     ) first
     WHERE NOT EXISTS (SELECT FROM namespace_fence fence
-        WHERE fence.namespace = namespaces.namespace AND fence.is_halted)
+            WHERE fence.namespace = namespaces.namespace AND fence.is_halted)
+        AND CASE WHEN %(only)s::text IS NOT NULL THEN namespaces.namespace = %(only)s::text
+            ELSE NOT starts_with(namespaces.namespace, %(drills)s::text) END
     ORDER BY first.due_at LIMIT %(room)s
 ), fenced AS MATERIALIZED (
     SELECT namespace, pg_advisory_xact_lock_shared(orbit_fence_key(namespace)) AS taken

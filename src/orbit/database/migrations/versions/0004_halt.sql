@@ -4,6 +4,7 @@
 --   namespace_resume    fact: a resumption was asked for, or done, once for each epoch
 --   namespace_fence     lease: whether a namespace is halted now, under which epoch
 --   governance_setting  fact: what a namespace's rules are; the newest version is in force
+--   halt_drill          fact: what a rehearsal of a halt came to
 --
 -- A claim takes orbit_fence_key(namespace) shared, in a transaction's statement of its own, and
 -- reads the fence in a later one. A halt commits the fence, and then has the key to itself once:
@@ -69,6 +70,28 @@ CREATE TABLE governance_setting (
 );
 COMMENT ON TABLE governance_setting IS 'A rule of a namespace; of a setting''s versions the newest is in force.';
 
+CREATE TABLE halt_drill (
+    namespace         text PRIMARY KEY,
+    epoch             bigint NOT NULL,
+    has_passed        boolean NOT NULL,
+    requests          int NOT NULL,
+    arrived_before    int NOT NULL,
+    in_flight         int NOT NULL,
+    is_quiesced       boolean NOT NULL,
+    quiesced_seconds  float8 NOT NULL,
+    watched_seconds   float8 NOT NULL,
+    arrived_halted    int NOT NULL,
+    is_refused        boolean NOT NULL,
+    arrived_after     int NOT NULL,
+    arrived_twice     int NOT NULL,
+    actor             text NOT NULL,
+    actor_id          text NOT NULL,
+    node_id           uuid NOT NULL,
+    created_at        timestamptz NOT NULL DEFAULT orbit_now(),
+    FOREIGN KEY (namespace, epoch) REFERENCES namespace_halt
+);
+COMMENT ON TABLE halt_drill IS 'A rehearsal of a halt in a namespace of its own: of so many requests, what arrived until the halt''s answer, while halted, and after the resumption; is_refused is whether a trigger was, meanwhile.';
+
 CREATE VIEW namespace_status AS
 SELECT fence.namespace, CASE WHEN fence.is_halted THEN 'halted' ELSE 'running' END AS state,
     fence.epoch, fence.until_at, halt.reason, halt.actor, halt.created_at AS halted_at,
@@ -83,7 +106,7 @@ LEFT JOIN namespace_resume resumed ON resumed.namespace = fence.namespace
 COMMENT ON VIEW namespace_status IS 'Each namespace that was ever halted, with its last halt.';
 
 SELECT orbit_append_only(fact::regclass) FROM unnest(ARRAY['namespace_halt', 'namespace_resume',
-    'governance_setting']) AS fact;
+    'governance_setting', 'halt_drill']) AS fact;
 
 COMMENT ON INDEX cycle_lease_due IS 'cycle.share_fences, cycle.claim_cycles, halt.still_in_flight, halt.free_expired_cycles: the due cycles of each namespace';
 COMMENT ON INDEX dispatch_lease_taken IS 'dispatch.claim_jobs: what a lane has under way; dispatch.expired_jobs: attempts whose worker is gone; halt.still_in_flight: what a namespace has under way';
