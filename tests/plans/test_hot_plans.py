@@ -208,8 +208,8 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
             "watched_from": one_job["job_id"],
         },
         "reading.cycle_window": {"before": last, "count": 20},
-        "reading.cycle_window_of_namespace": {
-            "namespace": sample["namespace"][0],
+        "reading.cycle_window_of_namespaces": {
+            "namespaces": array(sample["namespace"][:1]),
             "before": last,
             "count": 20,
         },
@@ -230,8 +230,8 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
             "count": 20,
         },
         "reading.last_slots": profiles,
-        "reading.failed_cycles": {},
-        "reading.waiting_lanes": {},
+        "reading.failed_cycles": {"namespaces": None},
+        "reading.waiting_lanes": {"namespaces": None},
         "reading.lane_states": keyed(sample, "namespace", "endpoint_key"),
         "reading.held_lanes": keyed(sample, "namespace", "endpoint_key"),
         "reading.lane_changes": {
@@ -241,6 +241,19 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
         },
         "reading.dispatch_load": {},
         "reading.dead_letter_window": {"before_at": "infinity", "before": last, "count": 20},
+        "reading.dead_letter_window_of_namespaces": {
+            "namespaces": array(sample["namespace"][:1]),
+            "before_at": "infinity",
+            "before": last,
+            "count": 20,
+        },
+        "reading.slot_window_of_namespaces": {
+            "namespaces": array(sample["namespace"][:1]),
+            "slot_at": "infinity",
+            "namespace": "",
+            "run_profile_id": "",
+            "count": 20,
+        },
         "reading.dead_letters": keyed(sample, "namespace", "job_id"),
         "reading.last_receipts": keyed(sample, "namespace", "job_id"),
         "reading.cycle_ledger": one_cycle,

@@ -22,6 +22,7 @@ from orbit.audit.keys import load_public_key, load_signing_key
 from orbit.audit.verification import Report, verify
 from orbit.cli.program import main
 from orbit.errors import AuditKeyInvalid
+from orbit.governance.actor import ANYONE
 from orbit.payload import Payload
 from tests.scenario.conftest import (
     SECRET_KEY,
@@ -202,7 +203,7 @@ async def test_entries_are_listed_page_by_page_and_narrowed(
         places = [(one["namespace"], one["seq"]) for one in pages]
         assert len(set(places)) == len(places) >= 4
         assert [one["at"] for one in pages] == sorted((o["at"] for o in pages), reverse=True)
-    asked = {"action": "dead_letter.discarded", "actor": "api", "since": pages[-1]["at"]}
+    asked = {"action": "dead_letter.discarded", "actor": ANYONE.name, "since": pages[-1]["at"]}
     found = (await api.get("/audit", params=asked)).json()["items"]
     assert [one["reason"] for one in found] == ["old"] * 3
     none = (await api.get("/audit", params={"until": "2020-01-01T00:00:00Z"})).json()

@@ -48,9 +48,17 @@ async def served(
     config = uvicorn.Config(application, log_config=None, lifespan="off", ws="none", http="h11")
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve([listening]))
-    yield node, f"http://127.0.0.1:{listening.getsockname()[1]}", application.openapi()
+    yield node, f"http://127.0.0.1:{listening.getsockname()[1]}", _hasty(application.openapi())
     server.should_exit = True
     await serving
+
+
+def _hasty(description: dict[str, Any]) -> dict[str, Any]:
+    """The description with drills that watch for a moment only."""
+    drill = description["paths"]["/governance/drills/halt"]["post"]
+    schema = drill["requestBody"]["content"]["application/json"]["schema"]
+    schema["properties"]["watchSeconds"]["maximum"] = 0.1
+    return description
 
 
 def fuzz(
