@@ -46,6 +46,7 @@ from orbit.governance.authentication import Authentication
 from orbit.governance.fence import Fences
 from orbit.governance.halt import Brake
 from orbit.governance.keys import Grant, Keys
+from orbit.governance.refusals import Refusals
 from orbit.governance.sessions import Sessions
 from orbit.profiles.bridge import Bridge
 from orbit.profiles.orchestration import Orchestration
@@ -196,6 +197,7 @@ class Node:
         )
         self.keys = Keys(database, self.clock)
         self.sessions = Sessions(database, self.keys, settings.session_seconds)
+        self.refusals = Refusals(database, self.clock)
         self.authentication = Authentication(database, self.clock, self.keys, self.sessions)
         self.orchestration = Orchestration(
             settings, database, self.clock, self.configuration, self.intake

@@ -71,6 +71,7 @@ def fuzz(
     headers = {} if token is None else bearer(token)
     found: dict[str, set[int]] = {}
     for result in schemathesis.openapi.from_dict(description).get_all_operations():
+        assert not isinstance(result, schemathesis.core.result.Err)
         operation = result.ok()
 
         @effort(

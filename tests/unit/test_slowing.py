@@ -8,6 +8,7 @@ from orbit.clock import SystemClock
 from orbit.governance.slowing import (
     FREE_FAILURES,
     LONGEST_PAUSE_SECONDS,
+    Ration,
     Slowing,
     source_of,
 )
@@ -82,3 +83,14 @@ def test_the_memory_is_bounded() -> None:
 def test_a_subscriber_is_one_source(host: str | None, source: str) -> None:
     """Of IPv6 the /64 counts, which one subscriber has whole."""
     assert source_of(host) == source
+
+
+def test_a_ration_counts_what_it_leaves_out() -> None:
+    """So many a minute; the first of the next minute says how many there were besides."""
+    clock = Hand()
+    ration = Ration(clock, 2)
+    assert [ration.take() for _ in range(5)] == [0, 0, None, None, None]
+    clock.seconds += 59.0
+    assert ration.take() is None
+    clock.seconds += 1.0
+    assert [ration.take(), ration.take(), ration.take()] == [4, 0, None]

@@ -20,15 +20,17 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import iter_route_contexts
-from starlette.types import ASGIApp, Receive, Send
+from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from orbit.api.problems import HttpRefusal, database_away
+from orbit.api.refusals import SAFE_METHODS
 from orbit.app import Node
 from orbit.database.pool import TRANSIENT
 from orbit.errors import NotFound
 from orbit.governance.actor import ANYONE, Actor, Scope
 from orbit.governance.authentication import TooManyFailures
+from orbit.governance.refusals import Refusal
 from orbit.governance.sessions import csrf_token
 from orbit.governance.slowing import source_of
 
@@ -36,7 +38,6 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/session/open"})
 COOKIE = "orbit_session"
 SECURE_COOKIE = f"__Host-{COOKIE}"
 CSRF_HEADER = "x-csrf-token"
-_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _PRESENTED_BYTES = 512
 _DECLARED = "orbit_scope"
 
@@ -51,13 +52,24 @@ class Access:
         self._app, self._node, self._local = app, node, local
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            try:
-                scope.setdefault("state", {})["actor"] = await self._actor(Request(scope))
-            except TRANSIENT as error:
-                await database_away(error)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        try:
+            actor = state["actor"] = await self._actor(Request(scope))
+        except TRANSIENT as error:
+            await database_away(error)(scope, receive, send)
+            return
+
+        async def answer(message: Message) -> None:
+            """The trail has a refusal before who asked has it."""
+            refusal = state.pop("refusal", None)
+            if refusal is not None and actor is not None:
+                await self._note(actor, refusal)
+            await send(message)
+
+        await self._app(scope, receive, answer)
 
     async def _actor(self, request: Request) -> Actor | None:
         settings = self._node.settings
@@ -88,9 +100,19 @@ class Access:
         if secret is None:
             return None
         actor = await authentication.by_session(secret, source)
-        if actor is not None and request.method not in _SAFE_METHODS:
-            _check_csrf(request, secret)
+        if actor is not None and request.method not in SAFE_METHODS:
+            try:
+                _check_csrf(request, secret)
+            except HttpRefusal as error:
+                what = f"{request.method} (with a session)"
+                refusal = Refusal(what, error.http_code, str(error), is_act=False)
+                await self._note(actor, refusal)
+                raise
         return actor
+
+    async def _note(self, actor: Actor, refusal: Refusal) -> None:
+        if hasattr(self._node, "refusals"):
+            await self._node.refusals.note(actor, refusal)
 
 
 def require(scope: str, *, is_everywhere: bool = False) -> Callable[[Request], Awaitable[None]]:
@@ -104,9 +126,6 @@ def require(scope: str, *, is_everywhere: bool = False) -> Callable[[Request], A
         if actor.may(needed) and (actor.namespaces is None or not is_everywhere):
             return
         place = " in every namespace" if is_everywhere else ""
-        if hasattr(request.app.state.node, "authentication"):
-            what = f"{request.method} {_template(request)}"
-            await request.app.state.node.authentication.refused(actor, what, needed + place)
         text = f"this needs the scope {needed}{place}"
         raise HttpRefusal(HTTPStatus.FORBIDDEN, "forbidden", text)
 
@@ -202,11 +221,6 @@ def _check_csrf(request: Request, secret: str) -> None:
     if not hmac.compare_digest(given.encode(), csrf_token(secret).encode()):
         text = "a change with a session needs its X-CSRF-Token (GET /session gives it)"
         raise HttpRefusal(HTTPStatus.FORBIDDEN, "csrf_refused", text)
-
-
-def _template(request: Request) -> str:
-    """The route's path as declared: what was asked for may be anything."""
-    return str(getattr(request.scope.get("route"), "path", ""))
 
 
 def _declared(dependant: Dependant) -> Iterable[Any]:

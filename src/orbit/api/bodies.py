@@ -78,13 +78,13 @@ class Bodies:
                 raise self._too_large()
             expected = self._limit if size is None else size
             if expected <= _LARGE_BYTES:
-                yield _validated(model, _parsed(await self._content(request)))
+                yield _noted(request, _validated(model, _parsed(await self._content(request))))
                 return
             async with self._memory.reserve(expected * _COPIES):
                 content = await self._content(request)
                 parsed = await asyncio.to_thread(_parsed, content)
                 del content
-                yield _validated(model, parsed)
+                yield _noted(request, _validated(model, parsed))
 
         return read
 
@@ -128,6 +128,12 @@ def idempotency_key(request: Request) -> str | None:
     if len(values) > 1 or not _IDEMPOTENCY_KEY.fullmatch(values[0]):
         raise RequestInvalid("Idempotency-Key: expected once, 1 to 255 visible ASCII characters")
     return values[0]
+
+
+def _noted(request: Request, body: Model) -> Model:
+    """The body; its reason is kept beside the request, should this be refused."""
+    request.state.reason = getattr(body, "reason", None)
+    return body
 
 
 def _announced(request: Request) -> int | None:

@@ -16,13 +16,16 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orbit.api.problems import HttpRefusal, problem_of, unexpected
+from orbit.api.refusals import SAFE_METHODS
 from orbit.app import Node
 from orbit.errors import PayloadTooLarge
+from orbit.governance.refusals import Refusal
+from orbit.governance.slowing import source_of
 
 PROBES = frozenset({"/health", "/ready", "/metrics"})
 # Without a database nobody's key can be looked at, so these answer only who needs none.
 _WITHOUT_DATABASE = PROBES | {"/openapi.json", "/docs"}
-_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+_OTHER_SITES = frozenset({"host_refused", "origin_refused"})
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
@@ -60,15 +63,24 @@ class Gate:
             self._check(scope)
             await self._app(scope, receive, answer)
         except (HttpRefusal, PayloadTooLarge) as refusal:
+            await self._note(scope, refusal)
             await problem_of(refusal)(scope, receive, answer)
         except Exception as error:
             if has_begun:
                 raise
             await unexpected(error)(scope, receive, answer)
 
+    async def _note(self, scope: Scope, error: HttpRefusal | PayloadTooLarge) -> None:
+        """The trail tells of pages of other sites that tried; who that was nobody was asked."""
+        code = getattr(error, "http_code", "")
+        if code in _OTHER_SITES and hasattr(self._node, "refusals"):
+            source = source_of(scope["client"][0] if scope.get("client") else None)
+            refusal = Refusal(f"{scope['method']} (of a page)", code, str(error), is_act=False)
+            await self._node.refusals.note_stranger(source, refusal)
+
     def _check(self, scope: Scope) -> None:
         path, headers = scope["path"], Headers(scope=scope)
-        is_change = scope["method"] not in _SAFE_METHODS
+        is_change = scope["method"] not in SAFE_METHODS
         if path != "/health":
             self._check_host(headers.get("host", ""))
         if is_change:

@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from orbit.api.refusals import refusal_of
 from orbit.database.pool import TRANSIENT
 from orbit.errors import (
     ConfigurationInvalid,
@@ -118,9 +119,12 @@ def request_invalid(errors: Sequence[ErrorDetails | Mapping[str, Any]]) -> Reque
 def install(application: FastAPI) -> None:
     """Has the application answer every error with a problem document."""
 
-    async def orbit_error(_: Request, error: Exception) -> JSONResponse:
+    async def orbit_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, OrbitError)
-        return problem_of(error)
+        answer = problem_of(error)
+        code = error.http_code if isinstance(error, HttpRefusal) else error.code
+        request.state.refusal = refusal_of(request, answer.status_code, code, error)
+        return answer
 
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

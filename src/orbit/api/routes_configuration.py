@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import Field
 
 from orbit.api.access import actor_of, require
-from orbit.api.bodies import Bodies, Body, Key, PageFilter, body_schema, idempotency_key
+from orbit.api.bodies import Bodies, Body, Key, PageFilter, Reason, body_schema, idempotency_key
 from orbit.api.routes_cycles import answered, trigger_kind
 from orbit.app import Node
 from orbit.profiles.orchestration import TriggerAnswer
@@ -33,6 +33,12 @@ class RunProfilesBody(Body):
     """Which run profiles are started; without names every one that is enabled."""
 
     run_profile_ids: list[Key] | None = Field(None, max_length=10_000)
+
+
+class ReloadBody(Body):
+    """Why other files are put into force."""
+
+    reason: Reason | None = None
 
 
 class SlotFilter(PageFilter):
@@ -142,11 +148,13 @@ def configuration_router(node: Node, bodies: Bodies) -> APIRouter:
         """One row for every slot of every schedule, also those that did not fire."""
         return await slots(node.database, **asked.model_dump(), within=actor_of(request).within)
 
-    _add_configuration(router, node)
+    _add_configuration(router, node, bodies)
     return router
 
 
-def _add_configuration(router: APIRouter, node: Node) -> None:
+def _add_configuration(router: APIRouter, node: Node, bodies: Bodies) -> None:
+    read_reload = Depends(bodies.of(ReloadBody))
+
     @router.get(
         "/config",
         dependencies=[Depends(require("viewer"))],
@@ -178,10 +186,12 @@ def _add_configuration(router: APIRouter, node: Node) -> None:
         "/config/reload",
         dependencies=[Depends(require("admin", is_everywhere=True))],
         summary="Put this node's configuration files into force",
+        openapi_extra=body_schema(ReloadBody, is_required=False),
     )
-    async def reload(request: Request) -> Reloaded:
+    async def reload(request: Request, body: ReloadBody = read_reload) -> Reloaded:
         """409 with the active cycles named while any is active."""
-        revision, is_changed = await node.orchestration.reload(actor_of(request).name)
+        asker = actor_of(request).name
+        revision, is_changed = await node.orchestration.reload(asker, body.reason)
         return Reloaded(revision.revision, is_changed)
 
 

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import Field
 
 from orbit.api.access import actor_of, check_namespace, require, sees_payloads
-from orbit.api.bodies import Bodies, Body, Key, PageFilter, body_schema, idempotency_key
+from orbit.api.bodies import Bodies, Body, Key, PageFilter, Reason, body_schema, idempotency_key
 from orbit.app import Node
 from orbit.errors import DatabaseUnavailable, RequestInvalid
 from orbit.execution.initiation import Accepted
@@ -63,11 +63,12 @@ class TriggerBody(Body):
 class RerunBody(Body):
     """From where a failed cycle is run again: the stage that failed, or the start.
 
-    `force` even if a re-run of it is running or has finished.
+    `force` even if a re-run of it is running or has finished. `reason` is kept.
     """
 
     from_: Literal["failed", "start"] = Field("failed", alias="from")
     force: bool = False
+    reason: Reason | None = None
 
 
 class CycleFilter(PageFilter):
@@ -174,6 +175,7 @@ def cycles_router(node: Node, bodies: Bodies) -> APIRouter:
                 is_forced=body.force,
                 idempotency_key=idempotency_key(request),
                 asked_by=actor.name,
+                reason=body.reason,
             )
         )
         return _triggered(accepted, response)

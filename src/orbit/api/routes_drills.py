@@ -59,7 +59,7 @@ def drills_router(node: Node, bodies: Bodies) -> APIRouter:
         dependencies=[Depends(require("operator", is_everywhere=True))],
         openapi_extra=body_schema(DrillBody, is_required=False),
     )
-    async def halt(request: Request, body: DrillBody = read) -> DrillAnswer:
+    async def drill_halt(request: Request, body: DrillBody = read) -> DrillAnswer:
         """409 `drill_under_way` while this node rehearses already."""
         actor = actor_of(request)
         found = await drill.run(actor.name, actor.id, watch_seconds=body.watch_seconds)

@@ -24,19 +24,21 @@ Instant = Annotated[AwareDatetime, Field(strict=False)]
 
 
 class CreateBody(Body):
-    """A key's name, its scopes, and in which namespaces; `*` alone is all of them."""
+    """A key's name, its scopes, in which namespaces (`*` alone is all of them), and why."""
 
     name: str = Field(min_length=1, max_length=100)
     scopes: list[ScopeName] = Field(min_length=1, max_length=4)
     namespaces: list[str] = Field([EVERYWHERE], min_length=1, max_length=1000)
     expires_at: Instant | None = None
+    reason: Reason | None = None
 
 
 class RotateBody(Body):
-    """How long the old key is good yet, in seconds, and until when the new one is."""
+    """How long the old key is good yet, in seconds, until when the new one is, and why."""
 
     overlap_seconds: int = Field(_DAY_SECONDS, ge=0, le=90 * _DAY_SECONDS)
     expires_at: Instant | None = None
+    reason: Reason | None = None
 
 
 class RevokeBody(Body):
@@ -100,7 +102,7 @@ def keys_router(node: Node, bodies: Bodies) -> APIRouter:
         """The only answer that has its text."""
         scopes = tuple(Scope(one) for one in body.scopes)
         grant = Grant(body.name, scopes, tuple(body.namespaces), body.expires_at)
-        token = await node.keys.create(actor_of(request), grant)
+        token = await node.keys.create(actor_of(request), grant, body.reason)
         return NewKey(token.text, await _shown(node, token.key_id))
 
     @router.post(
@@ -112,7 +114,9 @@ def keys_router(node: Node, bodies: Bodies) -> APIRouter:
     async def rotate(request: Request, key_id: KeyId, body: RotateBody = read_rotate) -> NewKey:
         """409 `refused` if the key has ended, or was rotated before."""
         overlap = timedelta(seconds=body.overlap_seconds)
-        token = await node.keys.rotate(actor_of(request), key_id, overlap, body.expires_at)
+        token = await node.keys.rotate(
+            actor_of(request), key_id, overlap, body.expires_at, body.reason
+        )
         node.authentication.forget()
         return NewKey(token.text, await _shown(node, token.key_id))
 

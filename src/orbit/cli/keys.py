@@ -43,6 +43,7 @@ Expires = Annotated[
     str | None,
     typer.Option("--expires", metavar="WHEN", help="A time (RFC 3339), or from now: 12h, 90d."),
 ]
+Why = Annotated[str | None, typer.Option("--reason", help="Why; it is kept.")]
 KeyId = Annotated[str, typer.Argument(metavar="KEY_ID", help="As `orbit keys list` shows it.")]
 
 
@@ -54,6 +55,7 @@ def create(
         list[str] | None, typer.Option(help="Where; may be repeated. Default: everywhere.")
     ] = None,
     expires: Expires = None,
+    reason: Why = None,
     is_direct: Direct = False,
     is_json: Json = False,
 ) -> None:
@@ -63,6 +65,7 @@ def create(
         "scopes": [one.value for one in dict.fromkeys(scope)],
         "namespaces": list(dict.fromkeys(namespace or ["*"])),
         "expiresAt": _instant(expires),
+        "reason": reason,
     }
     with _asking(is_direct=is_direct) as api:
         _tell(api.post("/keys", body), is_json=is_json)
@@ -87,20 +90,21 @@ def rotate(
         str, typer.Option(metavar="DURATION", help="How long the old key is good yet.")
     ] = "24h",
     expires: Expires = None,
+    reason: Why = None,
     is_direct: Direct = False,
     is_json: Json = False,
 ) -> None:
     """Make a key's successor; both are good for a while."""
     seconds = int(_duration(overlap, "--overlap").total_seconds())
     with _asking(is_direct=is_direct) as api:
-        body = {"overlapSeconds": seconds, "expiresAt": _instant(expires)}
+        body = {"overlapSeconds": seconds, "expiresAt": _instant(expires), "reason": reason}
         _tell(api.post(f"/keys/{key_id}/rotate", body), is_json=is_json)
 
 
 @app.command("revoke")
 def revoke(
     key_id: KeyId,
-    reason: Annotated[str | None, typer.Option(help="Why.")] = None,
+    reason: Why = None,
     is_direct: Direct = False,
     is_json: Json = False,
 ) -> None:

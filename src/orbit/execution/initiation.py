@@ -74,6 +74,7 @@ class CycleRequest:
     copied: Sequence[CopiedCheckpoint] = ()
     is_waiting: bool = False
     asked_by: str | None = None
+    reason: str | None = None
 
     def digest(self) -> str:
         """What the request asks for, so that a key used for something else is noticed."""
@@ -170,6 +171,7 @@ def _rerun_act(request: CycleRequest) -> Act:
         request.namespace,
         "cycle.rerun",
         request.asked_by or "api",
+        request.reason,
         subject=request.cycle_id,
         detail={"rerunOf": request.rerun_of, "from": request.rerun_from},
     )

@@ -19,8 +19,9 @@ from orbit.clock import Clock
 from orbit.database.pool import TRANSIENT, Database
 from orbit.governance.actor import EVERYWHERE, Actor
 from orbit.governance.keys import Keys, Token, Verified
+from orbit.governance.refusals import MOST_A_MINUTE
 from orbit.governance.sessions import Sessions
-from orbit.governance.slowing import Slowing
+from orbit.governance.slowing import Ration, Slowing
 
 STALE_SECONDS = 1.0
 _MOST_REMEMBERED = 4096
@@ -43,7 +44,7 @@ class Authentication:
         self._database, self._clock = database, clock
         self._keys, self._sessions = keys, sessions
         self._slowing = Slowing(clock)
-        self._refusals = Slowing(clock)
+        self._ration = Ration(clock, MOST_A_MINUTE)
         self._remembered: OrderedDict[bytes, tuple[Actor, float]] = OrderedDict()
         self._proven: OrderedDict[bytes, None] = OrderedDict()
         self._touched: dict[str, float] = {}
@@ -64,25 +65,25 @@ class Authentication:
         return await self._verified(f"session:{secret}", source, lambda: look(secret), None)
 
     async def failed(self, source: str, key_id: str | None = None) -> None:
-        """Counts and audits a failed attempt."""
+        """Counts a failed attempt, and audits it: of all sources so many a minute."""
         refused = self._slowing.failed(source)
-        detail = {"source": source, "keyId": key_id, "refusedBefore": refused}
-        await self._audit(Act(EVERYWHERE, "access.failed", source, detail=detail))
+        left_out = self._ration.take()
+        if left_out is None:
+            return
+        detail = {
+            "source": source,
+            "keyId": key_id,
+            "refusedBefore": refused,
+            "leftOutOfAll": left_out,
+        }
+        async with self._database.transaction() as connection:
+            await trail.append(connection, Act(EVERYWHERE, "access.failed", source, detail=detail))
 
     def check_pause(self, source: str) -> None:
         """Raises TooManyFailures while the source has to wait."""
         seconds = self._slowing.wait_seconds(source)
         if seconds > 0:
             raise TooManyFailures(seconds)
-
-    async def refused(self, actor: Actor, what: str, scope: str) -> None:
-        """Audits that an actor may not do what it asked for; not without bound."""
-        if self._refusals.wait_seconds(actor.id) > 0:
-            return
-        before = self._refusals.failed(actor.id)
-        detail = {"needed": scope, "refusedBefore": before}
-        act = Act(actor.audited_in, "access.refused", actor.name, subject=what, detail=detail)
-        await self._audit(act)
 
     def forget(self) -> None:
         """Looks anew at everybody: a key has just ended here."""
@@ -136,7 +137,3 @@ class Authentication:
             await self._keys.touch(actor.key_id)
         except TRANSIENT as error:
             log.warning("key_use_not_noted", error=type(error).__name__)
-
-    async def _audit(self, act: Act) -> None:
-        async with self._database.transaction() as connection:
-            await trail.append(connection, act)

@@ -146,12 +146,8 @@ class Brake:
         asks twice.
         """
         check_reason(order.reason)
-        try:
-            async with self._database.apart() as connection, connection.transaction():
-                answer = await self._resume(connection, order)
-        except (NotHalted, SecondPersonRequired) as refusal:
-            await self._note_refusal(order, refusal.code)
-            raise
+        async with self._database.apart() as connection, connection.transaction():
+            answer = await self._resume(connection, order)
         self._on_changed()
         log.info(
             "resume_asked" if answer.is_halted else "namespace_resumed",
@@ -324,13 +320,6 @@ class Brake:
             "node_id": self._node_id,
         }
         await connection.execute(SQL.insert_resume, row)
-
-    async def _note_refusal(self, order: Order, code: str) -> None:
-        async with self._database.apart() as connection, connection.transaction():
-            refused = Act(
-                order.namespace, "resume.refused", order.actor, order.reason, detail={"code": code}
-            )
-            await trail.append(connection, refused)
 
 
 def check_reason(reason: str | None) -> None:

@@ -139,7 +139,7 @@ class Keys:
         asked = {"key_id": key_id, "namespaces": namespaces, "count": MOST_LISTED}
         return await self._database.fetch_all(SQL.list_keys, asked)
 
-    async def create(self, actor: Actor, grant: Grant) -> Token:
+    async def create(self, actor: Actor, grant: Grant, reason: str | None = None) -> Token:
         """Makes a key; the only time that it is seen.
 
         Raises RequestInvalid, and NotFound for a namespace that the actor does not see.
@@ -153,7 +153,8 @@ class Keys:
         token = Token.make()
         async with self._database.transaction() as connection:
             await _insert(connection, token, grant, actor.name)
-            await trail.append(connection, *_acts(grant, "key.created", actor, token.key_id))
+            acts = _acts(grant, "key.created", actor, token.key_id, reason=reason)
+            await trail.append(connection, *acts)
         return token
 
     async def adopt(self, token: Token, grant: Grant, by: str) -> None:
@@ -164,7 +165,12 @@ class Keys:
                 await trail.append(connection, *_acts(grant, "key.created", maker, token.key_id))
 
     async def rotate(
-        self, actor: Actor, key_id: str, overlap: timedelta, expires_at: datetime | None = None
+        self,
+        actor: Actor,
+        key_id: str,
+        overlap: timedelta,
+        expires_at: datetime | None = None,
+        reason: str | None = None,
     ) -> Token:
         """A new key with the rights of an old one, which is good for `overlap` yet.
 
@@ -181,10 +187,10 @@ class Keys:
                 raise Refused(f"key {key_id} was rotated before")
             if expires_at is not None:
                 grant = Grant(grant.name, grant.scopes, grant.namespaces, expires_at)
-            await _end(connection, actor, key_id, "rotated", overlap.total_seconds(), None)
+            await _end(connection, actor, key_id, "rotated", overlap.total_seconds(), reason)
             await _insert(connection, token, grant, actor.name, root=row["root_id"], of=key_id)
-            acts = _acts(grant, "key.rotated", actor, key_id, token.key_id)
-            made = _acts(grant, "key.created", actor, token.key_id)
+            acts = _acts(grant, "key.rotated", actor, key_id, token.key_id, reason)
+            made = _acts(grant, "key.created", actor, token.key_id, reason=reason)
             await trail.append(connection, *acts, *made)
         return token
 

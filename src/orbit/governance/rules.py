@@ -13,7 +13,7 @@ from orbit.audit import trail
 from orbit.audit.trail import Act
 from orbit.database.pool import Connection, Database
 from orbit.database.queries import load
-from orbit.errors import NamespaceHalted, Refused
+from orbit.errors import NamespaceHalted
 from orbit.vocabulary import is_drill
 
 if TYPE_CHECKING:
@@ -38,17 +38,10 @@ async def set_two_persons(
 ) -> None:
     """Makes the rule of a namespace, or of all ("*").
 
-    Raises NamespaceHalted if it would loosen a halt in force; that is noted too.
+    Raises NamespaceHalted if it would loosen a halt in force.
     """
-    try:
-        async with database.apart() as connection, connection.transaction():
-            await _write(connection, node_id, order, is_wanted=is_wanted)
-    except Refused as refusal:
-        async with database.apart() as connection, connection.transaction():
-            detail = {"code": refusal.code, "value": is_wanted}
-            act = _act(order, "setting.refused", TWO_PERSON_RESUME, detail)
-            await trail.append(connection, act)
-        raise
+    async with database.apart() as connection, connection.transaction():
+        await _write(connection, node_id, order, is_wanted=is_wanted)
 
 
 async def _write(connection: Connection, node_id: str, order: Order, *, is_wanted: bool) -> None:
@@ -73,8 +66,6 @@ async def _write(connection: Connection, node_id: str, order: Order, *, is_wante
     made = await (await connection.execute(SQL.insert_setting, row)).fetchone()
     assert made is not None
     subject = f"{TWO_PERSON_RESUME}/{made['version']}"
-    await trail.append(connection, _act(order, "setting", subject, {"value": is_wanted}))
-
-
-def _act(order: Order, action: str, subject: str, detail: dict[str, object]) -> Act:
-    return Act(order.namespace, action, order.actor, order.reason, subject, detail)
+    detail = {"value": is_wanted}
+    act = Act(order.namespace, "setting", order.actor, order.reason, subject, detail)
+    await trail.append(connection, act)

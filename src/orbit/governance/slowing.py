@@ -17,6 +17,7 @@ FREE_FAILURES = 5
 LONGEST_PAUSE_SECONDS = 60.0
 _FORGOTTEN_SECONDS = 900.0
 _MOST_SOURCES = 4096
+_RATION_SECONDS = 60.0
 
 
 @dataclass(slots=True)
@@ -58,6 +59,26 @@ class Slowing:
         if len(self._records) > _MOST_SOURCES:
             self._records.popitem(last=False)
         return refused
+
+
+class Ration:
+    """So many a minute, whoever they are about; the rest is counted."""
+
+    def __init__(self, clock: Clock, most: int) -> None:
+        self._clock, self._most = clock, most
+        self._until, self._given, self._left_out = 0.0, 0, 0
+
+    def take(self) -> int | None:
+        """How many were left out since the last that was let through; None: so is this one."""
+        now = self._clock.monotonic()
+        if now >= self._until:
+            self._until, self._given = now + _RATION_SECONDS, 0
+        if self._given >= self._most:
+            self._left_out += 1
+            return None
+        self._given += 1
+        left_out, self._left_out = self._left_out, 0
+        return left_out
 
 
 def source_of(host: str | None) -> str:

@@ -150,6 +150,7 @@ class Orchestration:
         is_forced: bool = False,
         idempotency_key: str | None = None,
         asked_by: str | None = None,
+        reason: str | None = None,
     ) -> Accepted:
         """A new cycle in place of a failed one: from the failed stage, or from the start.
 
@@ -176,6 +177,7 @@ class Orchestration:
             rerun_from="start" if is_from_start else "stage",
             rerun_slot=None if is_forced else (family[0]["cycle_id"], len(family) - 1),
             asked_by=asked_by,
+            reason=reason,
         )
         repeated = _repeated(family, request)
         if repeated is not None:
@@ -191,13 +193,15 @@ class Orchestration:
             config_dir or self._settings.config_dir, endpoint_keys=self._endpoint_keys
         )
 
-    async def reload(self, asked_by: str = "api") -> tuple[Revision, bool]:
+    async def reload(
+        self, asked_by: str = "api", reason: str | None = None
+    ) -> tuple[Revision, bool]:
         """Puts the files into force; the revision, and whether it is another than before.
 
         Raises ConfigurationInvalid or CyclesActive; then nothing is changed.
         """
         documents = await asyncio.to_thread(self.read_files)
-        is_changed = await self._configuration.replace(documents, asked_by)
+        is_changed = await self._configuration.replace(documents, asked_by, reason)
         return revision_of(documents), is_changed
 
     async def _trigger(

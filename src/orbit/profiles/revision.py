@@ -60,12 +60,14 @@ class Configuration:
         node = f"node {self._node_id}"
         return await self._put(documents, "files at boot", node, is_boot=True)
 
-    async def replace(self, documents: Documents, asked_by: str = "api") -> bool:
+    async def replace(
+        self, documents: Documents, asked_by: str = "api", reason: str | None = None
+    ) -> bool:
         """Puts files into force if no cycle is active; whether that changed anything.
 
         Raises CyclesActive, naming them, otherwise; then nothing is changed.
         """
-        return await self._put(documents, "reload", asked_by, is_boot=False)
+        return await self._put(documents, reason or "reload", asked_by, is_boot=False)
 
     async def refresh(self) -> bool:
         """Looks which revision is in force; whether it is another than before."""
