@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema_rs import meta
 
@@ -568,6 +568,7 @@ def _configurations(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"profiles": profiles}, {"run_profiles": runs}
 
 
+@settings(deadline=None)
 @given(files=_configurations(), random=st.randoms())
 def test_any_valid_configuration_survives_its_body_and_any_reordering(
     tmp_path_factory: pytest.TempPathFactory, files: tuple[Any, Any], random: Any
@@ -611,6 +612,7 @@ def _shuffled(value: Any, random: Any) -> Any:
     return dict(items)
 
 
+@settings(deadline=None)
 @given(_JSON)
 def test_no_json_value_makes_the_schema_check_fail(value: Any) -> None:
     """Anything that is JSON is either fine or complained of in words."""
