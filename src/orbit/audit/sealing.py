@@ -27,6 +27,11 @@ from orbit.database.queries import array
 BATCH = 5000
 SEALED = "facts.sealed"
 _ACTOR = "sealer"
+FACTS_TO_SEAL = (
+    SQL.facts.rstrip(b";")
+    + b" AND fact.transaction_id >= %(low)s::text::xid8"
+    + b" AND fact.transaction_id < %(until)s::text::xid8"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +67,8 @@ async def seal(database: Database, node_id: str, count: int = BATCH) -> Pass:
 
 
 async def _seal(connection: Connection, place: Mapping[str, Any], node_id: str) -> Pass:
-    asked = {"low": place["low"], "until": place["until"]}
-    cursor = await connection.execute(SQL.facts_to_seal, asked, binary=True)
+    asked = {"low": place["low"], "until": place["until"], "log": None}
+    cursor = await connection.execute(FACTS_TO_SEAL, asked, binary=True)
     facts = [row for row in await cursor.fetchall() if row["number"] is None]
     facts.sort(key=lambda row: (row["log"], row["fact_id"], row["fact"], row["part"]))
     is_restored = place["is_restored"]
