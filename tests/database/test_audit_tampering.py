@@ -6,6 +6,7 @@ checkpoint that was signed before does.
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import psycopg
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from orbit.audit import signing
 from orbit.audit.checkpoints import Checkpoint, read_folder
 from orbit.audit.export import export, verify_export
 from orbit.audit.signing import Signer
@@ -225,6 +227,37 @@ def test_a_forged_checkpoint_is_no_checkpoint(
     assert not isinstance(bad[0], Checkpoint)
     assert signer.sign_all() == 0
     assert "cannot be used" in signer.contradictions["ns"]
+
+
+@pytest.mark.usefixtures("trail")
+def test_a_line_that_a_crash_cut_off_stops_no_signing(
+    dsn: str, signer: Signer, folder: Path, key: Ed25519PrivateKey, owner: Owner
+) -> None:
+    """What has no end of line was never a checkpoint: it goes, and the next one follows."""
+    signer.sign_all()
+    path = folder / "ns.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:50])
+    owner.execute('SELECT orbit_append_audit(ARRAY[\'ns\'], ARRAY[\'{"action":"a","actor":"b"}\'])')
+    assert signer.sign_all() == 1
+    assert signer.contradictions == {}
+    assert path.read_bytes().startswith(whole)
+    assert [one.size for one in signed(folder, key) if one.log == "ns"] == [11, 12]
+    assert found(dsn, signed(folder, key)) == []
+
+
+@pytest.mark.usefixtures("trail")
+def test_a_frozen_signer_freezes_no_other(
+    signer: Signer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who does not get the folder gives up, and says why."""
+    monkeypatch.setattr(signing, "_LOCK_SECONDS", 0.1)
+    folder.mkdir()
+    with (folder / ".lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="another signer holds"):
+            signer.sign_all()
+    assert signer.sign_all() == 2
 
 
 Line = Callable[[list[bytes]], list[bytes]]

@@ -57,6 +57,7 @@ async def seal(database: Database, node_id: str, count: int = BATCH) -> Pass:
     if not (place["has_facts"] or place["is_restored"]):
         return NOTHING
     async with database.transaction() as connection:
+        await connection.execute(SQL.bound_sealer)
         held = await connection.execute(SQL.hold_sealer)
         if await held.fetchone() is None:
             return NOTHING
@@ -74,8 +75,9 @@ async def _seal(connection: Connection, place: Mapping[str, Any], node_id: str) 
     is_restored = place["is_restored"]
     until = "0" if is_restored else place["until"]
     acts = await _number(connection, facts)
-    await connection.execute(SQL.move_sealer, {"until": until, "node_id": node_id})
-    await append(connection, *acts)
+    async with connection.pipeline():
+        await connection.execute(SQL.move_sealer, {"until": until, "node_id": node_id})
+        await append(connection, *acts)
     return Pass(len(facts), bool(place["is_more"] or is_restored))
 
 

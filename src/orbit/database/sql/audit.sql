@@ -16,6 +16,10 @@ SELECT set_config('idle_in_transaction_session_timeout', '2s', true),
 -- have their number keep it.
 INSERT INTO audit_sealer DEFAULT VALUES ON CONFLICT DO NOTHING;
 
+-- name: bound_sealer
+-- It holds the heads of all logs that it seals: it waits for none of them longer than this.
+SET LOCAL lock_timeout = '1s';
+
 -- name: hold_sealer
 -- Makes this transaction the one that seals; no row if another is at it.
 SELECT singleton FROM audit_sealer FOR UPDATE SKIP LOCKED;
