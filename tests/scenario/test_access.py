@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -286,16 +287,65 @@ async def test_who_fails_often_has_to_wait(node: Node, acts: list[Act]) -> None:
         assert (await api.get("/status")).status_code == 401
 
 
-async def test_others_failures_do_not_lock_out_a_client_that_is_in(node: Node) -> None:
-    """Who was right before stays in while somebody at its address has to wait."""
+async def test_no_flood_of_bad_keys_keeps_a_good_one_out(node: Node) -> None:
+    """A key that this node never saw gets in at once, from an address that fails without end."""
+    token = await key_of(node, "operator")
+    is_over = False
+
+    async def attack() -> None:
+        async with asking(node, Token.make()) as api:
+            while not is_over:
+                assert (await api.get("/status")).status_code in {401, 429}
+
+    attackers = [asyncio.create_task(attack()) for _ in range(8)]
+    async with asking(node, Token.make()) as wrong, asking(node, token) as api:
+
+        async def is_paused() -> bool:
+            return (await wrong.get("/status")).status_code == 429
+
+        await until(is_paused, "the pause of the address")
+        for _ in range(5):
+            node.authentication.forget()
+            assert (await api.get("/cycles")).status_code == 200
+            assert await is_paused()
+        assert (await api.post("/governance/namespaces/sea/halt")).status_code == 200
+        is_over = True
+        await asyncio.gather(*attackers)
+
+
+async def test_a_dead_session_locks_nobody_out(node: Node, acts: list[Act]) -> None:
+    """A tab that goes on polling is 401, loses its cookie, and counts as no guess."""
     token = await key_of(node, "viewer")
     async with asking(node, token) as api:
-        assert (await api.get("/cycles")).status_code == 200
+        del api.headers["Authorization"]
+        for _ in range(FREE_FAILURES + 3):
+            answer = await api.get("/cycles", headers={"Cookie": "orbit_session=dead"})
+            assert refusal(answer) == (401, "unauthenticated")
+            assert 'orbit_session="";' in answer.headers["set-cookie"]
+        assert (await api.get("/cycles", headers=bearer(token))).status_code == 200
+    assert not [one for one in acts if one.action == "access.failed"]
+
+
+async def test_a_links_code_is_looked_at_in_every_pause(node: Node) -> None:
+    """Who has failed too often still gets in by a good link, which nobody guesses."""
+    async with asking(node, await key_of(node, "viewer")) as api:
+        path = (await api.post("/session/links")).json()["path"]
+    async with asking(node) as api:
         for _ in range(FREE_FAILURES + 1):
             await api.get("/status", headers=bearer(Token.make()))
-        assert (await api.get("/status", headers=bearer(Token.make()))).status_code == 429
-        node.authentication.forget()
-        assert (await api.get("/cycles")).status_code == 200
+        assert refusal(await api.get("/session/open?code=wrong"))[0] in {401, 429}
+        assert (await api.get(path)).status_code == 303
+
+
+async def test_a_session_is_no_key(node: Node) -> None:
+    """Its secret behind `Bearer` opens nothing, also while the session is remembered."""
+    async with asking(node) as api:
+        await api.post("/session", headers=bearer(await key_of(node, "viewer")))
+        secret = api.cookies["orbit_session"]
+        assert (await api.get("/session")).status_code == 200
+        for text in (f"session:{secret}", secret):
+            answer = await api.post("/session/links", headers=bearer(text))
+            assert refusal(answer) == (401, "unauthenticated")
 
 
 async def test_a_refused_act_is_audited(node: Node, acts: list[Act]) -> None:

@@ -139,7 +139,7 @@ def _asking(*, is_direct: bool) -> Iterator[Api]:
     from orbit.cli.client import connected
 
     given = settings()
-    with connected(given, is_direct=is_direct) as api:
+    with connected(given, is_direct=is_direct, is_urgent=True) as api:
         yield api
 
 
