@@ -10,11 +10,11 @@ import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 from starlette.responses import StreamingResponse
 
 from orbit.api.access import actor_of, check_namespace, require
-from orbit.api.bodies import Filter, Key, PageFilter
+from orbit.api.bodies import Filter, Instant, Key, PageFilter
 from orbit.app import Node, checkpoint_folder
 from orbit.audit.export import export
 from orbit.errors import RequestInvalid
@@ -33,8 +33,8 @@ class AuditFilter(PageFilter):
     namespace: Log | None = None
     action: Text | None = None
     actor: Text | None = None
-    since: AwareDatetime | None = None
-    until: AwareDatetime | None = None
+    since: Instant | None = None
+    until: Instant | None = None
 
 
 class ExportFilter(Filter):

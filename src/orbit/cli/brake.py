@@ -42,7 +42,9 @@ def halt(
     body = {"reason": reason, "waitSeconds": wait, "until": until}
     given = {name: value for name, value in body.items() if value is not None}
     # The answer comes after the wait, and a busy database may need some time of its own.
-    with connected(settings(), is_direct=is_direct, is_urgent=True, patience_seconds=wait + 30) as api:
+    with connected(
+        settings(), is_direct=is_direct, is_urgent=True, patience_seconds=wait + 30
+    ) as api:
         answer = api.post(f"/governance/namespaces/{namespace}/halt", given)
     if is_json:
         print_json(answer)
