@@ -48,15 +48,26 @@ def test_no_row_has_an_instant_that_no_client_reads(dsn: str, at: str) -> None:
     key = "INSERT INTO access_key (key_id, root_id, name, scopes, namespaces, secret_sha256,"
     batch = "INSERT INTO requeue_batch (namespace, batch_id, reason, snapshot, canary, is_stopping,"
     statements = [
-        f"{key} created_by, expires_at) VALUES ('0123456789abcdef', 'x', 'x', ARRAY['viewer'],"
-        " ARRAY['*'], sha256('x'), 'x', %s)",
-        "INSERT INTO access_key_end (key_id, kind, ended_by, ends_at) VALUES ('k', 'revoked', 'x', %s)",
-        f"{batch} matching, node_id, until_at) VALUES ('sea', '{BATCH}', 'r', 'old', 1, true, 1,"
-        f" '{NODE}', %s)",
-        f"{batch} matching, node_id, until_at, since_at) VALUES ('sea', '{BATCH}', 'r', 'old', 1,"
-        f" true, 1, '{NODE}', orbit_now(), %s)",
-        "INSERT INTO namespace_fence (namespace, epoch, is_halted, until_at)"
-        " VALUES ('sea', 1, true, %s)",
+        (
+            f"{key} created_by, expires_at) VALUES ('0123456789abcdef', 'x', 'x', ARRAY['viewer'],"
+            " ARRAY['*'], sha256('x'), 'x', %s)"
+        ),
+        (
+            "INSERT INTO access_key_end (key_id, kind, ended_by, ends_at)"
+            " VALUES ('k', 'revoked', 'x', %s)"
+        ),
+        (
+            f"{batch} matching, node_id, until_at) VALUES ('sea', '{BATCH}', 'r', 'old', 1, true,"
+            f" 1, '{NODE}', %s)"
+        ),
+        (
+            f"{batch} matching, node_id, until_at, since_at) VALUES ('sea', '{BATCH}', 'r', 'old',"
+            f" 1, true, 1, '{NODE}', orbit_now(), %s)"
+        ),
+        (
+            "INSERT INTO namespace_fence (namespace, epoch, is_halted, until_at)"
+            " VALUES ('sea', 1, true, %s)"
+        ),
     ]
     with psycopg.connect(dsn, autocommit=True) as connection:
         for statement in statements:

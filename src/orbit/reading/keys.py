@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from orbit.errors import NotFound
 from orbit.governance.keys import Keys
@@ -78,7 +79,7 @@ def _place(row: Row) -> Position:
 
 
 def _view(row: Row) -> KeyView:
-    given = {
+    given: dict[str, Any] = {
         name: value.astimezone(UTC) if isinstance(value, datetime) else value
         for name, value in row.items()
         if name != "is_good"
