@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 from starlette.responses import StreamingResponse
 
 from orbit.api.access import actor_of, check_namespace, require
-from orbit.api.bodies import Filter, Key, PageFilter
+from orbit.api.bodies import Filter, Instant, Key, PageFilter
 from orbit.api.exports import MEDIA_TYPE, Exports
 from orbit.app import Node
 from orbit.errors import RequestInvalid
@@ -32,8 +32,8 @@ class AuditFilter(PageFilter):
     namespace: Log | None = None
     action: Text | None = None
     actor: Text | None = None
-    since: AwareDatetime | None = None
-    until: AwareDatetime | None = None
+    since: Instant | None = None
+    until: Instant | None = None
 
 
 class ExportFilter(Filter):
