@@ -73,7 +73,7 @@ class Database:
         self.dsn, self._transaction_seconds = dsn, transaction_seconds
         self._revive = revive
         self._options = _options(dsn)
-        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+        self._pool = _WarmPool(
             dsn,
             connection_class=AsyncConnection[DictRow],
             kwargs={
@@ -212,6 +212,21 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its name."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+class _WarmPool(AsyncConnectionPool[Connection]):
+    """Gives out the connection that came back last.
+
+    A few are then in use all the time, with their plans made and their caches warm, and what load
+    once needed can be closed. Given out in turn, ten cost a fifth more of the server's time.
+    """
+
+    async def _get_ready_connection(
+        self,
+        timeout: float | None,  # noqa: ASYNC109 - the library's
+    ) -> Connection | None:
+        self._pool.rotate()  # the last comes first
+        return await super()._get_ready_connection(timeout)
 
 
 class _IdLoader(Loader):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -248,29 +248,37 @@ class DispatchQueue:
             fences = await connection.execute(SQL.share_fences, _keys(rooms))
             await connection.execute(SQL.hold_lanes, _keys(rooms))
             cursor = await connection.execute(SQL.claim_jobs, asked, binary=True)
-        leases = {row["job_id"]: row for row in await cursor.fetchall()}
-        if not leases:
+        row = await cursor.fetchone()
+        if row is None or row["job_id"] is None:
             return []
-        epochs = {row["namespace"]: row["epoch"] for row in await fences.fetchall()}
-        for lease in leases.values():
-            lease["epoch"] = epochs[lease["namespace"]]
+        leases = {lease[1]: lease for lease in zip(*row.values(), strict=True)}
+        epochs = {fence["namespace"]: fence["epoch"] for fence in await fences.fetchall()}
         # Leases that nobody knows of would end as attempts of unknown outcome.
-        return await self._database.persist(lambda: self._claimed(leases))
+        return await self._database.persist(lambda: self._claimed(row, leases, epochs))
 
-    async def _claimed(self, leases: Mapping[str, dict[str, Any]]) -> list[ClaimedJob]:
+    async def _claimed(
+        self,
+        columns: Mapping[str, Any],
+        leases: Mapping[str, tuple[Any, ...]],
+        epochs: Mapping[str, int],
+    ) -> list[ClaimedJob]:
         """The jobs of these leases; what they are never changes, so it is read apart."""
-        cycles = [lease["cycle_id"] for lease in leases.values()]
         asked = {
-            "namespace": array(lease["namespace"] for lease in leases.values()),
-            "job_id": array(leases),
+            "namespace": array(columns["namespace"]),
+            "job_id": array(columns["job_id"]),
             "first_job": min(leases),
             "last_job": max(leases),
-            "first_cycle": min(cycles),
-            "last_cycle": max(cycles),
+            "first_cycle": min(columns["cycle_id"]),
+            "last_cycle": max(columns["cycle_id"]),
             "inline_bytes": INLINE_BYTES,
         }
-        rows = await self._database.fetch_all(SQL.claimed_jobs, asked)
-        return [ClaimedJob(**leases[row["job_id"]] | row) for row in rows]
+        row = await self._database.fetch_one(SQL.claimed_jobs, asked)
+        if row is None or row["job_id"] is None:
+            return []
+        contents = _cut(row.pop("contents") or b"", row.pop("length"))
+        jobs = zip(*row.values(), contents, strict=True)
+        found = ((leases[job_id], job) for job_id, *job in jobs)
+        return [ClaimedJob(*lease, *job, epochs[lease[0]]) for lease, job in found]
 
     async def content(self, job: ClaimedJob) -> bytes:
         """The job's bytes."""
@@ -469,6 +477,15 @@ def _lane_result(ends: Sequence[Settlement]) -> dict[str, int | bool]:
         "has_success": True in verdicts,
         "has_probe_failed": any(end.is_probe and end.is_lane_well is False for end in ends),
     }
+
+
+def _cut(contents: bytes, lengths: Iterable[int | None]) -> Iterator[bytes | None]:
+    """Of bytes one after the other, each for itself; None where there are none."""
+    start = 0
+    for length in lengths:
+        end = start + (length or 0)
+        yield None if length is None else contents[start:end]
+        start = end
 
 
 def _keys(lanes: Iterable[LaneKey]) -> dict[str, Any]:
