@@ -2,8 +2,8 @@
 
 A lane is a namespace's queue for an endpoint, and has its own room, so that a slow one does not
 hold up the others. The first byte leaves only while the attempt's lease is certainly ours by this
-machine's monotonic clock, and no halt is known that came after its claim. An attempt that has not
-begun is given back, and its number with it. A place is free again as soon as its attempt is over;
+machine's monotonic clock, and no halt is known that came after its claim; each further piece only
+while the lease lasts. An attempt that has not begun is given back, and its number with it. A place is free again as soon as its attempt is over;
 the settlement is committed beside the next.
 """
 
@@ -29,6 +29,7 @@ from orbit.execution.dispatch import (
     grain,
 )
 from orbit.execution.http1 import WITHHELD
+from orbit.execution.lapse import Hold
 from orbit.execution.memory import PayloadMemory
 from orbit.execution.snapshots import Snapshot, Snapshots
 from orbit.execution.wire import Outcome, Outgoing, Wire, WireResult, request_headers
@@ -342,7 +343,8 @@ class Dispatcher(Service):
             sending.is_begun = is_ours and self._fences.may_send(job.namespace, job.epoch)
             return sending.is_begun
 
-        result = await self._wire.send(outgoing, may_send)
+        hold = Hold(may_send, lambda: sending.expires - self._clock.monotonic())
+        result = await self._wire.send(outgoing, hold)
         return None if result.cause == WITHHELD else result
 
     async def _last_words(self, giving_back: asyncio.Task[None]) -> None:
@@ -392,6 +394,7 @@ def _outgoing(job: ClaimedJob, snapshot: Snapshot, content: bytes, now: int) -> 
     headers["Orbit-Cycle-Run-Id"] = job.cycle_id
     headers["Orbit-Job-Id"] = job.job_id
     headers["Orbit-Attempt"] = str(job.attempt)
+    headers["Orbit-Epoch"] = str(job.epoch)
     headers["traceparent"] = job.traceparent
     return Outgoing(
         snapshot.method,
