@@ -56,6 +56,7 @@ from orbit.services.dispatcher import Dispatcher
 from orbit.services.fence_keeper import FenceKeeper
 from orbit.services.heartbeat import Heartbeat
 from orbit.services.janitor import Janitor
+from orbit.services.notary import Notary
 from orbit.services.requeuer import Requeuer
 from orbit.services.runner import Runner
 from orbit.services.scheduler import Scheduler
@@ -166,6 +167,7 @@ class Node:
         self.scheduler: Scheduler | None = None
         self.requeuer: Requeuer | None = None
         self.keeper: FenceKeeper | None = None
+        self._notary: Notary | None = None
 
     async def open(self) -> None:
         """Connects and builds what every operation needs; starts nothing."""
@@ -226,6 +228,7 @@ class Node:
             self.dispatcher,
             self.requeuer,
             self._sealer,
+            self._notary,
         )
         for service in (self._heartbeat, janitor, *services):
             if service is not None:
@@ -279,6 +282,7 @@ class Node:
             "janitor": self._janitor,
             "keeper": self.keeper,
             "sealer": self._sealer,
+            "notary": self._notary,
         }
         await _all_ended(
             {name: one.stop(_LEAVING_SECONDS) for name, one in last.items() if one is not None}
@@ -327,13 +331,10 @@ class Node:
                 self.node_id,
                 self._wake_runner,
             )
-        self._sealer = Sealer(
-            database,
-            self.clock,
-            self.node_id,
-            signer=self.signer,
-            checkpoint_seconds=settings.audit_checkpoint_seconds,
-        )
+        self._sealer = Sealer(database, self.node_id)
+        if self.signer is not None:
+            seconds = settings.audit_checkpoint_seconds
+            self._notary = Notary(database, self.signer, seconds=seconds)
         self._heartbeat = Heartbeat(
             database,
             self.clock,

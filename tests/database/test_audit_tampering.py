@@ -6,7 +6,8 @@ checkpoint that was signed before does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import fcntl
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,67 +15,22 @@ import psycopg
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from orbit.audit import signing
 from orbit.audit.checkpoints import Checkpoint, read_folder
 from orbit.audit.export import export, verify_export
-from orbit.audit.sealing import seal
 from orbit.audit.signing import Signer
 from orbit.audit.trail import Act, Chain, append
 from orbit.audit.verification import verify
-from orbit.clock import DatabaseClock, new_id
+from orbit.clock import DatabaseClock
 from orbit.database.pool import Database
 from tests.conftest import TestServer
+from tests.database.conftest import Owner
 
-Owner = psycopg.Connection[Any]
 ADDED = """
 INSERT INTO dead_letter_dispatch (namespace, job_id, cycle_id, endpoint_key, cause, attempts,
     transaction_id)
 SELECT 'ns', cycle_id, job_id, 'e', 'x', 1, '9' FROM dead_letter_dispatch LIMIT 1
 """
-
-
-@pytest.fixture
-def owner(owner_dsn: str) -> Iterator[Owner]:
-    """The owner's session, with no trigger that would refuse it anything."""
-    with psycopg.connect(owner_dsn, autocommit=True) as connection:
-        for (table,) in connection.execute(
-            "SELECT tgrelid::regclass::text FROM pg_trigger WHERE tgname = 'append_only'"
-        ).fetchall():
-            connection.execute(f"ALTER TABLE {table} DISABLE TRIGGER append_only")
-        yield connection
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where checkpoints go."""
-    return tmp_path / "checkpoints"
-
-
-@pytest.fixture
-def key() -> Ed25519PrivateKey:
-    """The signer's key."""
-    return Ed25519PrivateKey.generate()
-
-
-@pytest.fixture
-def signer(dsn: str, clock: DatabaseClock, key: Ed25519PrivateKey, folder: Path) -> Signer:
-    """A node's signer."""
-    return Signer(dsn, clock, key, folder)
-
-
-@pytest.fixture
-async def trail(database: Database, owner: Owner, node_id: str, clock: DatabaseClock) -> None:
-    """Ten acts in `ns`, and three sealed dead letters between them."""
-    for number in range(1, 11):
-        async with database.batch() as connection:
-            act = Act("ns", "test.done", "a person", subject=f"thing-{number}")
-            await append(connection, act)
-        if number == 5:
-            for _ in range(3):
-                owner.execute(
-                    "INSERT INTO dead_letter_dispatch VALUES ('ns', %s, %s, 'e', 'status 500', 4)",
-                    (new_id(clock.now()), new_id(clock.now())),
-                )
-            await seal(database, node_id)
 
 
 def found(dsn: str, checkpoints: list[Checkpoint] | None = None) -> list[str]:
@@ -273,6 +229,37 @@ def test_a_forged_checkpoint_is_no_checkpoint(
     assert "cannot be used" in signer.contradictions["ns"]
 
 
+@pytest.mark.usefixtures("trail")
+def test_a_line_that_a_crash_cut_off_stops_no_signing(
+    dsn: str, signer: Signer, folder: Path, key: Ed25519PrivateKey, owner: Owner
+) -> None:
+    """What has no end of line was never a checkpoint: it goes, and the next one follows."""
+    signer.sign_all()
+    path = folder / "ns.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:50])
+    owner.execute('SELECT orbit_append_audit(ARRAY[\'ns\'], ARRAY[\'{"action":"a","actor":"b"}\'])')
+    assert signer.sign_all() == 1
+    assert signer.contradictions == {}
+    assert path.read_bytes().startswith(whole)
+    assert [one.size for one in signed(folder, key) if one.log == "ns"] == [11, 12]
+    assert found(dsn, signed(folder, key)) == []
+
+
+@pytest.mark.usefixtures("trail")
+def test_a_frozen_signer_freezes_no_other(
+    signer: Signer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who does not get the folder gives up, and says why."""
+    monkeypatch.setattr(signing, "_LOCK_SECONDS", 0.1)
+    folder.mkdir()
+    with (folder / ".lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="another signer holds"):
+            signer.sign_all()
+    assert signer.sign_all() == 2
+
+
 Line = Callable[[list[bytes]], list[bytes]]
 
 
@@ -300,7 +287,9 @@ def test_an_export_is_verified_with_the_public_key_alone(
     counts = (report.entries, report.facts, report.checkpoints, report.retired, report.unsigned)
     assert counts == (12, 3, 2, 0, 0)
     other = verify_export(lines, Ed25519PrivateKey.generate().public_key())
-    assert len(other.findings) == 2
+    texts = [str(one) for one in other.findings]
+    assert sum("not signed by this key" in one for one in texts) == 2
+    assert sum("nothing of it is vouched for" in one for one in texts) == 2
 
 
 @pytest.mark.usefixtures("trail")

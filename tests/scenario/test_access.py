@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import json
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import httpx
@@ -24,6 +27,7 @@ from orbit.settings import load_settings
 from tests.scenario.access import asking, bearer, key_of
 from tests.scenario.conftest import Facts, MakeNode, SetTime, database_now, until
 
+LISTS = ("/cycles", "/slots", "/dead-letters", "/dead-letters/requeues", "/lanes", "/audit")
 pytestmark = pytest.mark.filterwarnings("error")
 
 
@@ -230,6 +234,132 @@ async def test_an_expired_key_is_none(node: Node, set_time: SetTime) -> None:
         assert refusal(await admin.post("/keys", json=body)) == (400, "request_invalid")
 
 
+@pytest.mark.parametrize(
+    "at", ["9999-12-31T23:59:59-23:59", "0001-01-01T00:00:00+23:59", "1999-12-31T23:59:59Z"]
+)
+async def test_no_instant_is_taken_that_cannot_be_read_back(
+    node: Node, facts: Facts, at: str
+) -> None:
+    """In a body or a query, of a key, a halt, a bulk requeue or the trail: 400, and no row."""
+    token = await key_of(node, "admin")
+    async with asking(node, token) as api:
+        made = {"name": "x", "scopes": ["viewer"], "expiresAt": at}
+        requeue = {"namespace": "sea", "reason": "x", "rate": 0.001}
+        for path, body in (
+            ("/keys", made),
+            (f"/keys/{token.key_id}/rotate", {"expiresAt": at}),
+            ("/dead-letters/requeue", requeue | {"since": at}),
+            ("/dead-letters/requeue", requeue | {"until": at}),
+            ("/governance/namespaces/sea/halt", {"until": at}),
+        ):
+            answer = await api.post(path, json=body)
+            assert refusal(answer) == (400, "request_invalid"), (path, answer.text)
+            assert "2000 to 9000" in answer.text
+        for name in ("since", "until"):
+            answer = await api.get("/audit", params={name: at})
+            assert refusal(answer) == (400, "request_invalid")
+        assert len((await api.get("/keys")).json()["items"]) == 1
+        assert (await api.get("/dead-letters/requeues")).json()["items"] == []
+    assert facts("SELECT FROM namespace_halt") == []
+
+
+async def test_no_key_makes_one_that_outlasts_it(node: Node) -> None:
+    """Neither made nor rotated; what is not told ends with its maker, and has not ended before."""
+    now = await database_now(node.database)
+    end = now + timedelta(hours=1)
+    lasting = await key_of(node, "viewer")
+    ending = await key_of(node, "admin", expires_at=end)
+    async with asking(node, ending) as api:
+        body = {"name": "x", "scopes": ["admin"]}
+        late = {"expiresAt": (end + timedelta(days=1)).isoformat()}
+        past = {"expiresAt": (now - timedelta(days=1)).isoformat()}
+        for key_id in (ending.key_id, lasting.key_id):
+            for wanted in (late, past):
+                answer = await api.post(f"/keys/{key_id}/rotate", json=wanted)
+                assert refusal(answer) == (400, "request_invalid")
+        assert refusal(await api.post("/keys", json=body | late)) == (400, "request_invalid")
+        made = [
+            await api.post("/keys", json=body),
+            await api.post(f"/keys/{lasting.key_id}/rotate", json={}),
+            await api.post(f"/keys/{ending.key_id}/rotate", json={}),
+        ]
+    for answer in made:
+        assert datetime.fromisoformat(answer.json()["key"]["expiresAt"]) == end
+
+
+async def test_a_stolen_keys_keys_can_end_with_it(node: Node) -> None:
+    """Revoking names what a key made and these made, and ends them too if that is asked for."""
+    stolen, other = await key_of(node, "admin"), await key_of(node, "admin")
+    tokens = [stolen.text]
+    for _ in range(2):
+        async with asking(node, tokens[-1]) as api:
+            answer = await api.post("/keys", json={"name": "x", "scopes": ["admin"]})
+            assert answer.json()["key"]["createdByKey"] in tokens[-1]
+            tokens.append(answer.json()["token"])
+    made = sorted(Token.of(one).key_id for one in tokens[1:])  # type: ignore[union-attr]
+    async with asking(node, other) as api:
+        path = f"/keys/{stolen.key_id}/revoke"
+        assert (await api.post(path, json={})).json()["descendants"] == made
+        assert [await _status(node, one) for one in tokens] == [401, 200, 200]
+        answer = await api.post(path, json={"withDescendants": True})
+        assert answer.json()["descendants"] == made
+        assert [await _status(node, one) for one in tokens] == [401, 401, 401]
+        assert (await api.get("/keys")).status_code == 200
+
+
+async def _status(node: Node, token: str) -> int:
+    async with asking(node, token) as api:
+        return (await api.get("/cycles")).status_code
+
+
+async def test_a_key_that_has_just_ended_makes_no_other(node: Node, facts: Facts) -> None:
+    """Also while a node still remembers it."""
+    token = await key_of(node, "admin")
+    async with asking(node, token) as api:
+        assert (await api.get("/cycles")).status_code == 200
+        await node.keys.revoke(actor_here(), token.key_id, "stolen")
+        for path, body in (
+            ("/keys", {"name": "x", "scopes": ["viewer"]}),
+            (f"/keys/{(await key_of(node, 'viewer')).key_id}/rotate", {}),
+        ):
+            assert (await api.post(path, json=body)).status_code in {401, 409}
+    assert len(facts("SELECT FROM access_key")) == 2
+
+
+async def test_pages_of_keys_show_every_key(node: Node) -> None:
+    """Each once, newest first, whatever was made meanwhile."""
+    tokens = [await key_of(node, "admin") for _ in range(5)]
+    found: list[str] = []
+    cursor = None
+    async with asking(node, tokens[0]) as api:
+        while True:
+            params = {"limit": 2} | ({"cursor": cursor} if cursor else {})
+            page = (await api.get("/keys", params=params)).json()
+            found += [one["keyId"] for one in page["items"]]
+            await key_of(node, "viewer")
+            cursor = page["nextCursor"]
+            if cursor is None:
+                break
+    assert found == [one.key_id for one in reversed(tokens)]
+
+
+@pytest.mark.parametrize("value", [0, 1.5, None, True, {}, {"a": 1}, [], ["x"], float("inf")])
+async def test_crafted_cursors_are_no_cursors(node: Node, value: Any) -> None:
+    """JSON of another kind in any place of any list's cursor is 400, as any text is."""
+    paths = (*LISTS, "/governance/namespaces/sea", "/keys")
+    text = "2026-01-01T00:00:00+00:00"
+    key = "01890000-0000-7000-8000-000000000000"
+    async with asking(node, await key_of(node, "admin")) as api:
+        for path in paths:
+            for good in ((text, "x", "1"), (text, "sea", "x"), (text, key), ("sea", "x"), ("1",)):
+                for place in range(len(good)):
+                    parts = [*good[:place], value, *good[place + 1 :]]
+                    crafted = json.dumps(parts).encode()
+                    cursor = base64.urlsafe_b64encode(crafted).decode().rstrip("=")
+                    answer = await api.get(path, params={"cursor": cursor})
+                    assert refusal(answer) == (400, "request_invalid"), (path, parts)
+
+
 async def test_a_revocation_reaches_the_other_nodes(make_node: MakeNode) -> None:
     """What one node revokes another one refuses as soon as its second is over."""
     one, other = await make_node(auth="on"), await make_node(auth="on")
@@ -286,16 +416,65 @@ async def test_who_fails_often_has_to_wait(node: Node, acts: list[Act]) -> None:
         assert (await api.get("/status")).status_code == 401
 
 
-async def test_others_failures_do_not_lock_out_a_client_that_is_in(node: Node) -> None:
-    """Who was right before stays in while somebody at its address has to wait."""
+async def test_no_flood_of_bad_keys_keeps_a_good_one_out(node: Node) -> None:
+    """A key that this node never saw gets in at once, from an address that fails without end."""
+    token = await key_of(node, "operator")
+    is_over = False
+
+    async def attack() -> None:
+        async with asking(node, Token.make()) as api:
+            while not is_over:
+                assert (await api.get("/status")).status_code in {401, 429}
+
+    attackers = [asyncio.create_task(attack()) for _ in range(8)]
+    async with asking(node, Token.make()) as wrong, asking(node, token) as api:
+
+        async def is_paused() -> bool:
+            return (await wrong.get("/status")).status_code == 429
+
+        await until(is_paused, "the pause of the address")
+        for _ in range(5):
+            node.authentication.forget()
+            assert (await api.get("/cycles")).status_code == 200
+            assert await is_paused()
+        assert (await api.post("/governance/namespaces/sea/halt")).status_code == 200
+        is_over = True
+        await asyncio.gather(*attackers)
+
+
+async def test_a_dead_session_locks_nobody_out(node: Node, acts: list[Act]) -> None:
+    """A tab that goes on polling is 401, loses its cookie, and counts as no guess."""
     token = await key_of(node, "viewer")
     async with asking(node, token) as api:
-        assert (await api.get("/cycles")).status_code == 200
+        del api.headers["Authorization"]
+        for _ in range(FREE_FAILURES + 3):
+            answer = await api.get("/cycles", headers={"Cookie": "orbit_session=dead"})
+            assert refusal(answer) == (401, "unauthenticated")
+            assert 'orbit_session="";' in answer.headers["set-cookie"]
+        assert (await api.get("/cycles", headers=bearer(token))).status_code == 200
+    assert not [one for one in acts if one.action == "access.failed"]
+
+
+async def test_a_links_code_is_looked_at_in_every_pause(node: Node) -> None:
+    """Who has failed too often still gets in by a good link, which nobody guesses."""
+    async with asking(node, await key_of(node, "viewer")) as api:
+        path = (await api.post("/session/links")).json()["path"]
+    async with asking(node) as api:
         for _ in range(FREE_FAILURES + 1):
             await api.get("/status", headers=bearer(Token.make()))
-        assert (await api.get("/status", headers=bearer(Token.make()))).status_code == 429
-        node.authentication.forget()
-        assert (await api.get("/cycles")).status_code == 200
+        assert refusal(await api.get("/session/open?code=wrong"))[0] in {401, 429}
+        assert (await api.get(path)).status_code == 303
+
+
+async def test_a_session_is_no_key(node: Node) -> None:
+    """Its secret behind `Bearer` opens nothing, also while the session is remembered."""
+    async with asking(node) as api:
+        await api.post("/session", headers=bearer(await key_of(node, "viewer")))
+        secret = api.cookies["orbit_session"]
+        assert (await api.get("/session")).status_code == 200
+        for text in (f"session:{secret}", secret):
+            answer = await api.post("/session/links", headers=bearer(text))
+            assert refusal(answer) == (401, "unauthenticated")
 
 
 async def test_a_refused_act_is_audited(node: Node, acts: list[Act]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ import pytest
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from starlette.requests import ClientDisconnect
 
 from orbit.api.application import create_application
+from orbit.api.exports import Exports
+from orbit.api.problems import HttpRefusal
 from orbit.app import Node
 from orbit.audit.export import verify_export
 from orbit.audit.keys import load_public_key, load_signing_key
@@ -260,6 +264,40 @@ async def test_the_command_line_verifies_and_exports(
         "number": 1,
         "what": "was altered: its hash is not that of its bytes",
     }
+
+
+async def test_exports_are_few_at_a_time_and_hold_no_connection(
+    node: Node, api: httpx.AsyncClient, owner_dsn: str
+) -> None:
+    """Who does not read has no snapshot open, and is told to come later; a halt finds its place."""
+    exports = Exports(node)
+    first = await exports.answer(ANYONE, None)
+    with pytest.raises(HttpRefusal) as refused:
+        await exports.answer(ANYONE, None)
+    assert (refused.value.status, refused.value.headers["Retry-After"]) == (429, "10")
+    second = await exports.answer(replace(ANYONE, id="another"), "brand")
+    with psycopg.connect(owner_dsn) as owner:
+        found = owner.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'orbit audit'"
+            " AND datname = current_database() AND state LIKE 'idle in transaction%'"
+        ).fetchone()
+    assert found == (0,)
+    halt = await api.post("/governance/namespaces/brand/halt", json={"waitSeconds": 1})
+    assert halt.json()["quiesced"]
+    for answer in (first, second, None):  # who is gone leaves room for the next
+        sent = answer or await exports.answer(ANYONE, None)
+        with pytest.RaisesGroup(ClientDisconnect, flatten_subgroups=True, allow_unwrapped=True):
+            await sent({"type": "http", "asgi": {"spec_version": "2.4"}}, _silent, _gone)
+
+
+async def _silent() -> Any:
+    """A client of whom nothing is heard."""
+    await asyncio.Event().wait()
+
+
+async def _gone(_message: object) -> None:
+    """A client that is gone when something is sent."""
+    raise OSError("gone")
 
 
 async def test_a_node_says_that_the_trail_contradicts_what_it_signed(

@@ -82,6 +82,20 @@ def test_keys_live_on_the_command_line(embedded: Project) -> None:
     assert embedded.run("keys", "revoke", "0" * 16).returncode == 1
 
 
+def test_the_brake_works_whatever_becomes_of_the_folders_key(embedded: Project) -> None:
+    """A key that the node refuses, and one that has ended: halt and resume go to the database."""
+    for key in ({"ORBIT_API_KEY": "orb_dead"}, {}):
+        halted = embedded.run("halt", "brand", "--json", **key)
+        assert halted.returncode == 0, halted.stderr
+        assert ("straight on the database" in halted.stderr) is bool(key)
+        assert json.loads(halted.stdout)["quiesced"] is True
+        goes_on = embedded.run("resume", "brand", "--reason", "mended", **key)
+        assert goes_on.returncode == 0, goes_on.stderr
+    elsewhere = {"ORBIT_API_KEY": "orb_dead", "ORBIT_URL": _url(embedded)}
+    assert embedded.run("halt", "brand", **elsewhere).returncode == 3
+    assert embedded.run("cycles", ORBIT_API_KEY="orb_dead").returncode in {1, 3}
+
+
 def test_a_link_opens_the_browsers_session(embedded: Project) -> None:
     """`orbit login` prints it; it leads to a page that the session may read."""
     link = embedded.ok("login").strip()

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import iter_route_contexts
 from starlette.types import ASGIApp, Message, Receive, Send
@@ -88,7 +88,7 @@ class Access:
         except TooManyFailures as pause:
             raise too_many(pause) from None
         if actor is None:
-            raise unauthenticated()
+            raise unauthenticated(request)
         return actor
 
     async def _presented(self, request: Request) -> Actor | None:
@@ -99,7 +99,7 @@ class Access:
         secret = session_secret(request)
         if secret is None:
             return None
-        actor = await authentication.by_session(secret, source)
+        actor = await authentication.by_session(secret)
         if actor is not None and request.method not in SAFE_METHODS:
             try:
                 _check_csrf(request, secret)
@@ -190,14 +190,13 @@ def client_of(request: Request) -> str:
     return source_of(request.client.host if request.client else None)
 
 
-def unauthenticated() -> HttpRefusal:
-    """The one answer to everybody who brings no good key."""
-    return HttpRefusal(
-        HTTPStatus.UNAUTHORIZED,
-        "unauthenticated",
-        "this needs a good access key: Authorization: Bearer orb_…",
-        WWW_Authenticate='Bearer realm="orbit"',
-    )
+def unauthenticated(request: Request | None = None) -> HttpRefusal:
+    """The one answer to everybody who brings no good key; a session's cookie goes with it."""
+    headers = {"WWW_Authenticate": 'Bearer realm="orbit"'}
+    if request is not None and session_secret(request) is not None:
+        headers["Set_Cookie"] = _no_cookie(request)
+    text = "this needs a good access key: Authorization: Bearer orb_…"
+    return HttpRefusal(HTTPStatus.UNAUTHORIZED, "unauthenticated", text, **headers)
 
 
 def too_many(pause: TooManyFailures) -> HttpRefusal:
@@ -208,6 +207,14 @@ def too_many(pause: TooManyFailures) -> HttpRefusal:
         "too many failed attempts from this address; wait",
         Retry_After=str(math.ceil(pause.seconds)),
     )
+
+
+def _no_cookie(request: Request) -> str:
+    """The header that has a browser drop its session."""
+    answer, is_secure = Response(), request.url.scheme == "https"
+    name = SECURE_COOKIE if is_secure else COOKIE
+    answer.delete_cookie(name, secure=is_secure, httponly=True, samesite="strict")
+    return answer.headers["set-cookie"]
 
 
 def _bearer(given: list[str]) -> str:

@@ -15,13 +15,13 @@ from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Request
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from orbit.api.problems import HttpRefusal, request_invalid
 from orbit.errors import PayloadTooLarge, RequestInvalid
 from orbit.execution.memory import PayloadMemory
 from orbit.reading.view import camel_case
-from orbit.vocabulary import check_key
+from orbit.vocabulary import check_instant, check_key
 
 _LARGE_BYTES = 64 << 10
 _ARRIVAL_SECONDS = 60.0
@@ -30,6 +30,7 @@ _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 
 Key = Annotated[str, AfterValidator(check_key)]
+Instant = Annotated[AwareDatetime, Field(strict=False), AfterValidator(check_instant)]
 Reason = Annotated[str, Field(min_length=1, max_length=1000)]
 
 

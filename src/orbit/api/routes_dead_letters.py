@@ -12,10 +12,10 @@ from http import HTTPStatus
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 
 from orbit.api.access import actor_of, check_namespace, require, sees_payloads
-from orbit.api.bodies import Bodies, Body, Filter, Key, PageFilter, Reason, body_schema
+from orbit.api.bodies import Bodies, Body, Filter, Instant, Key, PageFilter, Reason, body_schema
 from orbit.app import Node
 from orbit.execution.dead_letters import (
     Found,
@@ -69,8 +69,8 @@ class RequeueManyBody(Body):
     endpoint_key: Key | None = None
     cause: Cause | None = None
     run_profile_id: Key | None = None
-    since: Annotated[AwareDatetime, Field(strict=False)] | None = None
-    until: Annotated[AwareDatetime, Field(strict=False)] | None = None
+    since: Instant | None = None
+    until: Instant | None = None
     limit: int | None = Field(None, ge=1, le=10_000)
     is_dry_run: bool = False
     reason: Reason | None = None

@@ -11,10 +11,10 @@ from datetime import datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query, Request
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 
 from orbit.api.access import actor_of, check_namespace, require
-from orbit.api.bodies import Bodies, Body, PageFilter, Reason, body_schema
+from orbit.api.bodies import Bodies, Body, Instant, PageFilter, Reason, body_schema
 from orbit.app import Node
 from orbit.errors import NotFound
 from orbit.governance.halt import Halted, Order, check_reason
@@ -40,7 +40,7 @@ class HaltBody(Body):
 
     reason: Reason | None = None
     wait_seconds: float = Field(10.0, ge=0, le=300)
-    until: Annotated[AwareDatetime, Field(strict=False)] | None = None
+    until: Instant | None = None
 
 
 class ResumeBody(Body):

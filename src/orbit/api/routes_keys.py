@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Path, Request
-from pydantic import AwareDatetime, Field
+from fastapi import APIRouter, Depends, Path, Query, Request
+from pydantic import Field
 
 from orbit.api.access import actor_of, require
-from orbit.api.bodies import Bodies, Body, Reason, body_schema
+from orbit.api.bodies import Bodies, Body, Instant, PageFilter, Reason, body_schema
 from orbit.app import Node
-from orbit.errors import NotFound
 from orbit.governance.actor import EVERYWHERE, Scope
 from orbit.governance.keys import Grant
+from orbit.reading.keys import KeyView, access_key, access_keys
 from orbit.reading.view import Page, View
 
 _DAY_SECONDS = 86_400
 KeyId = Annotated[str, Path(alias="keyId")]
 ScopeName = Literal["viewer", "operator", "approver", "admin"]
-Instant = Annotated[AwareDatetime, Field(strict=False)]
 
 
 class CreateBody(Body):
@@ -42,33 +41,10 @@ class RotateBody(Body):
 
 
 class RevokeBody(Body):
-    """Why a key ends."""
+    """Why a key ends, and whether all that it made ends with it."""
 
+    with_descendants: bool = False
     reason: Reason | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class KeyView(View):
-    """A key without its secret; `state` is `good`, `expired`, `rotated` or `revoked`.
-
-    `root_id` is the first of the keys that were rotated into this one; `last_used_at` is kept to
-    the minute.
-    """
-
-    key_id: str
-    root_id: str
-    name: str
-    scopes: list[str]
-    namespaces: list[str]
-    state: str
-    expires_at: datetime | None
-    replaces: str | None
-    rotated_until: datetime | None
-    revoked_at: datetime | None
-    revoked_reason: str | None
-    last_used_at: datetime | None
-    created_by: str
-    created_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +55,16 @@ class NewKey(View):
     key: KeyView
 
 
+@dataclass(frozen=True, slots=True)
+class RevokedKey(KeyView):
+    """A key that has ended; `descendants` are the keys that it made, and that these made.
+
+    Only those that were good; they end with it if that was asked for, else they are good yet.
+    """
+
+    descendants: list[str]
+
+
 def keys_router(node: Node, bodies: Bodies) -> APIRouter:
     """The routes, for one node."""
     router = APIRouter(prefix="/keys", tags=["keys"], dependencies=[Depends(require("admin"))])
@@ -87,10 +73,10 @@ def keys_router(node: Node, bodies: Bodies) -> APIRouter:
     )
 
     @router.get("", summary="Access keys, newest first")
-    async def listed(request: Request) -> Page[KeyView]:
-        """Those that reach no further than who asks; at most 1,000."""
-        rows = await node.keys.listed(actor_of(request).within)
-        return Page([_view(row) for row in rows])
+    async def listed(request: Request, asked: Annotated[PageFilter, Query()]) -> Page[KeyView]:
+        """Those that reach no further than who asks."""
+        within = actor_of(request).within
+        return await access_keys(node.keys, **asked.model_dump(), within=within)
 
     @router.post(
         "",
@@ -103,7 +89,7 @@ def keys_router(node: Node, bodies: Bodies) -> APIRouter:
         scopes = tuple(Scope(one) for one in body.scopes)
         grant = Grant(body.name, scopes, tuple(body.namespaces), body.expires_at)
         token = await node.keys.create(actor_of(request), grant, body.reason)
-        return NewKey(token.text, await _shown(node, token.key_id))
+        return NewKey(token.text, await access_key(node.keys, token.key_id))
 
     @router.post(
         "/{keyId}/rotate",
@@ -118,41 +104,21 @@ def keys_router(node: Node, bodies: Bodies) -> APIRouter:
             actor_of(request), key_id, overlap, body.expires_at, body.reason
         )
         node.authentication.forget()
-        return NewKey(token.text, await _shown(node, token.key_id))
+        return NewKey(token.text, await access_key(node.keys, token.key_id))
 
     @router.post(
         "/{keyId}/revoke",
         summary="End a key now",
         openapi_extra=body_schema(RevokeBody, is_required=False),
     )
-    async def revoke(request: Request, key_id: KeyId, body: RevokeBody = read_revoke) -> KeyView:
+    async def revoke(request: Request, key_id: KeyId, body: RevokeBody = read_revoke) -> RevokedKey:
         """Within a second on every node; again changes nothing."""
-        await node.keys.revoke(actor_of(request), key_id, body.reason)
+        made = await node.keys.revoke(
+            actor_of(request), key_id, body.reason, with_descendants=body.with_descendants
+        )
         node.authentication.forget()
-        return await _shown(node, key_id)
+        shown = await access_key(node.keys, key_id)
+        given = {one.name: getattr(shown, one.name) for one in fields(shown)}
+        return RevokedKey(**given, descendants=made)
 
     return router
-
-
-async def _shown(node: Node, key_id: str) -> KeyView:
-    rows = await node.keys.listed(None, key_id)
-    if not rows:
-        raise NotFound(f"there is no key {key_id}")
-    return _view(rows[0])
-
-
-def _view(row: dict[str, Any]) -> KeyView:
-    given: dict[str, Any] = {
-        name: value.astimezone(UTC) if isinstance(value, datetime) else value
-        for name, value in row.items()
-        if name != "is_good"
-    }
-    return KeyView(**given, state=_state(row))
-
-
-def _state(row: dict[str, Any]) -> str:
-    if row["is_good"]:
-        return "good"
-    if row["revoked_at"] is not None:
-        return "revoked"
-    return "expired" if row["rotated_until"] is None else "rotated"

@@ -18,16 +18,13 @@ from orbit.api.access import (
     SECURE_COOKIE,
     actor_of,
     anyone,
-    client_of,
     require,
     session_secret,
-    too_many,
     unauthenticated,
 )
 from orbit.api.problems import HttpRefusal
 from orbit.app import Node
 from orbit.governance.actor import EVERYWHERE, Actor
-from orbit.governance.authentication import TooManyFailures
 from orbit.governance.sessions import Session, csrf_token
 from orbit.reading.view import View
 
@@ -122,14 +119,8 @@ def _add_links(router: APIRouter, node: Node) -> None:
         request: Request, code: Annotated[str, Query(min_length=1, max_length=200)]
     ) -> Response:
         """401 for a link that was followed before, or is over."""
-        source = client_of(request)
-        try:
-            node.authentication.check_pause(source)
-        except TooManyFailures as pause:
-            raise too_many(pause) from None
-        opened = await node.sessions.follow(code)
+        opened = await node.authentication.by_link(code)
         if opened is None:
-            await node.authentication.failed(source)
             raise unauthenticated()
         response = RedirectResponse(_LANDING, HTTPStatus.SEE_OTHER)
         _set_cookie(request, response, opened[1])

@@ -74,8 +74,13 @@ def read_folder(
     for path in files(folder):
         if only is not None and log_of(path) != only:
             continue
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        for number, line in enumerate(whole_lines(path), 1):
             yield path, number, read_line(line, key, log_of(path))
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file; one without its end was being written, or its writer died."""
+    return path.read_bytes().split(b"\n")[:-1]
 
 
 def file_of(folder: Path, log: str) -> Path:

@@ -27,6 +27,11 @@ from orbit.database.queries import array
 BATCH = 5000
 SEALED = "facts.sealed"
 _ACTOR = "sealer"
+FACTS_TO_SEAL = (
+    SQL.facts.rstrip(b";")
+    + b" AND fact.transaction_id >= %(low)s::text::xid8"
+    + b" AND fact.transaction_id < %(until)s::text::xid8"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,7 @@ async def seal(database: Database, node_id: str, count: int = BATCH) -> Pass:
     if not (place["has_facts"] or place["is_restored"]):
         return NOTHING
     async with database.transaction() as connection:
+        await connection.execute(SQL.bound_sealer)
         held = await connection.execute(SQL.hold_sealer)
         if await held.fetchone() is None:
             return NOTHING
@@ -62,15 +68,16 @@ async def seal(database: Database, node_id: str, count: int = BATCH) -> Pass:
 
 
 async def _seal(connection: Connection, place: Mapping[str, Any], node_id: str) -> Pass:
-    asked = {"low": place["low"], "until": place["until"]}
-    cursor = await connection.execute(SQL.facts_to_seal, asked, binary=True)
+    asked = {"low": place["low"], "until": place["until"], "log": None}
+    cursor = await connection.execute(FACTS_TO_SEAL, asked, binary=True)
     facts = [row for row in await cursor.fetchall() if row["number"] is None]
     facts.sort(key=lambda row: (row["log"], row["fact_id"], row["fact"], row["part"]))
     is_restored = place["is_restored"]
     until = "0" if is_restored else place["until"]
     acts = await _number(connection, facts)
-    await connection.execute(SQL.move_sealer, {"until": until, "node_id": node_id})
-    await append(connection, *acts)
+    async with connection.pipeline():
+        await connection.execute(SQL.move_sealer, {"until": until, "node_id": node_id})
+        await append(connection, *acts)
     return Pass(len(facts), bool(place["is_more"] or is_restored))
 
 

@@ -13,9 +13,11 @@ import fcntl
 import os
 import shlex
 import subprocess
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import IO
 
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -33,6 +35,7 @@ from orbit.errors import AuditKeyInvalid
 
 _LAST_BYTES = 4096
 _COMMAND_SECONDS = 30.0
+_LOCK_SECONDS, _LOCK_PAUSE = 5.0, 0.05
 
 log = structlog.get_logger(__name__)
 
@@ -66,8 +69,7 @@ class Signer:
             refused: dict[str, str] = {}
             lasts = self._lasts(refused)
             fresh = self._look(lasts, refused)
-            for checkpoint in fresh:
-                self._keep(checkpoint)
+            self._keep(fresh)
         for name in refused.keys() - self.contradictions.keys():
             log.error("audit_contradiction", log=name, why=refused[name])
         self.contradictions = refused
@@ -75,11 +77,18 @@ class Signer:
         return len(fresh)
 
     def _look(self, lasts: Mapping[str, Checkpoint], refused: dict[str, str]) -> list[Checkpoint]:
-        """Looks at every log; what can be signed. Those that cannot go into `refused`."""
+        """Looks at every log that has grown; what can be signed. Others go into `refused`."""
         fresh = []
+        asked = {
+            "log": list(lasts),
+            "seq": [one.size for one in lasts.values()],
+            "hash": [one.head for one in lasts.values()],
+        }
         with snapshot(self._dsn) as connection:
-            names = {name for name, _, _ in stream(connection, SQL.logs, {"log": None})}
-            for name in sorted((names | lasts.keys()) - refused.keys()):
+            names = [name for (name,) in stream(connection, SQL.grown_logs, asked)]
+            for name in names:
+                if name in refused:
+                    continue
                 last = lasts.get(name)
                 size, head, why = _follows(connection, name, last)
                 if why is not None:
@@ -95,23 +104,24 @@ class Signer:
         found: dict[str, Checkpoint] = {}
         for path in files(self._folder):
             name = log_of(path)
-            one = read_line(_last_line(path), self._key.public_key(), name)
+            line = _last_line(path)
+            if line is None:
+                continue
+            one = read_line(line, self._key.public_key(), name)
             if isinstance(one, Checkpoint):
                 found[name] = one
             else:
                 refused[name] = f"the last checkpoint in {path} cannot be used: {one}"
         return found
 
-    def _keep(self, checkpoint: Checkpoint) -> None:
-        line = sign(checkpoint, self._key)
-        if self._command is not None:
-            _run(self._command, line)
-        if self._folder is not None:
-            with file_of(self._folder, checkpoint.log).open("ab") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        self._signed[checkpoint.log] = checkpoint
+    def _keep(self, fresh: Sequence[Checkpoint]) -> None:
+        lines = [sign(checkpoint, self._key) for checkpoint in fresh]
+        if self._command is not None and lines:
+            _run(self._command, b"".join(lines))
+        for checkpoint, line in zip(fresh, lines, strict=True):
+            if self._folder is not None:
+                _append(file_of(self._folder, checkpoint.log), line)
+            self._signed[checkpoint.log] = checkpoint
 
     def _held(self) -> AbstractContextManager[None]:
         return nullcontext() if self._folder is None else _locked(self._folder, self._key)
@@ -119,34 +129,82 @@ class Signer:
 
 @contextmanager
 def _locked(folder: Path, key: Ed25519PrivateKey) -> Iterator[None]:
-    """Keeps other signers out of the folder, which is made if need be, with the public key."""
+    """Keeps other signers out of the folder, which is made if need be, with the public key.
+
+    Raises OSError if another signer keeps it for 5 s: one that is frozen must not freeze others.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    published = folder / PUBLIC_KEY
-    ours = public_pem(key.public_key())
-    if not published.exists():
-        published.write_bytes(ours)
-    elif published.read_bytes() != ours:
-        raise AuditKeyInvalid(
-            f"{published} is another key's: the folder has another signer's checkpoints"
-        )
     with (folder / ".lock").open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        _lock(file)
+        _publish(folder / PUBLIC_KEY, public_pem(key.public_key()))
         yield
 
 
-def _last_line(path: Path) -> bytes:
+def _lock(file: IO[bytes]) -> None:
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise OSError("another signer holds the folder of checkpoints") from None
+            time.sleep(_LOCK_PAUSE)
+        else:
+            return
+
+
+def _publish(path: Path, ours: bytes) -> None:
+    """The public key appears whole, or not at all. Raises AuditKeyInvalid for another's."""
+    if not path.exists():
+        aside = path.with_suffix(".new")
+        aside.write_bytes(ours)
+        aside.replace(path)
+    elif path.read_bytes() != ours:
+        raise AuditKeyInvalid(
+            f"{path} is another key's: the folder has another signer's checkpoints"
+        )
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Adds a line that outlives a crash; what a crash left of one before goes."""
+    is_new = not path.exists()
+    with path.open("ab") as file:
+        whole = _end_of_lines(path)
+        if whole < file.tell():
+            file.truncate(whole)
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+    if is_new:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _end_of_lines(path: Path) -> int:
+    """How many bytes of a file are whole lines."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - _LAST_BYTES))
-        lines = file.read().splitlines()
-    return lines[-1] if lines else b""
+        start = file.seek(max(0, size - 2 * _LAST_BYTES))
+        return start + file.read().rfind(b"\n") + 1
 
 
-def _run(command: str, line: bytes) -> None:
-    """Hands a line to the command. Raises OSError if it does not take it."""
+def _last_line(path: Path) -> bytes | None:
+    """The last whole line; None if there is none."""
+    end = _end_of_lines(path)
+    with path.open("rb") as file:
+        start = file.seek(max(0, end - _LAST_BYTES))
+        lines = file.read(end - start).splitlines()
+    return lines[-1] if lines else None
+
+
+def _run(command: str, lines: bytes) -> None:
+    """Hands lines to the command. Raises OSError if it does not take it."""
     try:
         done = subprocess.run(  # noqa: S603 - the operator's own command, without a shell
-            shlex.split(command), input=line, timeout=_COMMAND_SECONDS, check=False
+            shlex.split(command), input=lines, timeout=_COMMAND_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
         raise OSError(f"ORBIT_AUDIT_CHECKPOINT_COMMAND took over {_COMMAND_SECONDS:g} s") from None

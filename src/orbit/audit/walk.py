@@ -7,14 +7,16 @@ their columns but through the hash, and goes on after a finding, so that each is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from orbit.audit.merkle import root
 from orbit.audit.sealing import SEALED
 from orbit.audit.trail import FIRST_PREV, Chain
 
-_SEALED_MARK = f'"action":"{SEALED}"'.encode()
+# How an entry begins whose act is canonical JSON: its first key is the action.
+_BEGINNING = b'{"act":{"action":"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +35,32 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Seal:
-    """A sealing entry: it stands for the facts `first` to `last`, under their root."""
+    """A sealing entry: it stands for the facts `first` to `last`, under their root, since `at`."""
 
     seq: int
     first: int
     last: int
     root: bytes
+    at: str
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """An entry whose action was asked for, after its hash was computed: act and RFC 3339 time."""
+
+    seq: int
+    act: Mapping[str, Any]
+    at: str
 
 
 Entry = tuple[int, bytes, bytes, bytes, bool]
 
 
 class LogWalk:
-    """Walks one log's entries in order; usable for a database, an export or a part of a log."""
+    """Walks one log's entries in order; usable for a database, an export or a part of a log.
+
+    `told` has the entries whose action is one of `wanted`, `seals` the ones that seal facts.
+    """
 
     def __init__(
         self,
@@ -53,6 +68,7 @@ class LogWalk:
         tell: Callable[[Finding], None],
         expected: Mapping[int, bytes] | None = None,
         *,
+        wanted: Collection[str] = (),
         after: int = 0,
         prev: bytes = FIRST_PREV,
     ) -> None:
@@ -60,12 +76,15 @@ class LogWalk:
         self._expected = dict(expected or {})
         self.seq, self.head = after, prev
         self.seals: list[Seal] = []
+        self.told: list[Told] = []
+        self._wanted = {SEALED.encode(), *(action.encode() for action in wanted)}
         self._hash = Chain(log).hash
 
     def walk(self, entries: Iterator[Entry]) -> None:
         """Goes on with (seq, prev, hash, body, whether the columns beside it agree)."""
         compute, expected = self._hash, self._expected
         last, head = self.seq, self.head
+        wanted, start = self._wanted, len(_BEGINNING)
         for seq, prev, stored, body, is_dated in entries:
             if seq != last + 1:
                 self._skipped(last, seq)
@@ -77,8 +96,8 @@ class LogWalk:
                 self._find(seq, "was altered: its column `at` differs from its bytes")
             if expected and expected.pop(seq, stored) != stored:
                 self._find(seq, "contradicts a checkpoint: another entry stood here")
-            if _SEALED_MARK in body:
-                self._seal(seq, body)
+            if not body.startswith(_BEGINNING) or body[start : body.find(b'"', start)] in wanted:
+                self._take(seq, body)
             last, head = seq, stored
         self.seq, self.head = last, head
 
@@ -122,18 +141,23 @@ class LogWalk:
                 "their numbers or hashes were altered",
             )
 
-    def _seal(self, seq: int, body: bytes) -> None:
+    def _take(self, seq: int, body: bytes) -> None:
         try:
-            act = json.loads(body)["act"]
+            value = json.loads(body)
+            act = value["act"]
             if act["action"] == SEALED:
-                told = act["detail"]
-                seal = Seal(seq, told["first"], told["last"], bytes.fromhex(told["root"]))
-                expected = self.seals[-1].last + 1 if self.seals else seal.first
-                if seal.first != expected:
-                    self._find(seq, f"seals facts from {seal.first}, not from {expected}")
-                self.seals.append(seal)
-        except (ValueError, KeyError, TypeError):
+                self._seal(seq, act["detail"], value["at"])
+            elif act["action"].encode() in self._wanted:
+                self.told.append(Told(seq, act, value["at"]))
+        except (ValueError, KeyError, TypeError, AttributeError):
             self._find(seq, "is no entry that can be read")
+
+    def _seal(self, seq: int, detail: Mapping[str, Any], at: str) -> None:
+        seal = Seal(seq, detail["first"], detail["last"], bytes.fromhex(detail["root"]), at)
+        expected = self.seals[-1].last + 1 if self.seals else 1
+        if seal.first != expected:
+            self._find(seq, f"seals facts from {seal.first}, not from {expected}")
+        self.seals.append(seal)
 
     def _skipped(self, last: int, seq: int) -> None:
         if seq <= last:

@@ -64,6 +64,9 @@ def verify(
     export: Annotated[Path | None, typer.Option(help="Verify this export, not a database.")] = None,
     checkpoints: Annotated[Path | None, typer.Option(help="The folder of checkpoints.")] = None,
     public_key: PublicKey = None,
+    is_anchor_wanted: Annotated[
+        bool, typer.Option("--require-checkpoints", help="Code 6 if a log has no checkpoint.")
+    ] = False,
     is_json: Json = False,
 ) -> None:
     """Verify the trail: numbers, links, hashes, roots, checkpoints, and every governed change."""
@@ -75,7 +78,7 @@ def verify(
         print_json(_as_json(report))
     else:
         _tell(report)
-    if not report.is_good:
+    if not report.is_good or (is_anchor_wanted and not report.is_anchored):
         fail(ExitCode.VERIFICATION_FAILED)
 
 
@@ -180,7 +183,18 @@ def _lines(report: Report) -> Iterator[str]:
         yield f"{report.unsealed:,} facts have no number yet"
     if report.unsigned:
         yield f"{report.unsigned:,} entries are younger than the last checkpoint"
-    yield "The trail is whole." if report.is_good else f"{len(report.findings):,} findings"
+    if report.undeclared:
+        yield (
+            f"{report.undeclared:,} facts have only their hash here; whether retention dropped the "
+            "rows stands in the installation's log, which is not in this export"
+        )
+    if not report.is_good:
+        yield f"{len(report.findings):,} findings"
+    elif report.is_anchored:
+        yield "The trail is whole."
+    else:
+        logs = f"{report.unanchored:,} of its logs have no checkpoint"
+        yield f"The trail is whole in itself, but nothing vouches for its end: {logs}."
 
 
 def _as_json(report: Report) -> dict[str, Any]:
@@ -188,7 +202,10 @@ def _as_json(report: Report) -> dict[str, Any]:
         "isGood": report.is_good,
         "entries": report.entries,
         "facts": report.facts,
+        "isAnchored": report.is_anchored,
+        "unanchored": report.unanchored,
         "retired": report.retired,
+        "undeclared": report.undeclared,
         "unsealed": report.unsealed,
         "unsigned": report.unsigned,
         "checkpoints": report.checkpoints,

@@ -1,7 +1,8 @@
 """`halt`, `resume`, `policy`: the brake of a namespace, at once, with or without a node.
 
-With `--direct`, or where no node answers, the verbs work on the database themselves. A halt that
-could not be proved in time ends with code 6, a resumption that waits for a second person with 4.
+With `--direct`, or where no node answers or lets in, the verbs work on the database themselves. A
+halt that could not be proved in time ends with code 6, a resumption that waits for a second person
+with 4.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def halt(
     body = {"reason": reason, "waitSeconds": wait, "until": until}
     given = {name: value for name, value in body.items() if value is not None}
     # The answer comes after the wait, and a busy database may need some time of its own.
-    with connected(settings(), is_direct=is_direct, patience_seconds=wait + 30) as api:
+    with connected(
+        settings(), is_direct=is_direct, is_urgent=True, patience_seconds=wait + 30
+    ) as api:
         answer = api.post(f"/governance/namespaces/{namespace}/halt", given)
     if is_json:
         print_json(answer)
@@ -57,7 +60,7 @@ def resume(
     namespace: Namespace, reason: Why, is_direct: Direct = False, is_json: Json = False
 ) -> None:
     """Let a halted namespace go on; some want a second person to say so too."""
-    with connected(settings(), is_direct=is_direct) as api:
+    with connected(settings(), is_direct=is_direct, is_urgent=True) as api:
         answer = api.post(f"/governance/namespaces/{namespace}/resume", {"reason": reason})
     if is_json:
         print_json(answer)
@@ -83,7 +86,7 @@ def policy(
 ) -> None:
     """Say how many persons are needed to resume a namespace."""
     body = {"twoPersonResume": two_person_resume, "reason": reason}
-    with connected(settings(), is_direct=is_direct) as api:
+    with connected(settings(), is_direct=is_direct, is_urgent=True) as api:
         answer = api.post(f"/governance/namespaces/{namespace}/settings", body)
     if is_json:
         print_json(answer)

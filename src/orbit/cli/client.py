@@ -7,6 +7,8 @@ accepted waits for a node. A database that isn't there is not made by asking.
 
 A node is shown ORBIT_API_KEY, else the embedded instance's own key, which is never sent to an
 address of ORBIT_URL. Who has the database but no key asks in this process: it has everything.
+The brake and keys go there too, without ORBIT_URL, where a node does not let in: a key that has
+ended, or an address that has to wait, stops no emergency.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from orbit import __version__
 from orbit.cli.outcome import ApiProblem, NodeUnreachable
+from orbit.cli.terminal import note
 from orbit.errors import SettingInvalid
 
 if TYPE_CHECKING:
@@ -29,6 +32,11 @@ if TYPE_CHECKING:
 
 _ANSWER_SECONDS = 60.0
 _HELLO_SECONDS = 3.0
+_KEPT_OUT = {
+    401: {"unauthenticated"},
+    429: {"too_many_attempts"},
+    503: {"not_started", "draining"},
+}
 _HEADERS = {"User-Agent": f"orbit-cli/{__version__}", "Accept": "application/json"}
 
 Send = Callable[..., "httpx.Response"]
@@ -41,8 +49,11 @@ class Api:
     is none.
     """
 
-    def __init__(self, send: Send, address: str | None) -> None:
-        self._send, self.address = send, address
+    def __init__(
+        self, send: Send, address: str | None, else_in_process: Callable[[], Send] | None = None
+    ) -> None:
+        """`else_in_process` gives the way that is taken where the node does not let in."""
+        self._send, self.address, self._else = send, address, else_in_process
 
     @property
     def is_in_process(self) -> bool:
@@ -69,7 +80,17 @@ class Api:
         content = _content(response)
         if response.is_success:
             return content
+        if self._else is not None and _is_kept_out(response.status_code, content):
+            note(f"{self.address} does not let in ({content['detail']}): straight on the database")
+            self._send, self.address, self._else = self._else(), None, None
+            return self._ask(method, path, **given)
         raise ApiProblem(response.status_code, content if isinstance(content, dict) else {})
+
+
+def _is_kept_out(status: int, content: Any) -> bool:
+    """Whether a node answered before it looked at what was asked: nothing has happened."""
+    code = content.get("code") if isinstance(content, dict) else None
+    return status in _KEPT_OUT and code in _KEPT_OUT[status]
 
 
 def _named(headers: Mapping[str, str]) -> dict[str, str]:
@@ -78,10 +99,16 @@ def _named(headers: Mapping[str, str]) -> dict[str, str]:
 
 @contextmanager
 def connected(
-    given: Settings, *, is_direct: bool = False, patience_seconds: float = _ANSWER_SECONDS
+    given: Settings,
+    *,
+    is_direct: bool = False,
+    is_urgent: bool = False,
+    patience_seconds: float = _ANSWER_SECONDS,
 ) -> Iterator[Api]:
     """The API of a node, or of this process; only that if `is_direct`.
 
+    With `is_urgent`, and without ORBIT_URL, it is this process's too where the node lets nobody
+    in with the key at hand, or not now.
     An answer is waited for `patience_seconds`, or a minute if that is longer.
     Raises NodeUnreachable where neither a node nor a database is to be found, and whatever
     opening the database raises.
@@ -108,7 +135,13 @@ def connected(
             _refuse_stranger(client, address)
         is_let_in = "api" in given.roles and (key is not None or given.auth == "off")
         if named is not None or (is_let_in and answers(client)):
-            yield Api(client.request, address)
+
+            def in_process() -> Send:
+                return stack.enter_context(_in_process(given, patience_seconds))
+
+            has_database = given.database_url is not None or has_embedded_data(given)
+            may_turn = is_urgent and named is None and has_database
+            yield Api(client.request, address, in_process if may_turn else None)
             return
         _refuse_without_database(given, address)
         yield Api(stack.enter_context(_in_process(given, patience_seconds)), None)

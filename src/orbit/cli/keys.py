@@ -75,7 +75,7 @@ def create(
 def listed(is_direct: Direct = False, is_json: Json = False) -> None:
     """List keys; none of them can be shown again."""
     with _asking(is_direct=is_direct) as api:
-        keys = api.get("/keys")["items"]
+        keys = list(_every(api))
     if is_json:
         print_json({"items": keys})
         return
@@ -104,17 +104,24 @@ def rotate(
 @app.command("revoke")
 def revoke(
     key_id: KeyId,
+    has_descendants: Annotated[
+        bool, typer.Option("--with-descendants", help="And every key that it made.")
+    ] = False,
     reason: Why = None,
     is_direct: Direct = False,
     is_json: Json = False,
 ) -> None:
     """End a key now, on every node within a second."""
     with _asking(is_direct=is_direct) as api:
-        key = api.post(f"/keys/{key_id}/revoke", {"reason": reason})
+        body = {"reason": reason, "withDescendants": has_descendants}
+        key = api.post(f"/keys/{key_id}/revoke", body)
     if is_json:
         print_json(key)
     else:
         say(f"key {key_id} ({key['name']}) is revoked")
+        if key["descendants"]:
+            ends = "revoked too" if has_descendants else "good yet: revoke --with-descendants"
+            say(f"keys that it made, {ends}: {', '.join(key['descendants'])}")
 
 
 def login(is_json: Json = False) -> None:
@@ -139,8 +146,18 @@ def _asking(*, is_direct: bool) -> Iterator[Api]:
     from orbit.cli.client import connected
 
     given = settings()
-    with connected(given, is_direct=is_direct) as api:
+    with connected(given, is_direct=is_direct, is_urgent=True) as api:
         yield api
+
+
+def _every(api: Api) -> Iterator[Any]:
+    cursor = None
+    while True:
+        page = api.get("/keys", limit=200, cursor=cursor)
+        yield from page["items"]
+        cursor = page["nextCursor"]
+        if cursor is None:
+            return
 
 
 def _tell(answer: Any, *, is_json: bool) -> None:

@@ -3,10 +3,16 @@
 What was verified is remembered for a second, so that a revocation takes effect on every node
 within that, and busy clients cost the database one look a second. What is wrong is never
 remembered. Whatever goes wrong while it is decided is raised: nobody comes in by an error.
+
+No pause keeps a good key out: it is looked for all the same, and a pause only says how what is
+wrong is answered, and that the trail is spared it. So that a flood costs the database little, who
+was not in before shares a few looks at a time, in the order of coming. A session or a link that is
+over is nobody's guess, and counts as no failure.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -20,17 +26,19 @@ from orbit.database.pool import TRANSIENT, Database
 from orbit.governance.actor import EVERYWHERE, Actor
 from orbit.governance.keys import Keys, Token, Verified
 from orbit.governance.refusals import MOST_A_MINUTE
-from orbit.governance.sessions import Sessions
+from orbit.governance.sessions import Session, Sessions
 from orbit.governance.slowing import Ration, Slowing
 
 STALE_SECONDS = 1.0
 _MOST_REMEMBERED = 4096
 _USE_SECONDS = 60.0
+_LOOKS_AT_ONCE = 4
+_Presented = tuple[str, bytes]  # what kind of secret it is, and its SHA-256
 log = structlog.get_logger(__name__)
 
 
 class TooManyFailures(Exception):
-    """The source has to wait; says how long."""
+    """The source has failed too often; says how long its failures are not looked into."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"wait {seconds:g} s")
@@ -45,24 +53,35 @@ class Authentication:
         self._keys, self._sessions = keys, sessions
         self._slowing = Slowing(clock)
         self._ration = Ration(clock, MOST_A_MINUTE)
-        self._remembered: OrderedDict[bytes, tuple[Actor, float]] = OrderedDict()
-        self._proven: OrderedDict[bytes, None] = OrderedDict()
+        self._remembered: OrderedDict[_Presented, tuple[Actor, float]] = OrderedDict()
+        self._proven: OrderedDict[_Presented, None] = OrderedDict()
+        self._looks = asyncio.Semaphore(_LOOKS_AT_ONCE)
         self._touched: dict[str, float] = {}
 
     async def by_key(self, text: str, source: str) -> Actor | None:
-        """The actor of a key, or None. Raises TooManyFailures, and what the database raises."""
+        """The actor of a key, or None.
 
-        async def look() -> Verified | None:
-            token = Token.of(text)
-            return None if token is None else await self._keys.verify(token)
-
+        Raises TooManyFailures for a wrong one in a pause, and what the database raises.
+        """
         token = Token.of(text)
-        return await self._verified(text, source, look, None if token is None else token.key_id)
+        if token is not None:
+            presented = "key", hashlib.sha256(text.encode()).digest()
+            actor = await self._verified(presented, lambda: self._keys.verify(token))
+            if actor is not None:
+                return actor
+        self._check_pause(source)
+        await self.failed(source, None if token is None else token.key_id)
+        return None
 
-    async def by_session(self, secret: str, source: str) -> Actor | None:
-        """The same for the secret of a session."""
-        look = self._sessions.verify
-        return await self._verified(f"session:{secret}", source, lambda: look(secret), None)
+    async def by_session(self, secret: str) -> Actor | None:
+        """The actor of a session's secret, or None; raises what the database raises."""
+        presented = "session", hashlib.sha256(secret.encode()).digest()
+        return await self._verified(presented, lambda: self._sessions.verify(secret))
+
+    async def by_link(self, code: str) -> tuple[Actor, Session] | None:
+        """The session that a link opens, or None."""
+        async with self._looks:
+            return await self._sessions.follow(code)
 
     async def failed(self, source: str, key_id: str | None = None) -> None:
         """Counts a failed attempt, and audits it: of all sources so many a minute."""
@@ -79,48 +98,42 @@ class Authentication:
         async with self._database.transaction() as connection:
             await trail.append(connection, Act(EVERYWHERE, "access.failed", source, detail=detail))
 
-    def check_pause(self, source: str) -> None:
-        """Raises TooManyFailures while the source has to wait."""
-        seconds = self._slowing.wait_seconds(source)
-        if seconds > 0:
-            raise TooManyFailures(seconds)
-
     def forget(self) -> None:
         """Looks anew at everybody: a key has just ended here."""
         self._remembered.clear()
 
+    def _check_pause(self, source: str) -> None:
+        seconds = self._slowing.wait_seconds(source)
+        if seconds > 0:
+            raise TooManyFailures(seconds)
+
     async def _verified(
-        self,
-        text: str,
-        source: str,
-        look: Callable[[], Awaitable[Verified | None]],
-        key_id: str | None,
+        self, presented: _Presented, look: Callable[[], Awaitable[Verified | None]]
     ) -> Actor | None:
-        digest = hashlib.sha256(text.encode()).digest()
-        remembered = self._remembered.get(digest)
+        remembered = self._remembered.get(presented)
         if remembered is not None and self._clock.monotonic() < remembered[1]:
             return remembered[0]
-        # Who was right before is not kept waiting because somebody else at its address fails.
-        if digest not in self._proven:
-            self.check_pause(source)
-        verified = await look()
+        if presented in self._proven:
+            verified = await look()
+        else:
+            async with self._looks:
+                verified = await look()
         if verified is None:
-            self._remembered.pop(digest, None)
-            self._proven.pop(digest, None)
-            await self.failed(source, key_id)
+            self._remembered.pop(presented, None)
+            self._proven.pop(presented, None)
             return None
-        self._remember(digest, verified)
+        self._remember(presented, verified)
         await self._touch(verified.actor)
         return verified.actor
 
-    def _remember(self, digest: bytes, verified: Verified) -> None:
+    def _remember(self, presented: _Presented, verified: Verified) -> None:
         left = verified.seconds_left
         until = self._clock.monotonic() + min(
             STALE_SECONDS, STALE_SECONDS if left is None else left
         )
-        self._remembered[digest] = verified.actor, until
-        self._proven[digest] = None
-        self._proven.move_to_end(digest)
+        self._remembered[presented] = verified.actor, until
+        self._proven[presented] = None
+        self._proven.move_to_end(presented)
         for known in (self._remembered, self._proven):
             if len(known) > _MOST_REMEMBERED:
                 known.popitem(last=False)

@@ -2,11 +2,11 @@
 
 A key is `orb_<id>_<secret>`: 64 bits that find it, 256 that prove it, of which the database has
 the SHA-256 only. What became of a key is told by facts, so a key that has ended never comes back.
-Who ends a key locks its row in `access_use` and reads the facts in a later statement, so a key
-that was revoked is not rotated at the same time.
+Who makes or ends a key has the keys to itself and reads the facts in a later statement, so a key
+that was revoked is not rotated, and makes no other, at the same time.
 
 Refuses to hand out more than the actor has: a namespace-bound admin makes, sees and ends keys of
-its own namespaces only.
+its own namespaces only, and no key makes another that outlasts it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import hmac
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from orbit.audit import trail
@@ -27,10 +27,9 @@ from orbit.database.pool import Connection, Database
 from orbit.database.queries import array, load
 from orbit.errors import NotFound, Refused, RequestInvalid
 from orbit.governance.actor import EVERYWHERE, Actor, Scope
-from orbit.vocabulary import check_key
+from orbit.vocabulary import check_instant, check_key
 
 SQL = load("keys")
-MOST_LISTED = 1000
 _TOKEN = re.compile(r"orb_([0-9a-f]{16})_([0-9a-f]{64})")
 _KEY_ID = re.compile(r"[0-9a-f]{16}")
 _NAME = re.compile(r"[!-~](?:[ -~]{0,98}[!-~])?")
@@ -92,6 +91,10 @@ class Grant:
             raise RequestInvalid("name: expected 1 to 100 printable ASCII characters")
         if not self.scopes:
             raise RequestInvalid("scopes: expected at least one")
+        try:
+            _ = self.expires_at is None or check_instant(self.expires_at)
+        except ValueError as error:
+            raise RequestInvalid(f"expiresAt: expected {error}") from None
         if not self.namespaces or (EVERYWHERE in self.namespaces and len(self.namespaces) > 1):
             raise RequestInvalid("namespaces: expected names, or * alone")
         for namespace in self.namespaces:
@@ -132,37 +135,48 @@ class Keys:
         return row is not None and bool(row["has_key"])
 
     async def listed(
-        self, within: Sequence[str] | None = None, key_id: str | None = None
+        self,
+        within: Sequence[str] | None = None,
+        *,
+        after: tuple[str, str] | None = None,
+        count: int = 1,
+        key_id: str | None = None,
     ) -> list[dict[str, Any]]:
-        """Keys with what became of them, newest first; none that reaches out of `within`."""
-        namespaces = None if within is None else array(within)
-        asked = {"key_id": key_id, "namespaces": namespaces, "count": MOST_LISTED}
-        return await self._database.fetch_all(SQL.list_keys, asked)
+        """Keys with what became of them, newest first; none that reaches out of `within`.
+
+        `after`: when a key was made, and its id; those that follow it.
+        """
+        return await self._database.fetch_all(
+            SQL.list_keys, _listing(within, after=after, count=count, key_id=key_id)
+        )
 
     async def create(self, actor: Actor, grant: Grant, reason: str | None = None) -> Token:
         """Makes a key; the only time that it is seen.
 
-        Raises RequestInvalid, and NotFound for a namespace that the actor does not see.
+        Without an expiry it has that of the key that makes it. Raises RequestInvalid, NotFound for
+        a namespace that the actor does not see, and Refused if the actor's key has ended.
         """
         grant.check()
-        if grant.expires_at is not None and grant.expires_at <= self._clock.now():
-            raise RequestInvalid("expiresAt: expected a time to come")
+        self._check_expiry(grant.expires_at)
         if not actor.contains(grant.namespaces):
             unseen = next(one for one in grant.namespaces if not actor.contains([one]))
             raise NotFound(f"there is no namespace {unseen}")
         token = Token.make()
         async with self._database.transaction() as connection:
-            await _insert(connection, token, grant, actor.name)
+            await connection.execute(SQL.hold_keys)
+            grant = await _within_maker(connection, actor, grant)
+            await _insert(connection, token, grant, actor)
             acts = _acts(grant, "key.created", actor, token.key_id, reason=reason)
             await trail.append(connection, *acts)
         return token
 
-    async def adopt(self, token: Token, grant: Grant, by: str) -> None:
-        """Has a key that was made elsewhere; nothing if it is known already."""
+    async def adopt(self, token: Token, grant: Grant, by: str) -> bool:
+        """Has a key that was made elsewhere, and is not known yet; whether it is good."""
         maker = Actor(by, by, frozenset({Scope.ADMIN}))
         async with self._database.transaction() as connection:
-            if await _insert(connection, token, grant, by):
+            if await _insert(connection, token, grant, maker):
                 await trail.append(connection, *_acts(grant, "key.created", maker, token.key_id))
+        return await self.verify(token) is not None
 
     async def rotate(
         self,
@@ -174,45 +188,104 @@ class Keys:
     ) -> Token:
         """A new key with the rights of an old one, which is good for `overlap` yet.
 
-        The old one's expiry is the new one's too, unless told otherwise. Raises NotFound, and
-        Refused if the key has ended or was rotated before.
+        The old one's expiry is the new one's too, unless told otherwise. Raises RequestInvalid,
+        NotFound, and Refused if the key has ended or was rotated before, or the actor's has ended.
         """
+        self._check_expiry(expires_at)
         token = Token.make()
         async with self._database.transaction() as connection:
-            row = await self._held(connection, actor, key_id)
-            grant = Grant(row["name"], row["scopes"], row["namespaces"], row["expires_at"])
+            row = await _held(connection, actor, key_id)
+            grant = Grant(
+                row["name"], row["scopes"], row["namespaces"], expires_at or row["expires_at"]
+            )
+            grant.check()
             if not row["is_good"]:
                 raise Refused(f"key {key_id} is not good any more; make a new one")
             if row["rotated_until"] is not None:
                 raise Refused(f"key {key_id} was rotated before")
-            if expires_at is not None:
-                grant = Grant(grant.name, grant.scopes, grant.namespaces, expires_at)
+            grant = await _within_maker(connection, actor, grant, is_asked=expires_at is not None)
             await _end(connection, actor, key_id, "rotated", overlap.total_seconds(), reason)
-            await _insert(connection, token, grant, actor.name, root=row["root_id"], of=key_id)
+            await _insert(connection, token, grant, actor, root=row["root_id"], of=key_id)
             acts = _acts(grant, "key.rotated", actor, key_id, token.key_id, reason)
             made = _acts(grant, "key.created", actor, token.key_id, reason=reason)
             await trail.append(connection, *acts, *made)
         return token
 
-    async def revoke(self, actor: Actor, key_id: str, reason: str | None) -> None:
-        """Ends a key now; again changes nothing. Raises NotFound."""
-        async with self._database.transaction() as connection:
-            row = await self._held(connection, actor, key_id)
-            if await _end(connection, actor, key_id, "revoked", 0, reason):
-                grant = Grant(row["name"], row["scopes"], row["namespaces"])
-                acts = _acts(grant, "key.revoked", actor, key_id, reason=reason)
-                await trail.append(connection, *acts)
+    async def revoke(
+        self, actor: Actor, key_id: str, reason: str | None, *, with_descendants: bool = False
+    ) -> list[str]:
+        """Ends a key now; again changes nothing. Raises NotFound.
 
-    async def _held(self, connection: Connection, actor: Actor, key_id: str) -> dict[str, Any]:
-        """The key's row, read after its lock; a key that the actor does not see is none."""
-        is_one = _KEY_ID.fullmatch(key_id) is not None
-        if not (is_one and await self.listed(actor.within, key_id)):
-            raise NotFound(f"there is no key {key_id}")
-        await connection.execute(SQL.hold_key, {"key_id": key_id})
-        asked = {"key_id": key_id, "namespaces": None, "count": 1}
+        Returns the keys that it made, and those that they made, which were good; they end too if
+        that is asked for.
+        """
+        async with self._database.transaction() as connection:
+            row = await _held(connection, actor, key_id)
+            cursor = await connection.execute(SQL.descendants, {"key_id": key_id})
+            made = await cursor.fetchall()
+            acts = []
+            for one in (row, *made) if with_descendants else (row,):
+                if await _end(connection, actor, one["key_id"], "revoked", 0, reason):
+                    grant = Grant(one["name"], one["scopes"], one["namespaces"])
+                    acts += _acts(grant, "key.revoked", actor, one["key_id"], reason=reason)
+            if acts:
+                await trail.append(connection, *acts)
+        return [one["key_id"] for one in made]
+
+    def _check_expiry(self, expires_at: datetime | None) -> None:
+        if expires_at is not None and expires_at <= self._clock.now():
+            raise RequestInvalid("expiresAt: expected a time to come")
+
+
+def _listing(
+    within: Sequence[str] | None,
+    *,
+    after: tuple[str, str] | None = None,
+    count: int = 1,
+    key_id: str | None = None,
+) -> dict[str, Any]:
+    before, before_id = after or ("infinity", "")
+    return {
+        "namespaces": None if within is None else array(within),
+        "before": before,
+        "before_id": before_id,
+        "count": count,
+        "key_id": key_id,
+    }
+
+
+async def _held(connection: Connection, actor: Actor, key_id: str) -> dict[str, Any]:
+    """The key's row, read while nobody ends it; a key that the actor does not see is none."""
+    await connection.execute(SQL.hold_keys)
+    row = None
+    if _KEY_ID.fullmatch(key_id):
+        asked = _listing(actor.within, key_id=key_id)
         row = await (await connection.execute(SQL.list_keys, asked)).fetchone()
-        assert row is not None
-        return dict(row)
+    if row is None:
+        raise NotFound(f"there is no key {key_id}")
+    return dict(row)
+
+
+async def _within_maker(
+    connection: Connection, actor: Actor, grant: Grant, *, is_asked: bool = True
+) -> Grant:
+    """The grant, which ends with the key that makes it if nothing else was asked for.
+
+    To follow hold_keys: a key that was revoked a moment ago makes no other.
+    """
+    if actor.key_id is None:
+        return grant
+    asked = {"key_id": actor.key_id}
+    row = await (await connection.execute(SQL.find_key, asked)).fetchone()
+    if row is None or not row["is_good"]:
+        raise Refused(f"key {actor.key_id} is not good any more; it makes no other")
+    ends_at: datetime | None = row["ends_at"]
+    if ends_at is None or (grant.expires_at is not None and grant.expires_at <= ends_at):
+        return grant
+    if is_asked and grant.expires_at is not None:
+        at = ends_at.astimezone(UTC).isoformat()
+        raise RequestInvalid(f"expiresAt: your own key ends before, at {at}")
+    return replace(grant, expires_at=ends_at.astimezone(UTC))
 
 
 def _verified(row: Mapping[str, Any]) -> Verified | None:
@@ -233,7 +306,7 @@ async def _insert(
     connection: Connection,
     token: Token,
     grant: Grant,
-    by: str,
+    maker: Actor,
     *,
     root: str | None = None,
     of: str | None = None,
@@ -247,7 +320,8 @@ async def _insert(
         "secret_sha256": token.digest,
         "expires_at": grant.expires_at,
         "replaces": of,
-        "created_by": by,
+        "created_by": maker.name,
+        "created_by_key": maker.key_id,
     }
     return (await connection.execute(SQL.insert_key, row)).rowcount > 0
 

@@ -19,6 +19,7 @@ from orbit.reading.view import (
     Position,
     Row,
     View,
+    check_cursor_number,
     is_within,
     narrowed,
     position_of,
@@ -91,7 +92,7 @@ async def audit_entries(  # noqa: PLR0913 - one for each filter
         scan,
         _place,
         choose,
-        after=position_of(cursor, datetime.fromisoformat, str, int),
+        after=position_of(cursor, datetime.fromisoformat, str, check_cursor_number),
         limit=limit,
         is_filtered=bool(filters or since or until),
     )

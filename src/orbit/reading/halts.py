@@ -10,7 +10,17 @@ from orbit.database.pool import Database
 from orbit.database.queries import load
 from orbit.governance.in_flight import Flight, listed
 from orbit.governance.rules import needs_two_persons
-from orbit.reading.view import Page, Position, Row, View, narrowed, position_of, read_all, read_page
+from orbit.reading.view import (
+    Page,
+    Position,
+    Row,
+    View,
+    check_cursor_number,
+    narrowed,
+    position_of,
+    read_all,
+    read_page,
+)
 
 SQL = load("reading")
 MAX_IN_FLIGHT = 1000
@@ -146,13 +156,7 @@ async def _history(
         scan,
         lambda row: (str(row["epoch"]),),
         choose,
-        after=position_of(cursor, _check_epoch),
+        after=position_of(cursor, check_cursor_number),
         limit=limit,
         is_filtered=False,
     )
-
-
-def _check_epoch(text: str) -> object:
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise ValueError(text)
-    return text

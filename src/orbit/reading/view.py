@@ -141,10 +141,19 @@ def position_of(cursor: str | None, *checks: Callable[[str], object]) -> Positio
         if not isinstance(parts, list) or len(parts) != len(checks):
             raise ValueError
         for part, check in zip(parts, checks, strict=True):
+            if not isinstance(part, str) or "\x00" in part:
+                raise ValueError
             check(part)
-    except (ValueError, TypeError, RecursionError, NotFound):
+    except (ValueError, RecursionError, NotFound):
         raise RequestInvalid("cursor: expected a nextCursor of this list") from None
     return tuple(parts)
+
+
+def check_cursor_number(text: str) -> object:
+    """Checks a cursor's part that is a number of up to 18 digits."""
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise ValueError(text)
+    return text
 
 
 def check_cursor_id(text: str) -> object:

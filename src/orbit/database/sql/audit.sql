@@ -6,13 +6,19 @@
 
 -- name: append
 -- Appends acts to their logs, in the order given; locks the heads in key order. To be the last
--- statement of a transaction. a_fork_cannot_commit holds if a head was tampered with.
-SELECT orbit_append_audit(%(log)s::text[], %(act)s::text[]);
+-- statement of a transaction, whose end may then take 2 s at most: who is frozen between the two
+-- would hold the heads, and with them every act of those logs, a halt among them.
+SELECT set_config('idle_in_transaction_session_timeout', '2s', true),
+    orbit_append_audit(%(log)s::text[], %(act)s::text[]);
 
 -- name: ensure_sealer
 -- The sealer's row, should it have been lost: all facts are looked through again, and those that
 -- have their number keep it.
 INSERT INTO audit_sealer DEFAULT VALUES ON CONFLICT DO NOTHING;
+
+-- name: bound_sealer
+-- It holds the heads of all logs that it seals: it waits for none of them longer than this.
+SET LOCAL lock_timeout = '1s';
 
 -- name: hold_sealer
 -- Makes this transaction the one that seals; no row if another is at it.
@@ -53,10 +59,17 @@ SELECT low::text, COALESCE((nth::text::numeric + 1)::text::xid8, high)::text AS 
         WHERE transaction_id >= low AND transaction_id < high) AS has_facts
 FROM found;
 
--- name: facts_to_seal
--- The facts of some transactions as canonical bytes, with number and hash where they have them.
+-- name: facts
+-- Every fact as canonical bytes, with number and hash where it has them, and what its transaction
+-- says of one that has none: `undated` is from before the trail, `late` should have a number,
+-- `impossible` is a transaction that cannot be. sealing.FACTS_TO_SEAL narrows it by transaction.
 -- Instants are microseconds since 1970, fractions the hexadecimal digits of IEEE 754.
-SELECT fact.log, fact.fact, fact.fact_id, fact.part, fact.body, sealed.number, sealed.hash
+SELECT fact.log, fact.fact, fact.fact_id, fact.part, fact.body, sealed.number, sealed.hash,
+    CASE WHEN sealed.number IS NOT NULL THEN 'sealed'
+        WHEN fact.transaction_id IS NULL THEN 'undated'
+        WHEN fact.transaction_id >= pg_snapshot_xmax(pg_current_snapshot()) THEN 'impossible'
+        WHEN fact.transaction_id < (SELECT sealed_until FROM audit_sealer) THEN 'late'
+        ELSE 'due' END AS state
 FROM (
     SELECT namespace AS log, 'cycle_run' AS fact, cycle_id AS fact_id, '' AS part,
         json_build_object('fact', 'cycle_run.1', 'namespace', namespace, 'cycle_id', cycle_id,
@@ -65,9 +78,9 @@ FROM (
             'idempotency_key', idempotency_key, 'revision', revision,
             'endpoint_keys', endpoint_keys::text, 'value_tags', value_tags::text,
             'traceparent', traceparent, 'rerun_of', rerun_of, 'node_id', node_id,
-            'created_at', (extract(epoch FROM created_at) * 1000000)::bigint)::text AS body
+            'created_at', (extract(epoch FROM created_at) * 1000000)::bigint)::text AS body,
+        transaction_id
     FROM cycle_run
-    WHERE transaction_id >= %(low)s::text::xid8 AND transaction_id < %(until)s::text::xid8
     UNION ALL
     SELECT namespace, 'execution_record', cycle_id,
         concat_ws('/', stage, step, lease_number, attempt),
@@ -76,9 +89,8 @@ FROM (
             'attempt', attempt, 'name', name, 'outcome', outcome, 'error', error,
             'duration_seconds', encode(float8send(duration_seconds), 'hex'),
             'input_size', input_size, 'output_size', output_size, 'node_id', node_id,
-            'created_at', (extract(epoch FROM created_at) * 1000000)::bigint)::text
+            'created_at', (extract(epoch FROM created_at) * 1000000)::bigint)::text, transaction_id
     FROM execution_record
-    WHERE transaction_id >= %(low)s::text::xid8 AND transaction_id < %(until)s::text::xid8
     UNION ALL
     SELECT namespace, 'delivery_receipt', job_id, attempt::text,
         json_build_object('fact', 'delivery_receipt.1', 'namespace', namespace,
@@ -92,20 +104,19 @@ FROM (
             'answer_content_type', answer_content_type, 'is_probe', is_probe,
             'is_reused', is_reused, 'lease_number', lease_number, 'node_id', node_id,
             'started_at', (extract(epoch FROM started_at) * 1000000)::bigint,
-            'created_at', (extract(epoch FROM created_at) * 1000000)::bigint)::text
+            'created_at', (extract(epoch FROM created_at) * 1000000)::bigint)::text, transaction_id
     FROM delivery_receipt
-    WHERE transaction_id >= %(low)s::text::xid8 AND transaction_id < %(until)s::text::xid8
     UNION ALL
     SELECT namespace, 'dead_letter_dispatch', job_id, '',
         json_build_object('fact', 'dead_letter_dispatch.1', 'namespace', namespace,
             'job_id', job_id, 'cycle_id', cycle_id, 'endpoint_key', endpoint_key,
             'cause', cause, 'attempts', attempts,
-            'created_at', (extract(epoch FROM created_at) * 1000000)::bigint)::text
+            'created_at', (extract(epoch FROM created_at) * 1000000)::bigint)::text, transaction_id
     FROM dead_letter_dispatch
-    WHERE transaction_id >= %(low)s::text::xid8 AND transaction_id < %(until)s::text::xid8
 ) fact
 LEFT JOIN audit_sealed_fact sealed ON sealed.log = fact.log AND sealed.fact = fact.fact
-    AND sealed.fact_id = fact.fact_id AND sealed.part = fact.part;
+    AND sealed.fact_id = fact.fact_id AND sealed.part = fact.part
+WHERE (%(log)s::text IS NULL OR fact.log = %(log)s);
 
 -- name: last_numbers
 -- The last number that facts of each given log have; 0 if there is none. Its key serves it.
@@ -150,17 +161,39 @@ CROSS JOIN LATERAL (
 ORDER BY found.at DESC, found.log DESC, found.seq DESC LIMIT %(count)s;
 
 -- name: logs
--- Every log with its head, should it have one: a loose scan of the entries' key.
-WITH RECURSIVE log AS (
-    (SELECT log FROM audit_trail_entry ORDER BY log LIMIT 1)
+-- Every log with its head, should it have one: whatever has entries, a head or numbers, since the
+-- entries of one may all be gone. A loose scan of the three keys.
+WITH RECURSIVE log (log) AS (
+    SELECT LEAST((SELECT min(entry.log) FROM audit_trail_entry entry),
+        (SELECT min(head.log) FROM audit_head head),
+        (SELECT min(sealed.log) FROM audit_sealed_fact sealed))
     UNION ALL
-    SELECT next.log FROM log CROSS JOIN LATERAL (
-        SELECT entry.log FROM audit_trail_entry entry WHERE entry.log > log.log
-        ORDER BY entry.log LIMIT 1
-    ) next
+    SELECT LEAST(
+        (SELECT min(entry.log) FROM audit_trail_entry entry WHERE entry.log > log.log),
+        (SELECT min(head.log) FROM audit_head head WHERE head.log > log.log),
+        (SELECT min(sealed.log) FROM audit_sealed_fact sealed WHERE sealed.log > log.log))
+    FROM log WHERE log.log IS NOT NULL
 )
 SELECT log.log, head.seq, head.hash FROM log LEFT JOIN audit_head head ON head.log = log.log
-WHERE %(log)s::text IS NULL OR log.log = %(log)s;
+WHERE log.log IS NOT NULL AND (%(log)s::text IS NULL OR log.log = %(log)s);
+
+-- name: grown_logs
+-- The logs with their last number, where that is not the one given: what a signer has to look at.
+-- A loose scan of the entries' key.
+WITH RECURSIVE log AS (
+    (SELECT log, seq FROM audit_trail_entry ORDER BY log DESC, seq DESC LIMIT 1)
+    UNION ALL
+    SELECT next.log, next.seq FROM log CROSS JOIN LATERAL (
+        SELECT entry.log, entry.seq FROM audit_trail_entry entry WHERE entry.log < log.log
+        ORDER BY entry.log DESC, entry.seq DESC LIMIT 1
+    ) next
+)
+SELECT COALESCE(log.log, signed.log) AS log
+FROM log FULL JOIN unnest(%(log)s::text[], %(seq)s::bigint[], %(hash)s::bytea[])
+    AS signed (log, seq, hash) ON signed.log = log.log
+WHERE log.seq IS DISTINCT FROM signed.seq OR NOT EXISTS (SELECT FROM audit_trail_entry entry
+    WHERE entry.log = signed.log AND entry.seq = signed.seq AND entry.hash = signed.hash)
+ORDER BY 1;
 
 -- name: entries
 -- A log's entries after a number, oldest first, and whether the column `at` says what is proven.
@@ -177,25 +210,10 @@ SELECT hash FROM audit_trail_entry WHERE log = %(log)s AND seq = %(seq)s;
 SELECT number, fact, fact_id::text, part, hash FROM audit_sealed_fact
 WHERE log = %(log)s ORDER BY number;
 
--- name: sealed_until
--- Up to which transaction facts have to have their numbers, and which there are at most.
-SELECT sealed_until::text, pg_snapshot_xmin(pg_current_snapshot())::text AS horizon
-FROM audit_sealer;
-
--- name: unsealed_facts
--- Numbers of facts that are not there, with how old the oldest kept week of such facts is:
--- what retention dropped is before that.
-SELECT sealed.log, sealed.number, sealed.fact, sealed.fact_id::text, sealed.part,
-    sealed.fact_id < kept.first_id AS is_retired
+-- name: missing_facts
+-- Numbers of facts that are not there. Each fact's own key serves it.
+SELECT sealed.log, sealed.number, sealed.fact, sealed.fact_id::text, sealed.part
 FROM audit_sealed_fact sealed
-JOIN (
-    SELECT parent.relname AS fact, orbit_first_id(min(to_date(right(child.relname, 8), 'YYYYMMDD'))
-        ::timestamp AT TIME ZONE 'UTC') AS first_id
-    FROM pg_inherits JOIN pg_class child ON child.oid = inhrelid
-    JOIN pg_class parent ON parent.oid = inhparent
-    WHERE parent.relnamespace = current_schema()::regnamespace AND parent.relkind = 'p'
-    GROUP BY parent.relname
-) kept ON kept.fact = sealed.fact
 WHERE (%(log)s::text IS NULL OR sealed.log = %(log)s) AND CASE sealed.fact
     WHEN 'cycle_run' THEN NOT EXISTS (SELECT FROM cycle_run found
         WHERE found.namespace = sealed.log AND found.cycle_id = sealed.fact_id)
@@ -209,21 +227,6 @@ WHERE (%(log)s::text IS NULL OR sealed.log = %(log)s) AND CASE sealed.fact
     WHEN 'dead_letter_dispatch' THEN NOT EXISTS (SELECT FROM dead_letter_dispatch found
         WHERE found.namespace = sealed.log AND found.job_id = sealed.fact_id)
     END;
-
--- name: declared_changes
--- What entries say that was changed: the subject, or each of the detail's `subjects`.
-SELECT entry.log, entry.seq, entry.body::jsonb #>> '{act,action}' AS action, named.subject
-FROM audit_trail_entry entry
-CROSS JOIN LATERAL jsonb_array_elements_text(COALESCE(
-    entry.body::jsonb #> '{act,detail,subjects}',
-    jsonb_build_array(entry.body::jsonb #> '{act,subject}'))) AS named (subject)
-WHERE entry.body::jsonb #>> '{act,action}' = ANY (%(actions)s::text[])
-    AND (%(log)s::text IS NULL OR entry.log = %(log)s);
-
--- name: trail_beginning
--- When the trail began, and how many governed changes there were before.
-SELECT at, body::jsonb #> '{act,detail}' AS counts FROM audit_trail_entry
-WHERE log = '*' AND seq = 1;
 
 -- name: reruns
 -- Re-runs: cycles in place of failed ones.

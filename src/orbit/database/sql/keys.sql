@@ -1,5 +1,6 @@
 -- Access keys: facts that they were made and ended, and a lease that says when one was last used.
--- Who ends a key locks its row in access_use first, and reads the facts in a later statement.
+-- Who makes or ends a key has the keys to itself (hold_keys), and reads the facts in a later
+-- statement.
 
 -- name: find_key
 -- One key, and until when it is good. The primary keys serve it.
@@ -15,9 +16,9 @@ CROSS JOIN LATERAL (
 WHERE key.key_id = %(key_id)s;
 
 -- name: list_keys
--- Every key with what became of it, the newest first; they are few.
+-- Keys with what became of them, after a place, the newest first. access_key_newest serves it.
 SELECT key.key_id, key.root_id, key.name, key.scopes, key.namespaces, key.expires_at,
-    key.replaces, key.created_by, key.created_at, used.last_used_at, rotated.ends_at AS rotated_until,
+    key.replaces, key.created_by, key.created_by_key, key.created_at, used.last_used_at, rotated.ends_at AS rotated_until,
     revoked.created_at AS revoked_at, revoked.reason AS revoked_reason,
     COALESCE(LEAST(key.expires_at, rotated.ends_at, revoked.ends_at) > orbit_now(), true) AS is_good
 FROM access_key key
@@ -26,7 +27,8 @@ LEFT JOIN access_key_end rotated ON rotated.key_id = key.key_id AND rotated.kind
 LEFT JOIN access_key_end revoked ON revoked.key_id = key.key_id AND revoked.kind = 'revoked'
 WHERE (%(key_id)s::text IS NULL OR key.key_id = %(key_id)s)
     AND (%(namespaces)s::text[] IS NULL OR key.namespaces <@ %(namespaces)s::text[])
-ORDER BY key.created_at DESC, key.key_id LIMIT %(count)s;
+    AND (key.created_at, key.key_id) < (%(before)s::timestamptz, %(before_id)s)
+ORDER BY key.created_at DESC, key.key_id DESC LIMIT %(count)s;
 
 -- name: has_good_key
 -- Whether any key is good.
@@ -39,15 +41,30 @@ SELECT EXISTS (
 -- name: insert_key
 -- A new key; nothing if it is there already.
 INSERT INTO access_key
-    (key_id, root_id, name, scopes, namespaces, secret_sha256, expires_at, replaces, created_by)
+    (key_id, root_id, name, scopes, namespaces, secret_sha256, expires_at, replaces, created_by,
+    created_by_key)
 VALUES (%(key_id)s, %(root_id)s, %(name)s, %(scopes)s::text[], %(namespaces)s::text[],
-    %(secret_sha256)b, %(expires_at)s::timestamptz, %(replaces)s, %(created_by)s)
+    %(secret_sha256)b, %(expires_at)s::timestamptz, %(replaces)s, %(created_by)s,
+    %(created_by_key)s)
 ON CONFLICT (key_id) DO NOTHING;
 
--- name: hold_key
--- Locks a key's row in access_use, so that nobody else rotates or revokes it meanwhile.
-INSERT INTO access_use (key_id) VALUES (%(key_id)s)
-ON CONFLICT (key_id) DO UPDATE SET key_id = excluded.key_id;
+-- name: hold_keys
+-- One transaction at a time makes, rotates or revokes keys.
+SELECT pg_advisory_xact_lock(hashtext('orbit.keys'));
+
+-- name: descendants
+-- The good keys that a key made, and those that they made. access_key_made serves it.
+WITH RECURSIVE made AS (
+    SELECT key_id FROM access_key WHERE created_by_key = %(key_id)s
+    UNION
+    SELECT key.key_id FROM access_key key JOIN made ON key.created_by_key = made.key_id
+)
+SELECT key.key_id, key.name, key.scopes, key.namespaces
+FROM access_key key JOIN made ON made.key_id = key.key_id
+WHERE COALESCE(key.expires_at > orbit_now(), true)
+    AND NOT EXISTS (SELECT FROM access_key_end ended
+        WHERE ended.key_id = key.key_id AND ended.ends_at <= orbit_now())
+ORDER BY key.key_id;
 
 -- name: end_key
 -- A key is good for so many seconds yet; nothing if it has such an end already.

@@ -39,7 +39,7 @@ CREATE TABLE audit_sealed_fact (
     PRIMARY KEY (log, number),
     CONSTRAINT a_fact_is_sealed_once UNIQUE (log, fact, fact_id, part)
 );
-COMMENT ON INDEX a_fact_is_sealed_once IS 'audit.facts_to_seal: whether a fact has its number';
+COMMENT ON INDEX a_fact_is_sealed_once IS 'audit.facts: whether a fact has its number';
 COMMENT ON TABLE audit_sealed_fact IS 'The number of a high-rate fact within its namespace, and the leaf hash of its canonical bytes; part is what its key has besides the id.';
 
 CREATE TABLE audit_head (
@@ -63,6 +63,8 @@ DECLARE
     asked record;
     act text;
     last audit_head;
+    newest audit_head;
+    mended text[];
     entry_at timestamptz := orbit_now();
     entry_body text;
     entry_hash bytea;
@@ -82,7 +84,20 @@ BEGIN
             ON CONFLICT DO NOTHING;
             SELECT * INTO last FROM audit_head WHERE log = asked.log FOR UPDATE;
         END IF;
-        FOREACH act IN ARRAY asked.acts LOOP
+        -- A head that is behind its log's entries, or beside them, would let nothing be appended:
+        -- a halt could not be written. It is made anew from them, and that is an entry too.
+        SELECT asked.log, entry.seq, entry.hash INTO newest FROM audit_trail_entry entry
+            WHERE entry.log = asked.log ORDER BY entry.seq DESC LIMIT 1;
+        mended := '{}';
+        IF newest.seq > last.seq OR (newest.seq = last.seq AND newest.hash <> last.hash)
+            OR EXISTS (SELECT FROM audit_trail_entry entry
+                WHERE entry.log = asked.log AND entry.prev = last.hash) THEN
+            mended := ARRAY[format(
+                '{"action":"head.mended","actor":"database","detail":{"from":%s,"to":%s}}',
+                last.seq, newest.seq)];
+            last := newest;
+        END IF;
+        FOREACH act IN ARRAY mended || asked.acts LOOP
             entry_body := '{"act":' || act || ',"at":"'
                 || to_char(entry_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') || '"}';
             entry_hash := sha256('orbit.audit.entry.v1\000'::bytea
@@ -117,24 +132,32 @@ ALTER TABLE dead_letter_dispatch ADD COLUMN transaction_id xid8;
 ALTER TABLE dead_letter_dispatch ALTER COLUMN transaction_id SET DEFAULT pg_current_xact_id();
 COMMENT ON COLUMN cycle_run.asked_by IS 'Who triggered the cycle; null for a schedule.';
 
+ALTER TABLE cycle_run ADD CONSTRAINT a_fact_has_its_transaction CHECK (transaction_id IS NOT NULL) NOT VALID;
+ALTER TABLE execution_record ADD CONSTRAINT a_fact_has_its_transaction CHECK (transaction_id IS NOT NULL) NOT VALID;
+ALTER TABLE delivery_receipt ADD CONSTRAINT a_fact_has_its_transaction CHECK (transaction_id IS NOT NULL) NOT VALID;
+ALTER TABLE dead_letter_dispatch ADD CONSTRAINT a_fact_has_its_transaction CHECK (transaction_id IS NOT NULL) NOT VALID;
+
 CREATE INDEX cycle_run_by_transaction ON cycle_run (transaction_id);
-COMMENT ON INDEX cycle_run_by_transaction IS 'audit.sealing_range, audit.facts_to_seal: what has no number yet';
+COMMENT ON INDEX cycle_run_by_transaction IS 'audit.sealing_range, audit.facts: what has no number yet';
 CREATE INDEX execution_record_by_transaction ON execution_record (transaction_id);
-COMMENT ON INDEX execution_record_by_transaction IS 'audit.sealing_range, audit.facts_to_seal: what has no number yet';
+COMMENT ON INDEX execution_record_by_transaction IS 'audit.sealing_range, audit.facts: what has no number yet';
 CREATE INDEX delivery_receipt_by_transaction ON delivery_receipt (transaction_id);
-COMMENT ON INDEX delivery_receipt_by_transaction IS 'audit.sealing_range, audit.facts_to_seal: what has no number yet';
+COMMENT ON INDEX delivery_receipt_by_transaction IS 'audit.sealing_range, audit.facts: what has no number yet';
 CREATE INDEX dead_letter_dispatch_by_transaction ON dead_letter_dispatch (transaction_id);
-COMMENT ON INDEX dead_letter_dispatch_by_transaction IS 'audit.sealing_range, audit.facts_to_seal: what has no number yet';
+COMMENT ON INDEX dead_letter_dispatch_by_transaction IS 'audit.sealing_range, audit.facts: what has no number yet';
 
 SELECT orbit_append_only(fact::regclass) FROM unnest(ARRAY['audit_trail_entry', 'audit_sealed_fact']) AS fact;
 INSERT INTO audit_sealer DEFAULT VALUES;
 
--- How many governed changes there were before the trail: one that is dated back does not fit in.
+-- How many governed changes and facts there were before the trail: one that is dated back, or has
+-- lost its transaction, does not fit in.
 SELECT orbit_append_audit(ARRAY['*'], ARRAY[format(
-    '{"action":"trail.begun","actor":"upgrade","detail":{"config_activation":%s,"cycle_run":%s,"dead_letter_decision":%s,"governance_setting":%s,"namespace_halt":%s,"namespace_resume":%s,"requeue_batch":%s,"requeue_batch_end":%s}}',
+    '{"action":"trail.begun","actor":"upgrade","detail":{"config_activation":%s,"cycle_run":%s,"dead_letter_decision":%s,"governance_setting":%s,"namespace_halt":%s,"namespace_resume":%s,"requeue_batch":%s,"requeue_batch_end":%s,"undated":{"cycle_run":%s,"dead_letter_dispatch":%s,"delivery_receipt":%s,"execution_record":%s}}}',
     (SELECT count(*) FROM config_activation),
     (SELECT count(*) FROM cycle_run WHERE trigger = 'rerun'),
     (SELECT count(*) FROM dead_letter_decision), (SELECT count(*) FROM governance_setting),
     (SELECT count(*) FROM namespace_halt), (SELECT count(*) FROM namespace_resume),
     (SELECT count(*) FROM requeue_batch),
-    (SELECT count(*) FROM requeue_batch_end WHERE state = 'cancelled'))]);
+    (SELECT count(*) FROM requeue_batch_end WHERE state = 'cancelled'),
+    (SELECT count(*) FROM cycle_run), (SELECT count(*) FROM dead_letter_dispatch),
+    (SELECT count(*) FROM delivery_receipt), (SELECT count(*) FROM execution_record))]);

@@ -2,7 +2,7 @@
 --
 --   access_key      fact: a key was made; of its secret only the SHA-256 is kept
 --   access_key_end  fact: it was rotated or revoked, and until when it is good
---   access_use      lease: when a key was last used, kept by the minute; locked by who ends a key
+--   access_use      lease: when a key was last used, kept by the minute
 --   access_link     lease: a one-time link that opens a session
 --   access_session  lease: a browser's session; like a link it is kept as a SHA-256 only
 --
@@ -20,17 +20,22 @@ CREATE TABLE access_key (
     namespaces    text[] NOT NULL CHECK (cardinality(namespaces) > 0
         AND ('*' <> ALL (namespaces) OR cardinality(namespaces) = 1)),
     secret_sha256 bytea NOT NULL CHECK (octet_length(secret_sha256) = 32),
-    expires_at    timestamptz,
+    expires_at    timestamptz CHECK (expires_at BETWEEN '2000-01-01Z' AND '9000-01-01Z'),
     replaces      text,
     created_by    text NOT NULL,
+    created_by_key text,
     created_at    timestamptz NOT NULL DEFAULT orbit_now()
 );
-COMMENT ON TABLE access_key IS 'A key as it was made: its scopes, in the namespaces named or in all ("*"). root_id is the first key of its rotations, whoever holds which: two keys of one root are one person.';
+CREATE INDEX access_key_newest ON access_key (created_at DESC, key_id DESC);
+COMMENT ON INDEX access_key_newest IS 'keys.list_keys: the newest first';
+CREATE INDEX access_key_made ON access_key (created_by_key) WHERE created_by_key IS NOT NULL;
+COMMENT ON INDEX access_key_made IS 'keys.descendants: what a key made';
+COMMENT ON TABLE access_key IS 'A key as it was made: its scopes, in the namespaces named or in all ("*"). root_id is the first key of its rotations, whoever holds which: two keys of one root are one person. created_by_key is the key that made it, if one did.';
 
 CREATE TABLE access_key_end (
     key_id     text NOT NULL,
     kind       text NOT NULL CHECK (kind IN ('rotated', 'revoked')),
-    ends_at    timestamptz NOT NULL,
+    ends_at    timestamptz NOT NULL CHECK (ends_at BETWEEN '2000-01-01Z' AND '9000-01-01Z'),
     reason     text,
     ended_by   text NOT NULL,
     created_at timestamptz NOT NULL DEFAULT orbit_now(),
@@ -42,7 +47,7 @@ CREATE TABLE access_use (
     key_id       text PRIMARY KEY,
     last_used_at timestamptz
 );
-COMMENT ON TABLE access_use IS 'When a key was last used, to the minute. Who rotates or revokes a key locks its row first.';
+COMMENT ON TABLE access_use IS 'When a key was last used, to the minute.';
 
 CREATE TABLE access_link (
     code_sha256 bytea PRIMARY KEY,
@@ -61,6 +66,23 @@ CREATE TABLE access_session (
 CREATE INDEX access_session_expired ON access_session (expires_at);
 COMMENT ON INDEX access_session_expired IS 'sessions.delete_expired_sessions: those that are over';
 COMMENT ON TABLE access_session IS 'A session of a browser, until it ends or expires.';
+
+-- Instants that people name: each can be read back by every client. Older rows stay as they are.
+ALTER TABLE requeue_batch ADD CONSTRAINT instants_are_readable CHECK (
+    since_at BETWEEN '2000-01-01Z' AND '9000-01-01Z'
+    AND until_at BETWEEN '2000-01-01Z' AND '9000-01-01Z') NOT VALID;
+ALTER TABLE namespace_halt ADD CONSTRAINT instants_are_readable CHECK (
+    until_at BETWEEN '2000-01-01Z' AND '9000-01-01Z');
+ALTER TABLE namespace_fence ADD CONSTRAINT instants_are_readable CHECK (
+    until_at BETWEEN '2000-01-01Z' AND '9000-01-01Z');
+
+-- What follows a fact of a table without partitions is in that fact's namespace, or there is none.
+ALTER TABLE requeue_batch_end ADD CONSTRAINT an_end_has_its_batch
+    FOREIGN KEY (namespace, batch_id) REFERENCES requeue_batch NOT VALID;
+ALTER TABLE requeue_lease ADD CONSTRAINT a_lease_has_its_batch
+    FOREIGN KEY (namespace, batch_id) REFERENCES requeue_batch NOT VALID;
+ALTER TABLE dead_letter_decision ADD CONSTRAINT a_decision_has_its_batch
+    FOREIGN KEY (namespace, batch_id) REFERENCES requeue_batch NOT VALID;
 
 CREATE INDEX schedule_slot_of_namespace
     ON schedule_slot (namespace, slot_at DESC, run_profile_id DESC);
