@@ -68,8 +68,7 @@ class Exchange:
     the answer came whole or was cut at the bound (`is_truncated`); otherwise it is one of: name
     not resolved, address refused, connection refused, cannot connect, tls, proxy, timeout,
     connection lost, answer not understood, request not valid, withheld, lease over; `error` says
-    more.
-    Headers have lower-case names; those that came several times are joined by a comma.
+    more. Headers have lower-case names; those that came several times are joined by a comma.
     """
 
     started_at: float

@@ -3,8 +3,8 @@
 A lane is a namespace's queue for an endpoint, and has its own room, so that a slow one does not
 hold up the others. The first byte leaves only while the attempt's lease is certainly ours by this
 machine's monotonic clock, and no halt is known that came after its claim; each further piece only
-while the lease lasts. An attempt that has not begun is given back, and its number with it. A place is free again as soon as its attempt is over;
-the settlement is committed beside the next.
+while the lease lasts. An attempt that has not begun is given back, and its number with it. A place
+is free again as soon as its attempt is over; the settlement is committed beside the next.
 """
 
 from __future__ import annotations
