@@ -167,6 +167,7 @@ class Node:
         self.scheduler: Scheduler | None = None
         self.requeuer: Requeuer | None = None
         self.keeper: FenceKeeper | None = None
+        self.signer: Signer | None = None  # of a node that was started
         self._notary: Notary | None = None
 
     async def open(self) -> None:
@@ -179,7 +180,6 @@ class Node:
         self.clock = DatabaseClock(row["now"])
         self.configuration = Configuration(database, self.node_id, self.clock)
         await self.configuration.refresh()
-        self.signer = await asyncio.to_thread(signer_of, settings, database.dsn, self.clock)
         self.intake = Intake(database, self.node_id, self._wake_runner)
         self.snapshots = Snapshots(
             database,
@@ -208,11 +208,14 @@ class Node:
     async def start(self, address: str | None = None) -> None:
         """Proposes the configuration files and starts the services of the node's roles.
 
-        Raises ConfigurationInvalid, and SettingInvalid where other machines could ask, and nobody
-        has a key.
+        Raises ConfigurationInvalid, AuditKeyInvalid, and SettingInvalid where other machines could
+        ask, and nobody has a key.
         """
         self.address = address
         await self._check_access()
+        self.signer = await asyncio.to_thread(
+            signer_of, self.settings, self.database.dsn, self.clock
+        )
         documents = await asyncio.to_thread(self.orchestration.read_files)
         janitor = Janitor(self.database, fact_retention_days=self.settings.fact_retention_days)
         await janitor.run_once()
