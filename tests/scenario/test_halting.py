@@ -318,6 +318,17 @@ async def test_halt_and_resume_without_a_node(dsn: str, facts: Facts) -> None:
     await orbit(dsn, "resume", "brand", "--reason", " ", code=2)
 
 
+async def test_a_halt_waits_for_no_connection_of_the_pool(make_node: MakeNode) -> None:
+    """Not even to find out who asks: every connection for work is taken."""
+    node = await make_node(is_started=False, auth="on", database_pool_max=2)
+    key = await key_of(node, "operator")
+    async with asking(node, key) as client, node.database.connection(), node.database.connection():
+        answer = await client.post("/governance/namespaces/brand/halt")
+        resumed = await client.post("/governance/namespaces/brand/resume", json={"reason": "r"})
+    assert (answer.status_code, answer.json()["quiesced"]) == (200, True)
+    assert resumed.status_code == 200
+
+
 async def test_the_signing_key_is_no_key_to_the_brake(
     dsn: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
