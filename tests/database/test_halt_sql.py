@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from datetime import timedelta
 
 import psycopg
 import pytest
+from psycopg.errors import LockNotAvailable
 
 from orbit.clock import DatabaseClock
 from orbit.database.pool import Database
@@ -19,8 +21,11 @@ from orbit.errors import (
     RequestInvalid,
     SecondPersonRequired,
 )
+from orbit.execution.cycle import MOST_FENCES
+from orbit.execution.dispatch import ClaimedJob
 from orbit.governance.halt import Brake, Halted, Order
 from orbit.governance.rules import set_two_persons
+from orbit.services.dispatcher import _of_few_namespaces
 from tests.chaos.harness import eventually
 from tests.database.engine import Worker, add_snapshot, count, expire, only
 
@@ -81,7 +86,9 @@ async def test_no_claim_is_committed_after_a_halt_has_answered(
 
     async def claim(worker: Worker) -> None:
         while not is_over:
-            jobs = await worker.queue.claim(rooms, 64)
+            jobs: list[ClaimedJob] = []
+            with suppress(LockNotAvailable):  # behind several who wait for the fence
+                jobs = await worker.queue.claim(rooms, 64)
             for job in jobs:
                 claims[job.namespace] += 1
             if jobs:
@@ -205,6 +212,64 @@ async def test_a_claim_that_does_not_end_is_told_honestly(
         answer = await halting
     assert (answer.is_quiesced, answer.is_fenced) == (False, False)
     assert (await brake.halt(order())).is_quiesced
+
+
+async def test_a_frozen_claim_keeps_no_other_namespaces_halt_from_its_proof(
+    worker: Worker, brake: Brake, dsn: str
+) -> None:
+    """Who waits for a lane of one namespace soon lets go of the fences of the others."""
+    for space in (SPACE, OTHER):
+        await add_snapshot(worker.database, space)
+        await worker.begin_dispatch(space)
+    await worker.queue.lanes()
+    refused, is_over = 0, False
+
+    async def claim() -> None:
+        nonlocal refused
+        while not is_over:
+            try:
+                await worker.queue.claim({(SPACE, "one"): 1, (OTHER, "one"): 1}, 64)
+            except LockNotAvailable:
+                refused += 1
+
+    async def is_waiting() -> bool:
+        return await count(worker.database, "pg_locks", "NOT granted") > 0
+
+    async with await psycopg.AsyncConnection.connect(dsn) as frozen:
+        hold = "SELECT FROM lane WHERE namespace = %s FOR NO KEY UPDATE"
+        await frozen.execute(hold, [SPACE])
+        claiming = asyncio.create_task(claim())
+        await eventually(is_waiting, "a claim that waits")
+        answer = await brake.halt(order(space=OTHER), wait_seconds=10)
+        is_over = True
+        await claiming
+    assert answer.is_quiesced
+    assert refused > 0
+
+
+async def test_cycles_of_a_fence_that_is_not_to_be_had_hold_up_no_other_halt(
+    worker: Worker, brake: Brake, dsn: str
+) -> None:
+    """The claim takes nothing then, and lets go of what it has."""
+    await worker.accept(worker.request(SPACE), worker.request(OTHER))
+    async with await psycopg.AsyncConnection.connect(dsn) as frozen:
+        await frozen.execute("SELECT pg_advisory_xact_lock(orbit_fence_key(%s))", [OTHER])
+        claiming = asyncio.create_task(worker.claim())
+        assert (await brake.halt(order(), wait_seconds=10)).is_quiesced
+        assert await claiming == []
+    assert {cycle.namespace for cycle in await worker.claim()} == {OTHER}
+
+
+async def test_a_claim_takes_so_many_fences_at_most(worker: Worker) -> None:
+    """The server's memory for locks is everybody's; the rest comes with the next claim."""
+    spaces = {f"space-{number:03}" for number in range(MOST_FENCES + 10)}
+    await worker.accept(*map(worker.request, sorted(spaces)))
+    first = {cycle.namespace for cycle in await worker.claim(1000)}
+    assert len(first) == MOST_FENCES
+    assert first | {cycle.namespace for cycle in await worker.claim(1000)} == spaces
+    lanes = {(space, key): 1 for space in sorted(spaces) for key in ("one", "two")}
+    few = _of_few_namespaces(lanes)
+    assert list(few) == list(lanes)[: 2 * MOST_FENCES]
 
 
 async def test_a_halt_works_while_the_pool_is_taken(worker: Worker, brake: Brake) -> None:

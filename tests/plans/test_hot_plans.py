@@ -80,7 +80,7 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
     }
     last = "ffffffff-ffff-7fff-bfff-ffffffffffff"
     return {
-        "cycle.share_fences": {"room": 64, "only": None, "drills": "orbit-drill-"},
+        "cycle.share_fences": {"room": 64, "most": 200, "only": None, "drills": "orbit-drill-"},
         "cycle.claim_cycles": {
             "room": 64,
             "lease_seconds": 30.0,

@@ -39,7 +39,9 @@ SQL = load("halt")
 _LEAST_SECONDS = 2.0  # for the fence, however short the wait
 _RAISE_SECONDS = 15.0  # until a halt that cannot be written is given up
 _FIRST_PAUSE, _LAST_PAUSE = 0.005, 0.1
-_FIRST_PATIENCE_SECONDS, _LAST_PATIENCE_SECONDS = 0.05, 0.4  # at a time, for the fence
+# At a time, for the fence. Claims wait a little longer for any lock (share_fences): those that came
+# behind get their turn, and those that wait for something else have given up at the next try.
+_FIRST_PATIENCE_SECONDS, _LAST_PATIENCE_SECONDS = 0.05, 0.4
 _RECOVER_SECONDS = 0.25
 
 log = structlog.get_logger(__name__)

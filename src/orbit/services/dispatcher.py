@@ -10,15 +10,19 @@ is free again as soon as its attempt is over; the settlement is committed beside
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+
+from psycopg.errors import LockNotAvailable
 
 from orbit.clock import Clock
 from orbit.database.pool import TRANSIENT, Database, first_line
 from orbit.errors import SecretUnreadable
+from orbit.execution.cycle import MOST_FENCES
 from orbit.execution.dispatch import (
     CUT_OFF,
     NOT_PREPARED,
@@ -112,7 +116,8 @@ class Dispatcher(Service):
         now = self._clock.monotonic()
         self._begin()  # as lanes come and go, so does what each may take
         rooms = self._places.shares(self._due(now))
-        if rooms and await self._claim(rooms):
+        few = _of_few_namespaces(rooms)
+        if rooms and (await self._claim(few) or len(few) < len(rooms)):
             return _GATHER_SECONDS
         later = [at for at in self._ready_at.values() if at > now]
         self._is_short = len(later) < len(self._ready_at)
@@ -165,7 +170,10 @@ class Dispatcher(Service):
 
     async def _claim(self, rooms: dict[LaneKey, int]) -> int:
         asked_at = self._clock.monotonic()
-        jobs = await self._queue.claim(rooms, self._places.count)
+        try:
+            jobs = await self._queue.claim(rooms, self._places.count)
+        except LockNotAvailable:  # another's claim, or a halt, has stopped in its middle
+            return 0
         self._expect(rooms, {(job.namespace, job.endpoint_key) for job in jobs}, asked_at)
         now = self._clock.now()
         for job in jobs:
@@ -362,6 +370,12 @@ class Dispatcher(Service):
         error = "the node was told to stop before an answer was seen"
         result = WireResult(Outcome.UNKNOWN, cause=CUT_OFF, error=error)
         await self._settle(sending, result)
+
+
+def _of_few_namespaces(rooms: Mapping[LaneKey, int]) -> dict[LaneKey, int]:
+    """The lanes of so many namespaces as one claim may take the fences of, the first ones."""
+    few = set(itertools.islice(dict.fromkeys(namespace for namespace, _ in rooms), MOST_FENCES))
+    return {lane: room for lane, room in rooms.items() if lane[0] in few}
 
 
 def _tasks(attempts: Collection[_Sending]) -> list[asyncio.Task[None]]:
