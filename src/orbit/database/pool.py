@@ -71,7 +71,7 @@ class Database:
         revive: Callable[[], None] | None = None,
         transaction_seconds: float = 30,
     ) -> None:
-        self.dsn, self._transaction_seconds = dsn, transaction_seconds
+        self.dsn, self.transaction_seconds = dsn, transaction_seconds
         self._revive = revive
         self._options = _options(dsn)
         self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
@@ -111,7 +111,7 @@ class Database:
         await self._pool.close(timeout=_CLOSING_SECONDS)
 
     async def _configure(self, connection: Connection) -> None:
-        wanted = session_settings(self._transaction_seconds) | _NOTICING
+        wanted = session_settings(self.transaction_seconds) | _NOTICING
         await connection.execute(_SET, (list(wanted), list(wanted.values())), prepare=False)
         await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)  # behind a pooler too
         connection.adapters.register_dumper(BinaryList, BinaryListDumper)

@@ -109,4 +109,5 @@ def is_acknowledged(sock: socket.socket) -> bool:
         found = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")
     except OSError:
         return False
-    return struct.unpack("i", found)[0] == 0
+    unacknowledged: int = struct.unpack("i", found)[0]
+    return unacknowledged == 0
