@@ -14,8 +14,10 @@ from psycopg.errors import LockNotAvailable
 
 from orbit.clock import DatabaseClock
 from orbit.database.pool import Database
+from orbit.database.queries import load
 from orbit.database.repair import repair
 from orbit.errors import (
+    HaltedAnew,
     NamespaceHalted,
     NotHalted,
     RequestInvalid,
@@ -29,6 +31,7 @@ from orbit.services.dispatcher import _of_few_namespaces
 from tests.chaos.harness import eventually
 from tests.database.engine import Worker, add_snapshot, count, expire, only
 
+REPAIR_SQL = load("repair")
 SPACE, OTHER = "brand-a", "brand-b"
 ANN, BEN = ("ann", "key-1"), ("ben", "key-2")
 CLAIMERS, HALTS = 24, 40
@@ -289,6 +292,117 @@ async def test_a_halt_works_while_the_pool_is_taken(worker: Worker, brake: Brake
         answer = await brake.halt(order(), wait_seconds=5)
         done.set()
     assert answer.is_quiesced
+
+
+async def one_on_the_wire(worker: Worker) -> ClaimedJob:
+    """A job of the namespace that is out."""
+    await add_snapshot(worker.database)
+    await worker.begin_dispatch()
+    (job,) = await worker.take("one")
+    return job
+
+
+async def test_a_second_halt_is_no_end_of_the_first(worker: Worker, brake: Brake) -> None:
+    """Both are in force, and both are proved."""
+    job = await one_on_the_wire(worker)
+    first = asyncio.create_task(brake.halt(order()))
+    await raised(worker)
+    second = await brake.halt(order(BEN), wait_seconds=0)
+    assert (second.epoch, second.is_quiesced, second.is_in_force) == (2, False, True)
+    await worker.queue.release([job])
+    answer = await first
+    assert (answer.epoch, answer.is_quiesced, answer.is_in_force) == (1, True, True)
+
+
+async def test_a_halt_that_was_resumed_is_not_proved_by_the_next(
+    worker: Worker, brake: Brake
+) -> None:
+    """In between, something may have been claimed."""
+    await one_on_the_wire(worker)
+    first = asyncio.create_task(brake.halt(order()))
+    await raised(worker)
+    await brake.resume(order())
+    await brake.halt(order(), wait_seconds=0)
+    answer = await first
+    assert (answer.is_quiesced, answer.is_in_force) == (False, False)
+
+
+async def end_halts_connection(owner_dsn: str, what: str) -> None:
+    """The server ends the connection of a halt that is just at this."""
+    end = """SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+        WHERE application_name = 'orbit apart' AND datname = current_database() AND """
+    async with await psycopg.AsyncConnection.connect(owner_dsn, autocommit=True) as owner:
+
+        async def has_ended() -> bool:
+            row = await (await owner.execute((end + what).encode())).fetchone()
+            return row is not None and row[0] > 0
+
+        await eventually(has_ended, "a halt at work")
+
+
+async def test_a_halt_whose_connection_is_lost_is_answered_honestly(
+    worker: Worker, brake: Brake, owner_dsn: str
+) -> None:
+    """It is halted, under this epoch; what is out is not known."""
+    await one_on_the_wire(worker)
+    halting = asyncio.create_task(brake.halt(order()))
+    await raised(worker)
+    await end_halts_connection(owner_dsn, "true")
+    answer = await halting
+    assert (answer.epoch, answer.is_quiesced, answer.is_seen) == (1, False, False)
+    assert await worker.take("one") == []
+
+
+async def test_a_halt_that_could_not_be_written_is_written_again(
+    worker: Worker, brake: Brake, dsn: str, owner_dsn: str
+) -> None:
+    """After a fail-over, say, over a new connection."""
+    await brake.halt(order())
+    await brake.resume(order())
+    async with await psycopg.AsyncConnection.connect(dsn) as holder:
+        await holder.execute("SELECT FROM namespace_fence FOR UPDATE")
+        halting = asyncio.create_task(brake.halt(order()))
+        await end_halts_connection(owner_dsn, "wait_event_type = 'Lock'")
+    assert (await halting).is_quiesced
+
+
+async def test_halts_of_one_namespace_leave_connections_to_others(
+    worker: Worker, brake: Brake
+) -> None:
+    """Two wait, the others look once and are answered; another namespace is halted at once."""
+    job = await one_on_the_wire(worker)
+    halts = [asyncio.create_task(brake.halt(order(), wait_seconds=60)) for _ in range(8)]
+    assert (await brake.halt(order(space=OTHER), wait_seconds=60)).is_quiesced
+
+    async def have_most_ended() -> bool:
+        return sum(halt.done() for halt in halts) == 6
+
+    await eventually(have_most_ended, "answers")
+    held = "application_name = 'orbit apart' AND datname = current_database()"
+    assert await count(worker.database, "pg_stat_activity", held) == 2
+    await worker.queue.release([job])
+    answers = await asyncio.gather(*halts)
+    assert sorted(answer.is_quiesced for answer in answers) == [False] * 6 + [True] * 2
+    assert {answer.epoch for answer in answers} == set(range(1, 9))
+
+
+async def test_a_namespace_is_halted_while_leases_are_rebuilt(
+    worker: Worker, brake: Brake, owner_dsn: str
+) -> None:
+    """That may take minutes."""
+    async with await psycopg.AsyncConnection.connect(owner_dsn) as owner:
+        await owner.execute(REPAIR_SQL.lock_leases)
+        answer = await brake.halt(order(), wait_seconds=1)
+    assert answer.is_quiesced
+
+
+async def test_only_the_halt_that_was_meant_is_ended(worker: Worker, brake: Brake) -> None:
+    """Somebody else's, for another reason, came after it."""
+    first = await brake.halt(order())
+    second = await brake.halt(order(BEN, "a leak"))
+    with pytest.raises(HaltedAnew):
+        await brake.resume(order(), epoch=first.epoch)
+    assert not (await brake.resume(order(), epoch=second.epoch)).is_halted
 
 
 async def test_a_second_halt_raises_the_epoch_and_shortens_nothing(
