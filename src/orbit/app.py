@@ -56,6 +56,7 @@ from orbit.services.dispatcher import Dispatcher
 from orbit.services.fence_keeper import FenceKeeper
 from orbit.services.heartbeat import Heartbeat
 from orbit.services.janitor import Janitor
+from orbit.services.leftovers import Leftovers
 from orbit.services.notary import Notary
 from orbit.services.requeuer import Requeuer
 from orbit.services.runner import Runner
@@ -231,7 +232,11 @@ class Node:
             signer_of, self.settings, self.database.dsn, self.clock
         )
         documents = await asyncio.to_thread(self.orchestration.read_files)
-        janitor = Janitor(self.database, fact_retention_days=self.settings.fact_retention_days)
+        janitor = Janitor(
+            self.database,
+            fact_retention_days=self.settings.fact_retention_days,
+            leftovers=self.leftovers(),
+        )
         await janitor.run_once()
         if await self.configuration.propose(documents):
             log.info("configuration_activated", revision=self.configuration.active.revision[:12])
@@ -436,6 +441,11 @@ class Node:
                 "files_revision": proposed.revision if proposed else None,
             },
         )
+
+    def leftovers(self) -> Leftovers:
+        """What ends that which drills have left undone."""
+        lease_seconds = self.settings.lease_seconds
+        return Leftovers(self.database, self.node_id, self.clock, self.dead_letters, lease_seconds)
 
     async def _recover(self) -> None:
         """Settles attempts whose worker is gone, of any namespace."""
