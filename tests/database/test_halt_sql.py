@@ -25,9 +25,11 @@ from orbit.errors import (
 )
 from orbit.execution.cycle import MOST_FENCES
 from orbit.execution.dispatch import ClaimedJob
+from orbit.governance.fence import Fences
 from orbit.governance.halt import Brake, Halted, Order
 from orbit.governance.rules import set_two_persons
 from orbit.services.dispatcher import _of_few_namespaces
+from orbit.services.fence_keeper import FenceKeeper
 from tests.chaos.harness import eventually
 from tests.database.engine import Worker, add_snapshot, count, expire, only
 
@@ -394,6 +396,34 @@ async def test_a_namespace_is_halted_while_leases_are_rebuilt(
         await owner.execute(REPAIR_SQL.lock_leases)
         answer = await brake.halt(order(), wait_seconds=1)
     assert answer.is_quiesced
+
+
+async def test_a_halt_that_cannot_be_ended_now_keeps_no_other_from_its_end(
+    worker: Worker, brake: Brake, dsn: str
+) -> None:
+    """Somebody froze amid its resumption; the others' time is over too."""
+    soon = worker.clock.now() + timedelta(seconds=0.3)
+    for space in (SPACE, OTHER):
+        await brake.halt(order(space=space), until=soon)
+    fences = Fences()
+    keeper = FenceKeeper(
+        worker.database, fences, brake, poll_seconds=1.0, on_halted=_nothing_to_recall
+    )
+
+    async def is_ended() -> bool:
+        await keeper.run_once()
+        return await count(worker.database, "namespace_fence", "is_halted") == 1
+
+    async with await psycopg.AsyncConnection.connect(dsn) as frozen:
+        await frozen.execute("SELECT FROM namespace_fence WHERE namespace = %s FOR UPDATE", [SPACE])
+        async with asyncio.timeout(15):
+            await eventually(is_ended, "the end of the other's halt")
+    await keeper.run_once()
+    assert await count(worker.database, "namespace_fence", "is_halted") == 0
+
+
+async def _nothing_to_recall() -> None:
+    """Nothing is in hand."""
 
 
 async def test_only_the_halt_that_was_meant_is_ended(worker: Worker, brake: Brake) -> None:

@@ -179,8 +179,12 @@ class Brake:
         return answer
 
     async def resume_by_time(self, namespace: str) -> bool:
-        """Lets a namespace go on whose halt was until now; whether it was this call that did."""
+        """Lets a namespace go on whose halt was until now; whether it was this call that did.
+
+        Raises LockNotAvailable where another does not let go of it.
+        """
         async with self._database.transaction() as connection:
+            await connection.execute(SQL.bound_brief)
             fence = await self._fence(connection, namespace)
             if fence is None or not fence["is_over"]:
                 return False

@@ -91,6 +91,10 @@ WHERE cycle_lease.namespace = expired.namespace AND cycle_lease.cycle_id = expir
 -- No statement of this transaction waits longer than this for a row that another holds.
 SELECT set_config('lock_timeout', '2s', true);
 
+-- name: bound_brief
+-- The same for who has others to see to.
+SELECT set_config('lock_timeout', '250ms', true);
+
 -- name: hold_fence
 -- Locks a namespace's fence.
 SELECT epoch, is_halted, until_at, COALESCE(until_at <= orbit_now(), false) AS is_over
