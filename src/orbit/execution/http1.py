@@ -300,10 +300,15 @@ class _Connection(asyncio.Protocol):
         found.is_sent = self._is_sending = True
         try:
             if len(content) <= _PIECE_BYTES:
-                await self._send(head + content)
+                first, content = head + content, b""
             else:
+                first = head
                 keep_little_unsent(self._sock, _PIECE_BYTES)
-                await self._send(head, content)
+            taken = self._give(first)
+            if content or taken < len(first):
+                await self._send(first[taken:], content)
+            else:
+                self._is_sending = False
             await self._answered
         except BaseException:
             self.abort()
@@ -318,14 +323,12 @@ class _Connection(asyncio.Protocol):
 
     async def _send(self, *parts: bytes) -> None:
         """In pieces, at the receiver's pace; stops when it has refused the request."""
-        is_first = True
         for part in parts:
             rest = memoryview(part)
             while rest:
-                if not is_first and not await self._may_go_on():
+                if not await self._may_go_on():
                     return
-                rest = rest[self._give(rest if is_first else rest[:_PIECE_BYTES]) :]
-                is_first = False
+                rest = rest[self._give(rest[:_PIECE_BYTES]) :]
         self._is_sending = False
 
     async def _may_go_on(self) -> bool:
@@ -338,7 +341,7 @@ class _Connection(asyncio.Protocol):
             return False
         return True
 
-    def _give(self, data: memoryview) -> int:
+    def _give(self, data: bytes | memoryview) -> int:
         """Hands bytes to the kernel, now; how many it took. What TLS makes of them is its own."""
         if self._is_secure:
             self._transport.write(data)
