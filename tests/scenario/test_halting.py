@@ -312,6 +312,7 @@ async def test_halt_and_resume_without_a_node(dsn: str, facts: Facts) -> None:
     assert json.loads(refused)["code"] == "namespace_halted"
     rule = ("policy", "brand", "--two-person-resume", "--reason", "r", "--direct")
     assert "two persons" in await orbit(dsn, *rule)
+    await orbit(dsn, "resume", "brand", "--reason", "mended", "--epoch", "9", "--direct", code=3)
     await orbit(dsn, "resume", "brand", "--reason", "mended", "--direct", code=4)
     await orbit(dsn, "resume", "brand", "--reason", "mended", code=3)
     assert facts("SELECT step FROM namespace_resume") == [{"step": "asked"}]

@@ -571,7 +571,9 @@ async def test_what_ends_amid_the_body_is_never_completed(
     content = b"x" * size + b"END"
     hold = holding(seconds_left=lambda: 0.0 if is_over else 0.02)
     asking = asyncio.create_task(
-        post(client, server.url, content, hold=hold, timeout_seconds=0.3 if how == "timeout" else 30)
+        post(
+            client, server.url, content, hold=hold, timeout_seconds=0.3 if how == "timeout" else 30
+        )
     )
     assert await asyncio.to_thread(server.begun.wait, 10)
     if how == "cancelled":
