@@ -11,7 +11,7 @@ import gc
 import os
 import random
 import socket
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ from orbit.services.dispatcher import Dispatcher
 from orbit.services.fence_keeper import FenceKeeper
 from orbit.services.heartbeat import Heartbeat
 from orbit.services.janitor import Janitor
+from orbit.services.leftovers import Leftovers
 from orbit.services.notary import Notary
 from orbit.services.requeuer import Requeuer
 from orbit.services.runner import Runner
@@ -66,6 +67,7 @@ from orbit.vault import Vault, load_or_create_key_file
 
 NODE_SQL = load("node")
 _LEAST_TRANSACTION_SECONDS = 10.0
+_ENTRANCE_CONNECTIONS = 2
 _LEAVING_SECONDS = 0.5  # at the end of a drain: for the last services and the node's row
 _LAST_SECONDS = LAST_WORDS_SECONDS + 2 * _LEAVING_SECONDS  # kept back of the drain's time
 log = structlog.get_logger(__name__)
@@ -88,6 +90,8 @@ class Store:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._server: EmbeddedServer | None = None
+        self._revive: Callable[[], None] | None = None
+        self.entrance: Database | None = None
         self.vault: Vault
         self.database: Database
 
@@ -97,29 +101,40 @@ class Store:
         Raises EmbeddedServerFailed, DatabaseUnavailable or SchemaMismatch.
         """
         settings = self._settings
-        dsn, revive = settings.database_url, None
+        dsn = settings.database_url
         if dsn is None:
             self._server = await asyncio.to_thread(EmbeddedServer.start, settings.data_dir)
-            dsn, revive = self._server.dsn, self._server.ensure_running
+            dsn, self._revive = self._server.dsn, self._server.ensure_running
             await asyncio.to_thread(_bring_up_to_date, self._server.owner_dsn)
         self.vault = Vault(self._keys())
-        self.database = Database(
-            dsn,
-            minimum=settings.database_pool_min,
-            maximum=settings.database_pool_max,
-            is_preparing=settings.database_prepared_statements,
-            revive=revive,
-            transaction_seconds=max(settings.lease_seconds, _LEAST_TRANSACTION_SECONDS),
-        )
+        self.database = self._pool(dsn, settings.database_pool_min, settings.database_pool_max)
         await asyncio.to_thread(require_current, dsn)
         await self.database.open()
 
+    async def open_entrance(self) -> Database:
+        """A few connections beside the pool, to look at keys: who halts waits for no work."""
+        self.entrance = self._pool(self.database.dsn, 1, _ENTRANCE_CONNECTIONS)
+        await self.entrance.open()
+        return self.entrance
+
     async def close(self) -> None:
         """Disconnects; the last to leave the embedded server stops it."""
+        if self.entrance is not None:
+            await self.entrance.close()
         if hasattr(self, "database"):
             await self.database.close()
         if self._server is not None:
             await asyncio.to_thread(self._server.leave)
+
+    def _pool(self, dsn: str, minimum: int, maximum: int) -> Database:
+        return Database(
+            dsn,
+            minimum=minimum,
+            maximum=maximum,
+            is_preparing=self._settings.database_prepared_statements,
+            revive=self._revive,
+            transaction_seconds=max(self._settings.lease_seconds, _LEAST_TRANSACTION_SECONDS),
+        )
 
     def _keys(self) -> list[str]:
         if self._settings.database_url is None and not self._settings.secret_keys:
@@ -167,6 +182,7 @@ class Node:
         self.scheduler: Scheduler | None = None
         self.requeuer: Requeuer | None = None
         self.keeper: FenceKeeper | None = None
+        self.signer: Signer | None = None  # of a node that was started
         self._notary: Notary | None = None
 
     async def open(self) -> None:
@@ -179,7 +195,6 @@ class Node:
         self.clock = DatabaseClock(row["now"])
         self.configuration = Configuration(database, self.node_id, self.clock)
         await self.configuration.refresh()
-        self.signer = await asyncio.to_thread(signer_of, settings, database.dsn, self.clock)
         self.intake = Intake(database, self.node_id, self._wake_runner)
         self.snapshots = Snapshots(
             database,
@@ -200,7 +215,7 @@ class Node:
         self.keys = Keys(database, self.clock)
         self.sessions = Sessions(database, self.keys, settings.session_seconds)
         self.refusals = Refusals(database, self.clock)
-        self.authentication = Authentication(database, self.clock, self.keys, self.sessions)
+        self.authentication = await self._authentication()
         self.orchestration = Orchestration(
             settings, database, self.clock, self.configuration, self.intake
         )
@@ -208,13 +223,20 @@ class Node:
     async def start(self, address: str | None = None) -> None:
         """Proposes the configuration files and starts the services of the node's roles.
 
-        Raises ConfigurationInvalid, and SettingInvalid where other machines could ask, and nobody
-        has a key.
+        Raises ConfigurationInvalid, AuditKeyInvalid, and SettingInvalid where other machines could
+        ask, and nobody has a key.
         """
         self.address = address
         await self._check_access()
+        self.signer = await asyncio.to_thread(
+            signer_of, self.settings, self.database.dsn, self.clock
+        )
         documents = await asyncio.to_thread(self.orchestration.read_files)
-        janitor = Janitor(self.database, fact_retention_days=self.settings.fact_retention_days)
+        janitor = Janitor(
+            self.database,
+            fact_retention_days=self.settings.fact_retention_days,
+            leftovers=self.leftovers(),
+        )
         await janitor.run_once()
         if await self.configuration.propose(documents):
             log.info("configuration_activated", revision=self.configuration.active.revision[:12])
@@ -241,6 +263,15 @@ class Node:
             roles=sorted(self.roles),
             version=__version__,
         )
+
+    async def _authentication(self) -> Authentication:
+        """Looks at keys over connections of its own, where keys are asked for."""
+        settings, database = self.settings, self.database
+        if "api" in self.roles and settings.auth != "off":
+            database = await self.store.open_entrance()
+        keys = Keys(database, self.clock)
+        sessions = Sessions(database, keys, settings.session_seconds)
+        return Authentication(self.database, self.clock, keys, sessions)
 
     async def _check_access(self) -> None:
         """The embedded instance makes its own key; elsewhere a person makes the first one."""
@@ -410,6 +441,11 @@ class Node:
                 "files_revision": proposed.revision if proposed else None,
             },
         )
+
+    def leftovers(self) -> Leftovers:
+        """What ends that which drills have left undone."""
+        lease_seconds = self.settings.lease_seconds
+        return Leftovers(self.database, self.node_id, self.clock, self.dead_letters, lease_seconds)
 
     async def _recover(self) -> None:
         """Settles attempts whose worker is gone, of any namespace."""

@@ -144,6 +144,12 @@ class NotHalted(Refused):
     code = "not_halted"
 
 
+class HaltedAnew(Refused):
+    """The halt that was to be ended is not the one in force any more."""
+
+    code = "halted_anew"
+
+
 class SecondPersonRequired(Refused):
     """Another person than the first has to agree."""
 

@@ -15,6 +15,8 @@ from difflib import get_close_matches
 KEY_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:~-]{0,127}(?!\n)$"
 KEY_MEANING = "1 to 128 of A-Z a-z 0-9 . _ : ~ -, beginning with a letter or digit"
 DRILL_PREFIX = "orbit-drill-"
+DRILL_ENDPOINT = "orbit-drill"
+DRILL_LIFE_SECONDS = 120.0  # of a drill, and of its halt from then on
 _FIRST_INSTANT = datetime(2000, 1, 1, tzinfo=UTC)
 _LAST_INSTANT = datetime(9000, 1, 1, tzinfo=UTC)
 INSTANT_MEANING = "a time from 2000 to 9000, with its zone"

@@ -7,6 +7,7 @@ by one clock.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import logging
@@ -25,6 +26,7 @@ import psycopg
 import pytest
 
 from tests.chaos.harness import NodeProcess, RunProfileShape, Scene, eventually, scene
+from tests.chaos.steps import LAST_WORD
 from tests.unit.certificates import Authority
 
 log = logging.getLogger(__name__)  # figures: pytest --log-cli-level=info
@@ -230,6 +232,96 @@ async def test_a_node_that_froze_before_its_first_byte_never_sends_it(
     sent = [end for end in server.ends if end]
     if what == "job":
         assert all(b"Orbit-Attempt: 2\r\n" in end for end in sent)
+
+
+class SlowReader:
+    """Takes connections and little of what comes; reads to the end when it is told to."""
+
+    def __init__(self) -> None:
+        self._listener = socket.socket()
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen()
+        self.port = self._listener.getsockname()[1]
+        self.may_read, self.begun = threading.Event(), 0
+        self.ends: list[tuple[bytes, bool]] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self.may_read.set()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=[connection], daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        found = connection.recv(4096)
+        self.begun += 1
+        self.may_read.wait()
+        with connection, contextlib.suppress(OSError):
+            while not found.endswith(LAST_WORD) and (part := connection.recv(65_536)):
+                found += part
+            connection.sendall(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+        self.ends.append((found[:4096], found.endswith(LAST_WORD)))
+
+
+@pytest.mark.parametrize("size", [60_000, 6_000_000])
+@pytest.mark.parametrize("what", ["job", "step"])
+async def test_a_node_that_froze_amid_a_body_does_not_complete_it(
+    dsn: str, tmp_path: Path, what: str, size: int
+) -> None:
+    """SIGSTOP amid the body, longer than the lease: quiesced, and the rest never comes."""
+    server = SlowReader()
+    url = f"http://127.0.0.1:{server.port}/in"
+    endpoints = json.dumps([{"key": "alpha", "url": url, "timeout_seconds": 60}])
+    shape = RunProfileShape("only", "east", steps=(0, 0, 0), endpoint_keys=("alpha",))
+    async with scene(tmp_path, [shape], dsn, ORBIT_DISPATCH_ENDPOINTS=endpoints) as stage:
+        _add_large_steps(tmp_path, size, url if what == "step" else None)
+        frozen = await stage.nodes.start()
+        await stage.client.trigger("only")
+
+        async def is_begun() -> bool:
+            return server.begun == 1
+
+        await eventually(is_begun, "the beginning of a request")
+        frozen.signal(signal.SIGSTOP)
+        other = await stage.nodes.start()
+        answer = await halt(other, "east")
+        assert answer["quiesced"], answer
+        frozen.signal(signal.SIGCONT)
+        server.may_read.set()
+
+        async def has_ended() -> bool:
+            return bool(server.ends)
+
+        await eventually(has_ended, "the end of the frozen node's request")
+        assert [is_whole for _, is_whole in server.ends] == [False]
+        await resume(other, "east")
+
+        async def has_arrived() -> bool:
+            return any(is_whole for _, is_whole in server.ends)
+
+        await eventually(has_arrived, "the whole request, after the resumption")
+    server.close()
+    if what == "job":
+        assert b"Orbit-Epoch: 0\r\n" in server.ends[0][0]
+        assert b"Orbit-Epoch: 1\r\n" in server.ends[1][0]
+
+
+def _add_large_steps(folder: Path, size: int, url: str | None) -> None:
+    """A payload of so many bytes, and then a step at an address, if there is one."""
+    file = folder / "config" / "runProfiles.json"
+    document = json.loads(file.read_text())
+    (run_profile,) = document["run_profiles"]
+    swell = {"use": "tests.chaos.steps:swell", "options": {"size": size}}
+    steps = [swell] if url is None else [swell, {"use": "http", "url": url, "timeout_seconds": 60}]
+    run_profile["execution_policy"]["tiers"]["tier1"] = steps
+    file.write_text(json.dumps(document))
 
 
 def _add_http_step(folder: Path, url: str) -> None:

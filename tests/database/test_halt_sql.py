@@ -5,25 +5,35 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from datetime import timedelta
 
 import psycopg
 import pytest
+from psycopg.errors import LockNotAvailable
 
 from orbit.clock import DatabaseClock
 from orbit.database.pool import Database
+from orbit.database.queries import load
 from orbit.database.repair import repair
 from orbit.errors import (
+    HaltedAnew,
     NamespaceHalted,
     NotHalted,
     RequestInvalid,
     SecondPersonRequired,
 )
+from orbit.execution.cycle import MOST_FENCES
+from orbit.execution.dispatch import ClaimedJob
+from orbit.governance.fence import Fences
 from orbit.governance.halt import Brake, Halted, Order
 from orbit.governance.rules import set_two_persons
+from orbit.services.dispatcher import _of_few_namespaces
+from orbit.services.fence_keeper import FenceKeeper
 from tests.chaos.harness import eventually
 from tests.database.engine import Worker, add_snapshot, count, expire, only
 
+REPAIR_SQL = load("repair")
 SPACE, OTHER = "brand-a", "brand-b"
 ANN, BEN = ("ann", "key-1"), ("ben", "key-2")
 CLAIMERS, HALTS = 24, 40
@@ -81,7 +91,9 @@ async def test_no_claim_is_committed_after_a_halt_has_answered(
 
     async def claim(worker: Worker) -> None:
         while not is_over:
-            jobs = await worker.queue.claim(rooms, 64)
+            jobs: list[ClaimedJob] = []
+            with suppress(LockNotAvailable):  # behind several who wait for the fence
+                jobs = await worker.queue.claim(rooms, 64)
             for job in jobs:
                 claims[job.namespace] += 1
             if jobs:
@@ -207,6 +219,64 @@ async def test_a_claim_that_does_not_end_is_told_honestly(
     assert (await brake.halt(order())).is_quiesced
 
 
+async def test_a_frozen_claim_keeps_no_other_namespaces_halt_from_its_proof(
+    worker: Worker, brake: Brake, dsn: str
+) -> None:
+    """Who waits for a lane of one namespace soon lets go of the fences of the others."""
+    for space in (SPACE, OTHER):
+        await add_snapshot(worker.database, space)
+        await worker.begin_dispatch(space)
+    await worker.queue.lanes()
+    refused, is_over = 0, False
+
+    async def claim() -> None:
+        nonlocal refused
+        while not is_over:
+            try:
+                await worker.queue.claim({(SPACE, "one"): 1, (OTHER, "one"): 1}, 64)
+            except LockNotAvailable:
+                refused += 1
+
+    async def is_waiting() -> bool:
+        return await count(worker.database, "pg_locks", "NOT granted") > 0
+
+    async with await psycopg.AsyncConnection.connect(dsn) as frozen:
+        hold = "SELECT FROM lane WHERE namespace = %s FOR NO KEY UPDATE"
+        await frozen.execute(hold, [SPACE])
+        claiming = asyncio.create_task(claim())
+        await eventually(is_waiting, "a claim that waits")
+        answer = await brake.halt(order(space=OTHER), wait_seconds=10)
+        is_over = True
+        await claiming
+    assert answer.is_quiesced
+    assert refused > 0
+
+
+async def test_cycles_of_a_fence_that_is_not_to_be_had_hold_up_no_other_halt(
+    worker: Worker, brake: Brake, dsn: str
+) -> None:
+    """The claim takes nothing then, and lets go of what it has."""
+    await worker.accept(worker.request(SPACE), worker.request(OTHER))
+    async with await psycopg.AsyncConnection.connect(dsn) as frozen:
+        await frozen.execute("SELECT pg_advisory_xact_lock(orbit_fence_key(%s))", [OTHER])
+        claiming = asyncio.create_task(worker.claim())
+        assert (await brake.halt(order(), wait_seconds=10)).is_quiesced
+        assert await claiming == []
+    assert {cycle.namespace for cycle in await worker.claim()} == {OTHER}
+
+
+async def test_a_claim_takes_so_many_fences_at_most(worker: Worker) -> None:
+    """The server's memory for locks is everybody's; the rest comes with the next claim."""
+    spaces = {f"space-{number:03}" for number in range(MOST_FENCES + 10)}
+    await worker.accept(*map(worker.request, sorted(spaces)))
+    first = {cycle.namespace for cycle in await worker.claim(1000)}
+    assert len(first) == MOST_FENCES
+    assert first | {cycle.namespace for cycle in await worker.claim(1000)} == spaces
+    lanes = {(space, key): 1 for space in sorted(spaces) for key in ("one", "two")}
+    few = _of_few_namespaces(lanes)
+    assert list(few) == list(lanes)[: 2 * MOST_FENCES]
+
+
 async def test_a_halt_works_while_the_pool_is_taken(worker: Worker, brake: Brake) -> None:
     """It has a connection of its own."""
     async with asyncio.TaskGroup() as group:
@@ -224,6 +294,145 @@ async def test_a_halt_works_while_the_pool_is_taken(worker: Worker, brake: Brake
         answer = await brake.halt(order(), wait_seconds=5)
         done.set()
     assert answer.is_quiesced
+
+
+async def one_on_the_wire(worker: Worker) -> ClaimedJob:
+    """A job of the namespace that is out."""
+    await add_snapshot(worker.database)
+    await worker.begin_dispatch()
+    (job,) = await worker.take("one")
+    return job
+
+
+async def test_a_second_halt_is_no_end_of_the_first(worker: Worker, brake: Brake) -> None:
+    """Both are in force, and both are proved."""
+    job = await one_on_the_wire(worker)
+    first = asyncio.create_task(brake.halt(order()))
+    await raised(worker)
+    second = await brake.halt(order(BEN), wait_seconds=0)
+    assert (second.epoch, second.is_quiesced, second.is_in_force) == (2, False, True)
+    await worker.queue.release([job])
+    answer = await first
+    assert (answer.epoch, answer.is_quiesced, answer.is_in_force) == (1, True, True)
+
+
+async def test_a_halt_that_was_resumed_is_not_proved_by_the_next(
+    worker: Worker, brake: Brake
+) -> None:
+    """In between, something may have been claimed."""
+    await one_on_the_wire(worker)
+    first = asyncio.create_task(brake.halt(order()))
+    await raised(worker)
+    await brake.resume(order())
+    await brake.halt(order(), wait_seconds=0)
+    answer = await first
+    assert (answer.is_quiesced, answer.is_in_force) == (False, False)
+
+
+async def end_halts_connection(owner_dsn: str, what: str) -> None:
+    """The server ends the connection of a halt that is just at this."""
+    end = """SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+        WHERE application_name = 'orbit apart' AND datname = current_database() AND """
+    async with await psycopg.AsyncConnection.connect(owner_dsn, autocommit=True) as owner:
+
+        async def has_ended() -> bool:
+            row = await (await owner.execute((end + what).encode())).fetchone()
+            return row is not None and row[0] > 0
+
+        await eventually(has_ended, "a halt at work")
+
+
+async def test_a_halt_whose_connection_is_lost_is_answered_honestly(
+    worker: Worker, brake: Brake, owner_dsn: str
+) -> None:
+    """It is halted, under this epoch; what is out is not known."""
+    await one_on_the_wire(worker)
+    halting = asyncio.create_task(brake.halt(order()))
+    await raised(worker)
+    await end_halts_connection(owner_dsn, "true")
+    answer = await halting
+    assert (answer.epoch, answer.is_quiesced, answer.is_seen) == (1, False, False)
+    assert await worker.take("one") == []
+
+
+async def test_a_halt_that_could_not_be_written_is_written_again(
+    worker: Worker, brake: Brake, dsn: str, owner_dsn: str
+) -> None:
+    """After a fail-over, say, over a new connection."""
+    await brake.halt(order())
+    await brake.resume(order())
+    async with await psycopg.AsyncConnection.connect(dsn) as holder:
+        await holder.execute("SELECT FROM namespace_fence FOR UPDATE")
+        halting = asyncio.create_task(brake.halt(order()))
+        await end_halts_connection(owner_dsn, "wait_event_type = 'Lock'")
+    assert (await halting).is_quiesced
+
+
+async def test_halts_of_one_namespace_leave_connections_to_others(
+    worker: Worker, brake: Brake
+) -> None:
+    """Two wait, the others look once and are answered; another namespace is halted at once."""
+    job = await one_on_the_wire(worker)
+    halts = [asyncio.create_task(brake.halt(order(), wait_seconds=60)) for _ in range(8)]
+    assert (await brake.halt(order(space=OTHER), wait_seconds=60)).is_quiesced
+
+    async def have_most_ended() -> bool:
+        return sum(halt.done() for halt in halts) == 6
+
+    await eventually(have_most_ended, "answers")
+    held = "application_name = 'orbit apart' AND datname = current_database()"
+    assert await count(worker.database, "pg_stat_activity", held) == 2
+    await worker.queue.release([job])
+    answers = await asyncio.gather(*halts)
+    assert sorted(answer.is_quiesced for answer in answers) == [False] * 6 + [True] * 2
+    assert {answer.epoch for answer in answers} == set(range(1, 9))
+
+
+async def test_a_namespace_is_halted_while_leases_are_rebuilt(
+    worker: Worker, brake: Brake, owner_dsn: str
+) -> None:
+    """That may take minutes."""
+    async with await psycopg.AsyncConnection.connect(owner_dsn) as owner:
+        await owner.execute(REPAIR_SQL.lock_leases)
+        answer = await brake.halt(order(), wait_seconds=1)
+    assert answer.is_quiesced
+
+
+async def test_a_halt_that_cannot_be_ended_now_keeps_no_other_from_its_end(
+    worker: Worker, brake: Brake, dsn: str
+) -> None:
+    """Somebody froze amid its resumption; the others' time is over too."""
+    soon = worker.clock.now() + timedelta(seconds=0.3)
+    for space in (SPACE, OTHER):
+        await brake.halt(order(space=space), until=soon)
+    fences = Fences()
+    keeper = FenceKeeper(
+        worker.database, fences, brake, poll_seconds=1.0, on_halted=_nothing_to_recall
+    )
+
+    async def is_ended() -> bool:
+        await keeper.run_once()
+        return await count(worker.database, "namespace_fence", "is_halted") == 1
+
+    async with await psycopg.AsyncConnection.connect(dsn) as frozen:
+        await frozen.execute("SELECT FROM namespace_fence WHERE namespace = %s FOR UPDATE", [SPACE])
+        async with asyncio.timeout(15):
+            await eventually(is_ended, "the end of the other's halt")
+    await keeper.run_once()
+    assert await count(worker.database, "namespace_fence", "is_halted") == 0
+
+
+async def _nothing_to_recall() -> None:
+    """Nothing is in hand."""
+
+
+async def test_only_the_halt_that_was_meant_is_ended(worker: Worker, brake: Brake) -> None:
+    """Somebody else's, for another reason, came after it."""
+    first = await brake.halt(order())
+    second = await brake.halt(order(BEN, "a leak"))
+    with pytest.raises(HaltedAnew):
+        await brake.resume(order(), epoch=first.epoch)
+    assert not (await brake.resume(order(), epoch=second.epoch)).is_halted
 
 
 async def test_a_second_halt_raises_the_epoch_and_shortens_nothing(

@@ -80,7 +80,7 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
     }
     last = "ffffffff-ffff-7fff-bfff-ffffffffffff"
     return {
-        "cycle.share_fences": {"room": 64, "only": None, "drills": "orbit-drill-"},
+        "cycle.share_fences": {"room": 64, "most": 200, "only": None, "drills": "orbit-drill-"},
         "cycle.claim_cycles": {
             "room": 64,
             "lease_seconds": 30.0,
@@ -284,7 +284,7 @@ def test_the_check_sees_a_whole_scan(connection: Connection) -> None:
     """A statement that does read a whole table is found, so the test above can fail."""
     big = big_tables(connection)
     with connection.transaction(force_rollback=True):
-        plan = explain(connection, "configuration.active_cycles", {})
+        plan = explain(connection, "configuration.active_cycles", {"drills": "orbit-drill-"})
         (found,) = whole_scans(plan, big)
     assert found.endswith("on cycle_lease")
 

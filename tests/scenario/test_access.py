@@ -391,7 +391,8 @@ async def test_an_error_while_deciding_denies(node: Node) -> None:
     async with asking(node, token) as api:
         assert (await api.get("/session")).status_code == 200
         node.authentication.forget()
-        await node.database.close()
+        assert node.store.entrance is not None
+        await node.store.entrance.close()
         assert refusal(await api.get("/session")) == (503, "database_unavailable")
 
 

@@ -6,18 +6,24 @@ import asyncio
 import json
 import os
 import sys
+from datetime import timedelta
 
 import psycopg
 import pytest
 
 from orbit.app import Node
-from orbit.clock import new_id
+from orbit.clock import DatabaseClock, new_id
 from orbit.drills.halt import REQUESTS, HaltDrill
 from orbit.errors import DrillUnderWay, RequestInvalid
 from orbit.execution.cycle import claim
 from orbit.execution.initiation import CycleRequest, accept
+from orbit.execution.recorder import Recorder
 from orbit.governance.halt import Order
 from orbit.governance.rules import set_two_persons
+from orbit.services.janitor import Janitor
+from orbit.services.leftovers import Leftovers
+from orbit.vocabulary import DRILL_ENDPOINT, DRILL_LIFE_SECONDS
+from tests.database.engine import add_snapshot, enqueued
 from tests.scenario.conftest import SECRET_KEY, Facts, MakeNode, Receiver, ended
 
 SPACE = "orbit-drill-left"
@@ -112,6 +118,28 @@ async def test_what_a_killed_drill_leaves_is_taken_by_no_node(make_node: MakeNod
     await started(node, SPACE)
     by_node = await claim(node.database, node.node_id, 10, 30)
     assert [cycle.cycle_id for cycle in by_node] == [brand]
+
+
+async def test_what_a_killed_drill_leaves_ends(make_node: MakeNode, facts: Facts) -> None:
+    """The janitor ends it unsent, once it can be no drill's any more; it leaves others alone."""
+    node = await make_node(is_started=False)
+    brand = await started(node, "brand")
+    for _ in range(2):
+        await started(node, SPACE)
+    (cycle,) = await claim(node.database, node.node_id, 1, 30, only=SPACE)
+    await add_snapshot(node.database, SPACE)
+    await Recorder(node.database, node.node_id).record(enqueued(cycle, [DRILL_ENDPOINT], 1))
+    assert await node.leftovers().end_old() == 0
+    later = DatabaseClock(node.clock.now() + timedelta(seconds=2 * DRILL_LIFE_SECONDS + 60))
+    leftovers = Leftovers(node.database, node.node_id, later, node.dead_letters, 30)
+    await Janitor(node.database, fact_retention_days=0, leftovers=leftovers).run_once()
+    left = "SELECT cycle_id::text FROM cycle_lease"
+    assert [row["cycle_id"] for row in facts(left)] == [brand]
+    assert facts("SELECT FROM dispatch_lease") == []
+    (dead,) = facts("SELECT * FROM dead_letter_dispatch")
+    assert dead["cause"] == "the drill ended before it was sent"
+    (decision,) = facts("SELECT * FROM dead_letter_decision")
+    assert (decision["namespace"], decision["job_id"]) == (SPACE, dead["job_id"])
 
 
 async def started(node: Node, namespace: str) -> str:

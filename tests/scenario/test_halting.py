@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import httpx
 import pytest
@@ -311,10 +312,32 @@ async def test_halt_and_resume_without_a_node(dsn: str, facts: Facts) -> None:
     assert json.loads(refused)["code"] == "namespace_halted"
     rule = ("policy", "brand", "--two-person-resume", "--reason", "r", "--direct")
     assert "two persons" in await orbit(dsn, *rule)
+    await orbit(dsn, "resume", "brand", "--reason", "mended", "--epoch", "9", "--direct", code=3)
     await orbit(dsn, "resume", "brand", "--reason", "mended", "--direct", code=4)
     await orbit(dsn, "resume", "brand", "--reason", "mended", code=3)
     assert facts("SELECT step FROM namespace_resume") == [{"step": "asked"}]
     await orbit(dsn, "resume", "brand", "--reason", " ", code=2)
+
+
+async def test_a_halt_waits_for_no_connection_of_the_pool(make_node: MakeNode) -> None:
+    """Not even to find out who asks: every connection for work is taken."""
+    node = await make_node(is_started=False, auth="on", database_pool_max=2)
+    key = await key_of(node, "operator")
+    async with asking(node, key) as client, node.database.connection(), node.database.connection():
+        answer = await client.post("/governance/namespaces/brand/halt")
+        resumed = await client.post("/governance/namespaces/brand/resume", json={"reason": "r"})
+    assert (answer.status_code, answer.json()["quiesced"]) == (200, True)
+    assert resumed.status_code == 200
+
+
+async def test_the_signing_key_is_no_key_to_the_brake(
+    dsn: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever cannot read it, since it is the service's alone, halts all the same."""
+    monkeypatch.setenv("ORBIT_AUDIT_SIGNING_KEY_FILE", str(tmp_path / "not-there.key"))
+    monkeypatch.setenv("ORBIT_AUDIT_CHECKPOINT_DIR", str(tmp_path))
+    answer = json.loads(await orbit(dsn, "halt", "brand", "--direct", "--json"))
+    assert answer["quiesced"] is True
 
 
 async def test_a_halt_that_is_not_proved_in_time_ends_with_its_own_code(

@@ -44,9 +44,10 @@ class HaltBody(Body):
 
 
 class ResumeBody(Body):
-    """Why a namespace may go on."""
+    """Why a namespace may go on; with `epoch` only from that halt, not from a later one."""
 
     reason: Reason
+    epoch: int | None = Field(None, ge=1)
 
 
 class SettingsBody(Body):
@@ -63,7 +64,8 @@ class HaltAnswer(View):
     `quiesced`: nothing of the namespace is in flight on any node, and nothing will begin until it
     is resumed. Else `fenced` says whether all claims from before were over, and `in_flight`, of
     which at most 1,000 are listed, those still out first, what has no outcome yet and on which
-    node. `in_force` is false if it was resumed meanwhile.
+    node. `in_force` is false if it was resumed meanwhile. Unless `seen`, the database was lost once
+    the halt was written, and nothing of this is known: halt again.
     """
 
     namespace: str
@@ -71,6 +73,7 @@ class HaltAnswer(View):
     quiesced: bool
     fenced: bool
     in_force: bool
+    seen: bool
     halted_at: datetime
     until_at: datetime | None
     waited_seconds: float
@@ -132,8 +135,9 @@ def _add_brake(router: APIRouter, node: Node, bodies: Bodies) -> None:
     async def resume(
         request: Request, namespace: Name, body: ResumeBody = read_resume
     ) -> ResumeAnswer:
-        """409 `not_halted`, or `second_person_required` if the same person asks twice."""
-        found = await node.brake.resume(_order(request, namespace, body.reason))
+        """409 `not_halted`, `halted_anew`, or `second_person_required` for the same person."""
+        order = _order(request, namespace, body.reason)
+        found = await node.brake.resume(order, epoch=body.epoch)
         state = "halted" if found.is_halted else "running"
         return ResumeAnswer(found.namespace, found.epoch, state, found.asked_by)
 
@@ -195,6 +199,7 @@ def _answer(found: Halted) -> HaltAnswer:
         quiesced=found.is_quiesced,
         fenced=found.is_fenced,
         in_force=found.is_in_force,
+        seen=found.is_seen,
         halted_at=found.halted_at,
         until_at=found.until_at,
         waited_seconds=found.waited_seconds,

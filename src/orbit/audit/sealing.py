@@ -56,7 +56,7 @@ async def seal(database: Database, node_id: str, count: int = BATCH) -> Pass:
         return NOTHING
     if not (place["has_facts"] or place["is_restored"]):
         return NOTHING
-    async with database.transaction() as connection:
+    async with database.batch() as connection:  # heads are locked with the last words: the commit
         await connection.execute(SQL.bound_sealer)
         held = await connection.execute(SQL.hold_sealer)
         if await held.fetchone() is None:
@@ -75,9 +75,8 @@ async def _seal(connection: Connection, place: Mapping[str, Any], node_id: str) 
     is_restored = place["is_restored"]
     until = "0" if is_restored else place["until"]
     acts = await _number(connection, facts)
-    async with connection.pipeline():
-        await connection.execute(SQL.move_sealer, {"until": until, "node_id": node_id})
-        await append(connection, *acts)
+    await connection.execute(SQL.move_sealer, {"until": until, "node_id": node_id})
+    await append(connection, *acts)
     return Pass(len(facts), bool(place["is_more"] or is_restored))
 
 

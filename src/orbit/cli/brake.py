@@ -57,11 +57,18 @@ def halt(
 
 
 def resume(
-    namespace: Namespace, reason: Why, is_direct: Direct = False, is_json: Json = False
+    namespace: Namespace,
+    reason: Why,
+    epoch: Annotated[
+        int | None, typer.Option("--epoch", min=1, help="Only if this halt is still the last.")
+    ] = None,
+    is_direct: Direct = False,
+    is_json: Json = False,
 ) -> None:
     """Let a halted namespace go on; some want a second person to say so too."""
+    body = {"reason": reason} if epoch is None else {"reason": reason, "epoch": epoch}
     with connected(settings(), is_direct=is_direct, is_urgent=True) as api:
-        answer = api.post(f"/governance/namespaces/{namespace}/resume", {"reason": reason})
+        answer = api.post(f"/governance/namespaces/{namespace}/resume", body)
     if is_json:
         print_json(answer)
     elif answer["state"] == "running":
@@ -105,9 +112,12 @@ def halt_lines(answer: Mapping[str, Any]) -> Iterator[str]:
         if answer["inFlightCount"]:
             yield f"{answer['inFlightCount']} were in flight and ended: {_ends(answer)}"
         return
+    if not answer["seen"]:
+        yield f"NOT quiesced after {seconds}: the database was lost; say `orbit halt` again"
+        return
     yield f"NOT quiesced after {seconds}: {answer['stillOut']} still out"
     if not answer["inForce"]:
-        yield "it was resumed, or halted again, meanwhile"
+        yield "it was resumed meanwhile"
     if not answer["fenced"]:
         yield "a claim that began before is still under way; it will find the halt, or has claimed"
 

@@ -27,11 +27,11 @@ from orbit.audit.trail import Act
 from orbit.clock import new_id
 from orbit.database.queries import array, load
 from orbit.drills.receiver import DrillReceiver, listening
-from orbit.drills.worker import ENDPOINT, DrillWorker
+from orbit.drills.worker import DrillWorker
 from orbit.errors import DrillUnderWay, NamespaceHalted, NotHalted
 from orbit.execution.initiation import CycleRequest, accept
 from orbit.governance.halt import Halted, Order
-from orbit.vocabulary import DRILL_PREFIX
+from orbit.vocabulary import DRILL_ENDPOINT, DRILL_LIFE_SECONDS, DRILL_PREFIX
 
 SQL = load("drills")
 HALT_SQL = load("halt")
@@ -41,7 +41,6 @@ _AMID = REQUESTS // 10  # so many have arrived when the second half is triggered
 _ARRIVE_SECONDS = 30.0  # for what is to arrive, before and after the halt
 _HALT_SECONDS = 10.0
 _END_SECONDS = 5.0  # for what a drill that failed has left
-_LIFE_SECONDS = 120.0
 _WHY = "a drill"
 
 log = structlog.get_logger(__name__)
@@ -83,7 +82,7 @@ class HaltDrill:
         self._is_under_way = True
         order = Order(_namespace(self._node), actor, actor_id, _WHY)
         try:
-            async with asyncio.timeout(_LIFE_SECONDS), listening(_ANSWER_SECONDS) as receiver:
+            async with asyncio.timeout(DRILL_LIFE_SECONDS), listening(_ANSWER_SECONDS) as receiver:
                 async with self._worker(order, receiver) as worker:
                     found = await self._rehearse(order, worker, receiver, watch_seconds)
                 await self._record(order, found)
@@ -99,11 +98,15 @@ class HaltDrill:
         try:
             yield worker
         finally:
-            await self._resume(order, worker)
-            await worker.until_idle(_END_SECONDS)
-            is_over.set()
-            await working
-            await worker.clear()
+            try:
+                await self._resume(order, worker)
+                await worker.until_idle(_END_SECONDS)
+            finally:
+                is_over.set()
+                try:
+                    await working
+                finally:
+                    await worker.clear()
 
     async def _rehearse(
         self, order: Order, worker: DrillWorker, receiver: DrillReceiver, watch_seconds: float
@@ -113,7 +116,7 @@ class HaltDrill:
         await receiver.until(_AMID, _ARRIVE_SECONDS)
         await self._trigger(order.namespace, REQUESTS - REQUESTS // 2)
         worker.wake()
-        until = self._node.clock.now() + timedelta(seconds=_LIFE_SECONDS)
+        until = self._node.clock.now() + timedelta(seconds=DRILL_LIFE_SECONDS)
         halted = await self._node.brake.halt(order, until=until, wait_seconds=_HALT_SECONDS)
         before = list(receiver.jobs)
         worker.wake()  # it is to find nothing that it may take
@@ -143,7 +146,7 @@ class HaltDrill:
         """Starts so many cycles of one request each; False if the namespace is halted."""
         at = self._node.clock.now()
         requests = [
-            CycleRequest(new_id(at), namespace, "api", endpoint_keys=(ENDPOINT,))
+            CycleRequest(new_id(at), namespace, "api", endpoint_keys=(DRILL_ENDPOINT,))
             for _ in range(count)
         ]
         async with self._node.database.transaction() as connection:

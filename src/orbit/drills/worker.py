@@ -16,7 +16,6 @@ from orbit.app import Node
 from orbit.clock import new_id
 from orbit.database.queries import load
 from orbit.endpoints import Endpoint
-from orbit.errors import Refused
 from orbit.execution.cycle import Orchestrator
 from orbit.execution.dispatch import DispatchQueue, RetryPolicy
 from orbit.execution.http1 import Client
@@ -27,20 +26,19 @@ from orbit.execution.retry import Backoff
 from orbit.execution.snapshots import Snapshots
 from orbit.execution.tenure import Tenure
 from orbit.execution.transformation import Transformer
-from orbit.execution.wire import Outcome, Wire, WireResult
+from orbit.execution.wire import Wire
 from orbit.profiles.bridge import Bridge
 from orbit.services.dispatcher import Dispatcher
 from orbit.services.runner import Runner
+from orbit.vocabulary import DRILL_ENDPOINT
 
 SQL = load("drills")
-ENDPOINT = "orbit-drill"
 IN_FLIGHT = 16  # requests at once, and half as many cycles
 _MEMORY_BYTES = 1 << 20
 _MAX_ATTEMPTS = 1  # what fails once fails the drill
 _BEATS_IN_LEASE = 6
 _DRAIN_SECONDS = 2.0
 _LOOK_SECONDS = 0.02
-_LEFT = "the drill ended before it was sent"
 
 
 class DrillWorker:
@@ -49,7 +47,7 @@ class DrillWorker:
     def __init__(self, node: Node, namespace: str, url: str) -> None:
         self._node, self._namespace = node, namespace
         self.node_id = new_id(node.clock.now())
-        self._endpoint = Endpoint(ENDPOINT, url, max_concurrency=IN_FLIGHT, breaker=None)
+        self._endpoint = Endpoint(DRILL_ENDPOINT, url, max_concurrency=IN_FLIGHT, breaker=None)
         self._http = Client(idle_connections=IN_FLIGHT)
         self._memory = PayloadMemory(_MEMORY_BYTES)
         self._snapshots = Snapshots(
@@ -60,7 +58,7 @@ class DrillWorker:
             self.node_id,
             node.settings.lease_seconds,
             RetryPolicy(Backoff(0.0, 1.0, 0.0), random.random),
-            {ENDPOINT: self._endpoint},
+            {DRILL_ENDPOINT: self._endpoint},
             only=namespace,
         )
         self._dispatcher = self._new_dispatcher()
@@ -98,17 +96,8 @@ class DrillWorker:
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def clear(self) -> None:
-        """Ends the jobs that were not sent, and discards what is dead. To follow the end."""
-        rooms = {(self._namespace, ENDPOINT): IN_FLIGHT}
-        await self._queue.lanes()
-        while jobs := await self._queue.claim(rooms, IN_FLIGHT):
-            now = self._node.clock.now()
-            left = WireResult(Outcome.NOT_SENT, cause=_LEFT)
-            await asyncio.gather(*(self._queue.settle(job, left, now, now) for job in jobs))
-        asked = {"namespace": self._namespace}
-        for row in await self._node.database.fetch_all(SQL.undecided_dead_letters, asked):
-            with suppress(Refused):
-                await self._node.dead_letters.discard(row["job_id"], _LEFT)
+        """Ends what was not sent. To follow the end."""
+        await self._node.leftovers().end(self._namespace)
 
     def _new_dispatcher(self) -> Dispatcher:
         node = self._node

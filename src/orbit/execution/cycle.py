@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from psycopg.errors import LockNotAvailable
+
 from orbit.database.pool import Database
 from orbit.database.queries import array, load
 from orbit.errors import StepFailed
@@ -41,6 +43,7 @@ from orbit.payload import Payload
 from orbit.vocabulary import DRILL_PREFIX
 
 SQL = load("cycle")
+MOST_FENCES = 200  # of a claim: the server's memory for locks is everybody's
 _ORDER = list(Stage)
 
 
@@ -51,32 +54,28 @@ async def claim(
 
     Drills' are left out; with `only` it is a drill that asks, and nothing else is touched.
     """
-    async with database.transaction() as connection, connection.pipeline():
-        if only is None:
-            await connection.execute(SQL.release_waiting)
-        await connection.execute(
-            SQL.share_fences, {"room": room, "only": only, "drills": DRILL_PREFIX}
-        )
-        cursor = await connection.execute(
-            SQL.claim_cycles,
-            {"node_id": node_id, "room": room, "lease_seconds": lease_seconds},
-            binary=True,
-        )
-        leases = {(row["namespace"], row["cycle_id"]): row for row in await cursor.fetchall()}
-        if not leases:
-            return []
-        cursor = await connection.execute(
-            SQL.claimed_cycles,
-            {
-                "namespace": array(namespace for namespace, _ in leases),
-                "cycle_id": array(cycle_id for _, cycle_id in leases),
-                "first": min(cycle_id for _, cycle_id in leases),
-                "last": max(cycle_id for _, cycle_id in leases),
-                "inline_bytes": INLINE_BYTES,
-            },
-            binary=True,
-        )
-        rows = await cursor.fetchall()
+    fences = {"room": room, "most": MOST_FENCES, "only": only, "drills": DRILL_PREFIX}
+    asked = {"node_id": node_id, "room": room, "lease_seconds": lease_seconds}
+    try:
+        async with database.batch() as connection:
+            if only is None:
+                await connection.execute(SQL.release_waiting)
+            await connection.execute(SQL.share_fences, fences)
+            cursor = await connection.execute(SQL.claim_cycles, asked, binary=True)
+    except LockNotAvailable:  # another's claim, or a halt, has stopped in its middle
+        return []
+    leases = {(row["namespace"], row["cycle_id"]): row for row in await cursor.fetchall()}
+    if not leases:
+        return []
+    claimed = {
+        "namespace": array(namespace for namespace, _ in leases),
+        "cycle_id": array(cycle_id for _, cycle_id in leases),
+        "first": min(cycle_id for _, cycle_id in leases),
+        "last": max(cycle_id for _, cycle_id in leases),
+        "inline_bytes": INLINE_BYTES,
+    }
+    # Leases that nobody knows of would count as lost workers.
+    rows = await database.persist(lambda: database.fetch_all(SQL.claimed_cycles, claimed))
     return [_claimed(row, leases[row["namespace"], row["cycle_id"]]) for row in rows]
 
 

@@ -29,6 +29,7 @@ from orbit.database.group_commit import GroupCommit
 from orbit.database.pool import Connection, Database
 from orbit.database.queries import array, load
 from orbit.endpoints import Breaker, Endpoint
+from orbit.execution.lapse import LAPSED
 from orbit.execution.retry import Backoff, full_jitter, parse_retry_after, with_retry_after
 from orbit.execution.wire import Outcome, WireResult
 from orbit.vocabulary import is_drill
@@ -41,7 +42,7 @@ SECRET_UNREADABLE = "secret unreadable"  # noqa: S105 - a cause
 NOT_PREPARED = "not prepared"
 CUT_OFF = "cut off"
 _NEVER_LEFT = frozenset({SECRET_UNREADABLE, NOT_PREPARED})  # no receiver was tried
-_NOT_OF_LANE = _NEVER_LEFT | {CUT_OFF}  # say nothing of the receiver
+_NOT_OF_LANE = _NEVER_LEFT | {CUT_OFF, LAPSED}  # say nothing of the receiver
 _TALLY_PARTS = 8
 _NEVER_OPENS = Breaker(failures=2**31 - 1, share=2.0)  # but closes, if it was open before
 _ANY_ENDPOINT = Endpoint(key="", url="")  # of a job whose endpoint this node does not know

@@ -1,7 +1,7 @@
 """Whether a cycle in hand may begin its next call: its lease is ours, its namespace not halted.
 
-A step's request is a request like a job's: its first byte leaves only while the cycle's lease is
-certainly this node's by the monotonic clock, and not after the node has heard of a halt. What a
+A step's request is a request like a job's: it leaves only while the cycle's lease is certainly this
+node's by the monotonic clock, and does not begin after the node has heard of a halt. What a
 step does that runs already is its own; its result may still be committed.
 """
 
@@ -32,8 +32,12 @@ class Tenure:
     def check(self, namespace: str, cycle_id: str) -> None:
         """Raises NamespaceHalted or LeaseLost if no request of the cycle may leave here."""
         self._fences.check(namespace)
-        if self._clock.monotonic() >= self._expires.get(cycle_id, 0.0):
+        if self.seconds_left(cycle_id) <= 0:
             raise LeaseLost(f"the lease of cycle {cycle_id} is over, or not ours")
+
+    def seconds_left(self, cycle_id: str) -> float:
+        """For how long the cycle is certainly ours; not above 0 if it is not."""
+        return self._expires.get(cycle_id, 0.0) - self._clock.monotonic()
 
     def check_halted(self, namespace: str) -> None:
         """Raises NamespaceHalted if no step may begin.

@@ -38,6 +38,7 @@ from orbit.errors import (
 )
 from orbit.execution.context import ExecutionContext, Stage, Step
 from orbit.execution.http1 import Client
+from orbit.execution.lapse import LAPSED, Hold
 from orbit.execution.plugin import resolve
 from orbit.execution.recorder import StepRecord
 from orbit.execution.retry import full_jitter
@@ -192,18 +193,9 @@ class Transformer:
     ) -> tuple[int, bytes, str]:
         """Status (200 or 204), body and content type; the caller's time limit bounds it.
 
-        Its first byte leaves only if the cycle may still go on here.
+        Its first byte leaves only if the cycle may still go on here, the rest while it is ours.
         """
         refusals: list[OrbitError] = []
-
-        def may_send() -> bool:
-            try:
-                if self._tenure is not None:
-                    self._tenure.check(context.namespace, context.cycle_id)
-            except (LeaseLost, NamespaceHalted) as refusal:
-                refusals.append(refusal)
-            return not refusals
-
         found = await self._http.exchange(
             "POST",
             step.url or "",
@@ -211,7 +203,7 @@ class Transformer:
             payload.content,
             timeout_seconds=None,
             read_bytes=self._max_payload_bytes,
-            may_send=may_send,
+            hold=self._hold(context, refusals),
         )
         if refusals:
             raise refusals[0]
@@ -221,10 +213,27 @@ class Transformer:
             raise PayloadTooLarge(
                 f"answered more than {self._max_payload_bytes:,} bytes (ORBIT_MAX_PAYLOAD_BYTES)"
             )
+        if found.cause == LAPSED:
+            raise LeaseLost(f"{found.error} (cycle {context.cycle_id})")
         if found.status is None or found.cause is not None:
             raise RuntimeError(f"{found.cause}: {found.error}")
         content_type = found.headers.get("content-type", DEFAULT_CONTENT_TYPE)
         return found.status, found.body, content_type
+
+    def _hold(self, context: ExecutionContext, refusals: list[OrbitError]) -> Hold | None:
+        """The right to send for the cycle; why it is refused is added to `refusals`."""
+        tenure = self._tenure
+        if tenure is None:
+            return None
+
+        def may_begin() -> bool:
+            try:
+                tenure.check(context.namespace, context.cycle_id)
+            except (LeaseLost, NamespaceHalted) as refusal:
+                refusals.append(refusal)
+            return not refusals
+
+        return Hold(may_begin, lambda: tenure.seconds_left(context.cycle_id))
 
 
 def _phrase(status: int) -> str:

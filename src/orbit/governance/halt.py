@@ -10,7 +10,9 @@ over. `quiesced` is said only when the fence was passed, nothing of the namespac
 node, and the halt is still in force.
 
 Claims queue behind who waits for the fence, so it is waited for a little at a time: a claim that
-never ends holds up no other namespace. A halt has a connection of its own and is bounded in time.
+never ends holds up no other namespace. A halt has a connection of its own and is bounded in time;
+so many may be written at once and wait at once, so that they leave the server connections. Whatever
+goes wrong once it is written, it is answered, and not as quiesced.
 It is refused to nobody for want of a reason; a resumption wants one, and a second person where
 the namespace's rule says so.
 """
@@ -20,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -31,15 +34,19 @@ from orbit.audit import trail
 from orbit.audit.trail import Act
 from orbit.database.pool import TRANSIENT, Connection, Database, first_line
 from orbit.database.queries import load
-from orbit.errors import NotHalted, RequestInvalid, SecondPersonRequired
+from orbit.errors import HaltedAnew, NotHalted, RequestInvalid, SecondPersonRequired
 from orbit.governance.in_flight import Flight, Look, listed, look, with_outcomes
 from orbit.governance.rules import needs_two_persons
+from orbit.governance.turns import Turns
 
 SQL = load("halt")
 _LEAST_SECONDS = 2.0  # for the fence, however short the wait
-_RAISE_SECONDS = 15.0  # until a halt that cannot be written is given up
+_PATIENCE_SECONDS = 10.0  # beyond what a frozen transaction, or the wait, may take
+_WRITING, _WAITING, _OF_ONE = 8, 16, 2  # connections of halts: of a node, and of one namespace
 _FIRST_PAUSE, _LAST_PAUSE = 0.005, 0.1
-_FIRST_PATIENCE_SECONDS, _LAST_PATIENCE_SECONDS = 0.05, 0.4  # at a time, for the fence
+# At a time, for the fence. Claims wait a little longer for any lock (share_fences): those that came
+# behind get their turn, and those that wait for something else have given up at the next try.
+_FIRST_PATIENCE_SECONDS, _LAST_PATIENCE_SECONDS = 0.05, 0.4
 _RECOVER_SECONDS = 0.25
 
 log = structlog.get_logger(__name__)
@@ -57,7 +64,10 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Halted:
-    """A halt's answer; `is_fenced`: no claim from before it was under way any more."""
+    """A halt's answer; `is_fenced`: no claim from before it was under way any more.
+
+    Unless `is_seen`, the database did not answer to the end, and what is out is not known.
+    """
 
     namespace: str
     epoch: int
@@ -68,6 +78,18 @@ class Halted:
     until_at: datetime | None
     waited_seconds: float
     in_flight: tuple[Flight, ...]
+    is_seen: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Proof:
+    """What was seen of a halt that is written; of none, that it was written."""
+
+    is_fenced: bool = False
+    is_in_force: bool = True
+    out: frozenset[tuple[str, int]] = frozenset()
+    flights: tuple[Flight, ...] = ()
+    is_seen: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +120,9 @@ class Brake:
     ) -> None:
         self._database, self._node_id = database, node_id
         self._recover, self._on_changed = recover, on_changed
+        self._raise_seconds = database.transaction_seconds + _PATIENCE_SECONDS
+        self._writing = Turns(in_all=_WRITING, of_one=_OF_ONE)
+        self._waiting = Turns(in_all=_WAITING, of_one=_OF_ONE)
 
     async def halt(
         self, order: Order, *, until: datetime | None = None, wait_seconds: float = 10.0
@@ -105,49 +130,45 @@ class Brake:
         """Halts a namespace, and waits so long for what is in flight to end.
 
         A namespace that is halted is halted anew, under the next epoch, and not for a shorter
-        time. Raises RequestInvalid (`until` has passed), and one of pool.TRANSIENT if the
-        database does not take it within 15 s.
+        time. Who waits already may be too many: then this one looks once, and does not wait. Raises
+        RequestInvalid (`until` has passed), and one of pool.TRANSIENT if the database does not take
+        it in the time that a transaction may last, and a little more.
         """
         started = time.monotonic()
-        async with self._connected(started + _RAISE_SECONDS) as connection:
-            row = await self._raise(connection, order, until, started + _RAISE_SECONDS)
-            self._on_changed()
-            raised = time.monotonic()
-            is_fenced = await self._pass(
-                connection, order.namespace, max(raised + _LEAST_SECONDS, started + wait_seconds)
-            )
-            flights = await listed(connection, order.namespace)
-            last = await self._await_quiet(
-                connection, order.namespace, row["epoch"], started + wait_seconds
-            )
-            known = {flight.key for flight in flights}
-            if last.out - known:  # claimed by what the fence could not wait for
-                again = await listed(connection, order.namespace)
-                flights += [one for one in again if one.key not in known]
-            ends = await with_outcomes(connection, order.namespace, flights, last.out)
-        answer = Halted(
-            namespace=order.namespace,
-            epoch=row["epoch"],
-            is_quiesced=is_fenced and last.is_in_force and not last.out,
-            is_fenced=is_fenced,
-            is_in_force=last.is_in_force,
-            halted_at=row["now"],
-            until_at=row["until_at"],
-            waited_seconds=time.monotonic() - started,
-            in_flight=tuple(ends),
-        )
+        async with AsyncExitStack() as held:
+            async with self._writing.turn(order.namespace, self._raise_seconds):
+                row, connection = await self._persist_halt(
+                    held, order, until, started + self._raise_seconds
+                )
+                self._on_changed()
+                may_wait = await held.enter_async_context(
+                    self._waiting.turn_at_once(order.namespace)
+                )
+                proof = None
+                if not may_wait:
+                    proof = await self._try_to_prove(connection, order, row["epoch"], started)
+            if proof is None:
+                proof = await self._try_to_prove(
+                    connection, order, row["epoch"], started + wait_seconds
+                )
+        answer = _answer(order.namespace, row, proof, time.monotonic() - started)
         _tell(answer)
         return answer
 
-    async def resume(self, order: Order) -> Resumed:
+    async def resume(self, order: Order, *, epoch: int | None = None) -> Resumed:
         """Lets a namespace go on, or, where two persons are needed, notes that the first agrees.
 
-        Raises RequestInvalid (no reason), NotHalted, and SecondPersonRequired if the same person
-        asks twice.
+        `epoch`: only if it is this halt that is in force, and nobody has halted anew. Raises
+        RequestInvalid (no reason), NotHalted, HaltedAnew, and SecondPersonRequired if the same
+        person asks twice.
         """
         check_reason(order.reason)
-        async with self._database.apart() as connection, connection.transaction():
-            answer = await self._resume(connection, order)
+        async with (
+            self._writing.turn(order.namespace, self._raise_seconds),
+            self._database.apart() as connection,
+            connection.transaction(),
+        ):
+            answer = await self._resume(connection, order, epoch)
         self._on_changed()
         log.info(
             "resume_asked" if answer.is_halted else "namespace_resumed",
@@ -158,8 +179,12 @@ class Brake:
         return answer
 
     async def resume_by_time(self, namespace: str) -> bool:
-        """Lets a namespace go on whose halt was until now; whether it was this call that did."""
+        """Lets a namespace go on whose halt was until now; whether it was this call that did.
+
+        Raises LockNotAvailable where another does not let go of it.
+        """
         async with self._database.transaction() as connection:
+            await connection.execute(SQL.bound_brief)
             fence = await self._fence(connection, namespace)
             if fence is None or not fence["is_over"]:
                 return False
@@ -176,8 +201,59 @@ class Brake:
 
     # ---- halting
 
-    def _connected(self, deadline: float) -> _Apart:
-        return _Apart(self._database, deadline)
+    async def _persist_halt(
+        self, held: AsyncExitStack, order: Order, until: datetime | None, deadline: float
+    ) -> tuple[dict[str, Any], Connection]:
+        """The fence's row, and the connection, which `held` ends.
+
+        Written again where it is not known whether it was: another epoch does no harm.
+        """
+        while True:
+            async with AsyncExitStack() as opened:
+                connection = await opened.enter_async_context(_Apart(self._database, deadline))
+                try:
+                    row = await self._raise(connection, order, until, deadline)
+                except TRANSIENT as error:
+                    if time.monotonic() > deadline:
+                        raise
+                    log.warning("halt_not_written", error=first_line(error))
+                else:
+                    held.push_async_exit(opened.pop_all())
+                    return row, connection
+            await asyncio.sleep(_LAST_PAUSE)
+
+    async def _try_to_prove(
+        self, connection: Connection, order: Order, epoch: int, deadline: float
+    ) -> _Proof:
+        """What could be seen of it, in bounded time, also of a database that is lost."""
+        fence_deadline = max(time.monotonic() + _LEAST_SECONDS, deadline)
+        try:
+            async with asyncio.timeout(fence_deadline - time.monotonic() + _PATIENCE_SECONDS):
+                return await self._prove(
+                    connection, order.namespace, epoch, fence_deadline, deadline
+                )
+        except (TimeoutError, *TRANSIENT) as error:
+            log.warning("halt_not_proved", namespace=order.namespace, error=first_line(error))
+            return _Proof()
+
+    async def _prove(
+        self,
+        connection: Connection,
+        namespace: str,
+        epoch: int,
+        fence_deadline: float,
+        deadline: float,
+    ) -> _Proof:
+        await connection.execute(SQL.bound_session)
+        is_fenced = await self._pass(connection, namespace, fence_deadline)
+        flights = await listed(connection, namespace)
+        last = await self._await_quiet(connection, namespace, epoch, deadline)
+        known = {flight.key for flight in flights}
+        if last.out - known:  # claimed by what the fence could not wait for
+            again = await listed(connection, namespace)
+            flights += [one for one in again if one.key not in known]
+        ends = await with_outcomes(connection, namespace, flights, last.out)
+        return _Proof(is_fenced, last.is_in_force, last.out, tuple(ends), is_seen=True)
 
     async def _raise(
         self, connection: Connection, order: Order, until: datetime | None, deadline: float
@@ -259,12 +335,15 @@ class Brake:
 
     # ---- resuming
 
-    async def _resume(self, connection: Connection, order: Order) -> Resumed:
+    async def _resume(self, connection: Connection, order: Order, wanted: int | None) -> Resumed:
         await connection.execute(SQL.bound_locks)
         fence = await self._fence(connection, order.namespace)
         if fence is None:
             raise NotHalted(f"namespace {order.namespace} is not halted")
         epoch = fence["epoch"]
+        if wanted not in (None, epoch):
+            text = f"namespace {order.namespace} was halted anew: this is epoch {epoch}"
+            raise HaltedAnew(text, epoch=epoch)
         if not await needs_two_persons(connection, order.namespace):
             await self._lower(connection, order, epoch, "person")
             return Resumed(order.namespace, epoch, False, None)
@@ -348,6 +427,22 @@ class _Apart:
 
     async def __aexit__(self, *error: Any) -> None:
         await self._given.__aexit__(*error)
+
+
+def _answer(namespace: str, row: dict[str, Any], proof: _Proof, seconds: float) -> Halted:
+    is_quiesced = proof.is_seen and proof.is_fenced and proof.is_in_force and not proof.out
+    return Halted(
+        namespace=namespace,
+        epoch=row["epoch"],
+        is_quiesced=is_quiesced,
+        is_fenced=proof.is_fenced,
+        is_in_force=proof.is_in_force,
+        halted_at=row["now"],
+        until_at=row["until_at"],
+        waited_seconds=seconds,
+        in_flight=proof.flights,
+        is_seen=proof.is_seen,
+    )
 
 
 def _act(order: Order, action: str, epoch: int, second_to: str | None = None) -> Act:

@@ -10,8 +10,11 @@ alone is over.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
+
+from psycopg.errors import LockNotAvailable
 
 from orbit.database.pool import Connection
 from orbit.database.queries import array, load
@@ -77,7 +80,8 @@ async def listed(connection: Connection, namespace: str) -> list[Flight]:
 async def look(connection: Connection, namespace: str, epoch: int) -> Look:
     """What of it is out still; takes cycles' leases that have run out from their owners."""
     asked = {"namespace": namespace, "epoch": epoch}
-    await connection.execute(SQL.free_expired_cycles, asked)
+    with suppress(LockNotAvailable):  # all leases are being rebuilt: these stay out meanwhile
+        await connection.execute(SQL.free_expired_cycles, asked)
     row = await (await connection.execute(SQL.still_in_flight, asked)).fetchone()
     assert row is not None
     out = frozenset(_keys(row))

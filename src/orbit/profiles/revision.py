@@ -20,6 +20,7 @@ from orbit.database.pool import Connection, Database
 from orbit.database.queries import load
 from orbit.errors import CyclesActive, DatabaseUnavailable
 from orbit.profiles.model import Documents, document_body, documents_from_body
+from orbit.vocabulary import DRILL_PREFIX
 
 SQL = load("configuration")
 log = structlog.get_logger(__name__)
@@ -162,7 +163,7 @@ async def _was_in_force(connection: Connection, revision: Revision) -> bool:
 
 
 async def _refuse_while_active(connection: Connection) -> None:
-    cursor = await connection.execute(SQL.active_cycles)
+    cursor = await connection.execute(SQL.active_cycles, {"drills": DRILL_PREFIX})
     rows = await cursor.fetchall()
     if rows:
         total = rows[0]["total"]

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
+from psycopg.errors import LockNotAvailable
+
 from orbit.database.pool import Database
 from orbit.database.queries import load
 from orbit.governance.fence import Fences
@@ -44,5 +46,12 @@ class FenceKeeper(Service):
             await self._on_halted()
         for row in rows:
             if row["is_over"]:
-                await self._brake.resume_by_time(row["namespace"])
+                await self._end(row["namespace"])
         return self._poll_seconds
+
+    async def _end(self, namespace: str) -> None:
+        """One that cannot be ended now keeps no other from its end."""
+        try:
+            await self._brake.resume_by_time(namespace)
+        except LockNotAvailable:
+            self._log.warning("halt_not_ended", namespace=namespace, reason="another is at it")

@@ -94,7 +94,8 @@ SELECT revision FROM config_active;
 
 -- name: share_fences
 -- Takes the fences of the namespaces with due cycles, those that wait longest, in key order; for
--- claim_cycles, which reads the flags after it and keeps to these. A drill's namespace is taken by
+-- claim_cycles, which reads the flags after it and keeps to these. No statement of the
+-- transaction then waits long for a lock, since halts wait for who holds a fence. A drill's namespace is taken by
 -- the drill that asks for it only. cycle_lease_due serves the loose scan over namespaces.
 WITH RECURSIVE namespaces AS (
     (SELECT namespace FROM cycle_lease WHERE due_at < 'infinity' ORDER BY namespace LIMIT 1)
@@ -115,10 +116,13 @@ WITH RECURSIVE namespaces AS (
             WHERE fence.namespace = namespaces.namespace AND fence.is_halted)
         AND CASE WHEN %(only)s::text IS NOT NULL THEN namespaces.namespace = %(only)s::text
             ELSE NOT starts_with(namespaces.namespace, %(drills)s::text) END
-    ORDER BY first.due_at LIMIT %(room)s
+    ORDER BY first.due_at LIMIT LEAST(%(room)s, %(most)s)
+), bounded AS MATERIALIZED (
+    SELECT set_config('lock_timeout', '450ms', true) AS bound
 ), fenced AS MATERIALIZED (
     SELECT namespace, pg_advisory_xact_lock_shared(orbit_fence_key(namespace)) AS taken
-    FROM (SELECT namespace FROM busy ORDER BY namespace OFFSET 0) ordered
+    FROM (SELECT namespace, bound FROM busy CROSS JOIN bounded
+        ORDER BY namespace OFFSET 0) ordered
 )
 SELECT set_config('orbit.fenced', COALESCE(array_agg(namespace)::text, '{}'), true)
 FROM fenced WHERE taken IS NOT NULL;
@@ -155,9 +159,9 @@ SELECT * FROM claimed;
 
 -- name: claimed_cycles
 -- What is known of cycles, with their last checkpoints; OFFSET 0 keeps the look-ups what they
--- are, one by its whole key for each cycle. To follow claim_cycles in its
--- transaction, as a statement of its own: one that locks a lease may have begun before the last
--- owner's commit, and would not see the checkpoint.
+-- are, one by its whole key for each cycle. To follow the transaction of claim_cycles: a statement
+-- that locks a lease may have begun before the last owner's commit, and would not see the
+-- checkpoint; after it only who has the lease writes one.
 SELECT run.namespace, run.cycle_id, run.profile_id, run.run_profile_id, run.slot_at,
     run.idempotency_key, run.revision, run.endpoint_keys, run.traceparent, initiation.context,
     last.stage, last.digest, last.content_type, last.size, payload.content

@@ -68,12 +68,15 @@ ON CONFLICT DO NOTHING;
 
 -- name: share_fences
 -- Takes the fences of namespaces in key order, and gives their epochs. To be sent before
--- hold_lanes and claim_jobs, which reads the flags: a halt waits for whoever holds its fence.
+-- hold_lanes and claim_jobs, which reads the flags: a halt waits for whoever holds its fence. So
+-- no statement of the transaction waits long for a lock: one frozen claim is not to hold up the
+-- halts of all that others claim for.
 SELECT namespace, COALESCE((SELECT epoch FROM namespace_fence fence
         WHERE fence.namespace = asked.namespace), 0) AS epoch,
     pg_advisory_xact_lock_shared(orbit_fence_key(namespace)) AS taken
 FROM (
-    SELECT DISTINCT namespace FROM unnest(%(namespace)s::text[]) AS lane (namespace)
+    SELECT DISTINCT namespace, bound FROM unnest(%(namespace)s::text[]) AS lane (namespace)
+    CROSS JOIN (SELECT set_config('lock_timeout', '450ms', true) AS bound OFFSET 0) bounded
     ORDER BY namespace OFFSET 0
 ) asked;
 

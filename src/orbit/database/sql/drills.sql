@@ -16,6 +16,12 @@ SELECT namespace FROM dispatch_lease WHERE namespace = %(namespace)s
 UNION ALL SELECT namespace FROM cycle_lease WHERE namespace = %(namespace)s
 LIMIT 1;
 
+-- name: left_over
+-- Drills whose cycles are older than any drill: a cycle's lease is there until its jobs have ended.
+SELECT DISTINCT namespace FROM cycle_lease
+WHERE starts_with(namespace, %(drills)s) AND cycle_id < %(before)s::uuid
+ORDER BY namespace;
+
 -- name: undecided_dead_letters
 -- The dead letters of a namespace that nobody decided on.
 SELECT dead.job_id::text FROM dead_letter_dispatch dead

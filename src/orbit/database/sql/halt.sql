@@ -22,6 +22,10 @@ INSERT INTO namespace_halt (namespace, epoch, reason, actor, actor_id, until_at,
 VALUES (%(namespace)s, %(epoch)s, %(reason)s::text, %(actor)s, %(actor_id)s,
     %(until)s::timestamptz, %(node_id)s::uuid);
 
+-- name: bound_session
+-- Nor do later statements of this session wait longer for a lock: a rebuilding of leases, say.
+SELECT set_config('lock_timeout', '1s', false);
+
 -- name: bound_pass
 -- No statement of this transaction waits longer than this for a lock.
 SELECT set_config('lock_timeout', %(milliseconds)s::int::text, true);
@@ -45,10 +49,12 @@ WHERE namespace = %(namespace)s AND due_at < 'infinity' AND node_id IS NOT NULL
 ORDER BY due_at;
 
 -- name: still_in_flight
--- What of a namespace is still out, and whether the halt of this epoch is still in force.
+-- What of a namespace is still out, and whether it is halted without a break since this epoch.
 -- dispatch_lease_taken and cycle_lease_due serve it.
 SELECT EXISTS (SELECT FROM namespace_fence
-        WHERE namespace = %(namespace)s AND epoch = %(epoch)s AND is_halted) AS is_in_force,
+        WHERE namespace = %(namespace)s AND epoch >= %(epoch)s AND is_halted)
+    AND NOT EXISTS (SELECT FROM namespace_resume WHERE namespace = %(namespace)s
+        AND epoch >= %(epoch)s AND step = 'resumed') AS is_in_force,
     ARRAY(SELECT job_id || ' ' || lease_number FROM dispatch_lease
         WHERE namespace = %(namespace)s AND node_id IS NOT NULL) AS attempts,
     ARRAY(SELECT cycle_id || ' ' || lease_number FROM cycle_lease
@@ -84,6 +90,10 @@ WHERE cycle_lease.namespace = expired.namespace AND cycle_lease.cycle_id = expir
 -- name: bound_locks
 -- No statement of this transaction waits longer than this for a row that another holds.
 SELECT set_config('lock_timeout', '2s', true);
+
+-- name: bound_brief
+-- The same for who has others to see to.
+SELECT set_config('lock_timeout', '250ms', true);
 
 -- name: hold_fence
 -- Locks a namespace's fence.

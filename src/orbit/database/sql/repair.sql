@@ -2,8 +2,8 @@
 -- alone what has its lease, so that all of it may run again at any time.
 --
 -- To be run in one transaction, in this order: what may change leases or drop facts is locked out
--- first (configuration, partitions, then namespace_fence, requeue_lease, dispatch_lease and cycle_lease, as
--- everywhere).
+-- first (configuration, partitions, then requeue_lease, dispatch_lease and cycle_lease, as
+-- everywhere). Fences are not: a namespace can be halted at any time.
 -- These statements read whole tables; they are for a bad day, not for every day.
 
 -- name: prepare
@@ -20,7 +20,7 @@ SELECT pg_advisory_xact_lock(hashtext('orbit.partitions'));
 
 -- name: lock_leases
 -- Waits for every transaction that moves a lease, and keeps others from beginning.
-LOCK TABLE namespace_fence, requeue_lease, dispatch_lease, cycle_lease IN SHARE ROW EXCLUSIVE MODE;
+LOCK TABLE requeue_lease, dispatch_lease, cycle_lease IN SHARE ROW EXCLUSIVE MODE;
 
 -- name: rebuild_configuration
 -- The revision in force is the one that was activated last.
