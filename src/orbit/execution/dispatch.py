@@ -279,7 +279,7 @@ class DispatchQueue:
         contents = _cut(row.pop("contents") or b"", row.pop("length"))
         jobs = zip(*row.values(), contents, strict=True)
         found = ((leases[job_id], job) for job_id, *job in jobs)
-        return [ClaimedJob(*lease, *job, epochs[lease[0]]) for lease, job in found]
+        return [ClaimedJob(*lease, *job, epoch=epochs[lease[0]]) for lease, job in found]
 
     async def content(self, job: ClaimedJob) -> bytes:
         """The job's bytes."""
