@@ -114,7 +114,7 @@ async def test_healthy_lanes_come_forward_together(
     bad: tuple[str, ...],
     places: int,
 ) -> None:
-    """When the first healthy lane has sent its whole backlog, each other has sent a third at least."""
+    """When the first healthy lane has sent its whole backlog, each other has sent a third."""
     lanes, backlog = (*HEALTHY, *bad), 48
     idle = await node_for(make_node, receiver, lanes)
     assert idle.dispatcher is not None
