@@ -277,9 +277,11 @@ class DispatchQueue:
         if row is None or row["job_id"] is None:
             return []
         contents = _cut(row.pop("contents") or b"", row.pop("length"))
-        jobs = zip(*row.values(), contents, strict=True)
-        found = ((leases[job_id], job) for job_id, *job in jobs)
-        return [ClaimedJob(*lease, *job, epoch=epochs[lease[0]]) for lease, job in found]
+        found = (
+            (*leases[job_id], *job, epochs[leases[job_id][0]])
+            for job_id, *job in zip(*row.values(), contents, strict=True)
+        )
+        return [ClaimedJob(*one) for one in found]
 
     async def content(self, job: ClaimedJob) -> bytes:
         """The job's bytes."""
