@@ -359,6 +359,28 @@ async def test_an_export_has_no_foreign_log(scene: Scene) -> None:
         assert logs == {OWN, FOREIGN}
 
 
+async def test_a_viewer_sees_no_secret_of_a_step(
+    make_node: MakeNode, configure: Configure, receiver: Receiver
+) -> None:
+    """Steps' addresses lose their query for everybody, and their options for a viewer."""
+    step = {
+        "use": "http",
+        "url": "https://steps.example/one?api_key=SECRET-OF-ADDRESS",
+        "options": {"key": "SECRET-OF-OPTIONS"},
+    }
+    own = {"namespace": OWN, "execution_policy": policy(tier1=[step], normalization=step)}
+    configure(run_profile(**own))
+    node = await make_node(auth="on", dispatch_endpoints=(receiver.endpoint("out"),))
+    async with asking(node, await key_of(node, "viewer", namespaces=[OWN])) as api:
+        text = (await api.get("/run-profiles")).text
+        assert "https://steps.example/one" in text
+        assert "SECRET-OF" not in text
+    async with asking(node, await key_of(node, "operator", namespaces=[OWN])) as api:
+        text = (await api.get("/run-profiles")).text
+        assert "SECRET-OF-OPTIONS" in text
+        assert "SECRET-OF-ADDRESS" not in text
+
+
 async def test_a_viewer_sees_neither_tokens_nor_payloads(scene: Scene) -> None:
     """A receiver that repeats what it got does not show it to who may only look."""
     node = scene.node
