@@ -368,8 +368,8 @@ async def test_a_viewer_sees_no_secret_of_a_step(
         "url": "https://steps.example/one?api_key=SECRET-OF-ADDRESS",
         "options": {"key": "SECRET-OF-OPTIONS"},
     }
-    own = {"namespace": OWN, "execution_policy": policy(tier1=[step], normalization=step)}
-    configure(run_profile(**own))
+    steps = policy(tier1=[step], normalization=step)
+    configure(run_profile(namespace=OWN, execution_policy=steps))
     node = await make_node(auth="on", dispatch_endpoints=(receiver.endpoint("out"),))
     async with asking(node, await key_of(node, "viewer", namespaces=[OWN])) as api:
         text = (await api.get("/run-profiles")).text
