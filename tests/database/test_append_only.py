@@ -11,6 +11,9 @@ from psycopg import Connection, sql
 from orbit.database.embedded import APPLICATION_ROLE
 
 LEASES = {
+    "telemetry_consumer",
+    "telemetry_pending",
+    "telemetry_sequencer",
     "node",
     "config_active",
     "schedule",
