@@ -62,6 +62,7 @@ from orbit.services.requeuer import Requeuer
 from orbit.services.runner import Runner
 from orbit.services.scheduler import Scheduler
 from orbit.services.sealer import Sealer
+from orbit.services.sequencer import Sequencer
 from orbit.settings import Settings
 from orbit.vault import Vault, load_or_create_key_file
 
@@ -250,6 +251,7 @@ class Node:
             self.dispatcher,
             self.requeuer,
             self._sealer,
+            self._sequencer,
             self._notary,
         )
         for service in (self._heartbeat, janitor, *services):
@@ -313,6 +315,7 @@ class Node:
             "janitor": self._janitor,
             "keeper": self.keeper,
             "sealer": self._sealer,
+            "sequencer": self._sequencer,
             "notary": self._notary,
         }
         await _all_ended(
@@ -363,6 +366,7 @@ class Node:
                 self._wake_runner,
             )
         self._sealer = Sealer(database, self.node_id)
+        self._sequencer = Sequencer(database, self.node_id)
         if self.signer is not None:
             seconds = settings.audit_checkpoint_seconds
             self._notary = Notary(database, self.signer, seconds=seconds)

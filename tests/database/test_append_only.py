@@ -32,6 +32,9 @@ LEASES = {
 BOOKKEEPING = {"alembic_version"}
 # What belongs to the installation: keys are for namespaces, they are not in one.
 OF_ALL = {
+    "telemetry_archive",
+    "telemetry_consumer",
+    "telemetry_sequencer",
     "config_revision",
     "config_activation",
     "config_active",

@@ -55,8 +55,10 @@ CREATE TABLE telemetry_pending (
     batch_id  uuid NOT NULL,
     namespace text NOT NULL,
     events    int NOT NULL,
-    PRIMARY KEY (batch_id, namespace)
+    PRIMARY KEY (namespace, batch_id)
 ) WITH (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000);
+CREATE INDEX telemetry_pending_oldest ON telemetry_pending (batch_id, namespace);
+COMMENT ON INDEX telemetry_pending_oldest IS 'telemetry.number_batches, telemetry.look: the oldest first';
 COMMENT ON TABLE telemetry_pending IS 'Batches without positions; the sequencer takes them away.';
 
 CREATE TABLE telemetry_sequencer (
