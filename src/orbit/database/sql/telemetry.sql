@@ -159,3 +159,25 @@ SELECT count(*)::int AS events, max(position) AS last_position,
     CASE WHEN %(is_stream)s THEN string_agg('id: ' || position || E'\ndata: ' || line || E'\n\n',
         '' ORDER BY position) ELSE '[' || string_agg(line, ',' ORDER BY position) || ']' END AS text
 FROM shown;
+
+-- name: outcome_subject
+-- What an outcome is of: a cycle, one of its items, or a job, in the namespace. By their keys.
+SELECT run.cycle_id, run.profile_id, run.run_profile_id,
+    COALESCE(job.item_index, %(item_index)s::int) AS item_index
+FROM (SELECT %(namespace)s::text AS namespace, %(run_id)s::uuid AS run_id,
+    %(job_id)s::uuid AS job_id) asked
+LEFT JOIN dispatch_job job ON job.namespace = asked.namespace AND job.job_id = asked.job_id
+JOIN cycle_run run ON run.namespace = asked.namespace
+    AND run.cycle_id = COALESCE(asked.run_id, job.cycle_id)
+WHERE %(item_index)s::int IS NULL OR EXISTS (SELECT FROM normalized_item item
+    WHERE item.namespace = run.namespace AND item.cycle_id = run.cycle_id
+        AND item.item_index = %(item_index)s::int);
+
+-- name: insert_outcome
+-- An outcome's key; no row if it was reported before.
+INSERT INTO outcome_key (namespace, outcome_id, digest)
+VALUES (%(namespace)s, %(outcome_id)s, %(digest)s) ON CONFLICT DO NOTHING;
+
+-- name: known_outcome
+-- What was said under an outcome's id.
+SELECT digest FROM outcome_key WHERE namespace = %(namespace)s AND outcome_id = %(outcome_id)s;
