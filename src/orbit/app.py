@@ -64,6 +64,7 @@ from orbit.services.scheduler import Scheduler
 from orbit.services.sealer import Sealer
 from orbit.services.sequencer import Sequencer
 from orbit.settings import Settings
+from orbit.telemetry.retention import Retention
 from orbit.vault import Vault, load_or_create_key_file
 
 NODE_SQL = load("node")
@@ -237,6 +238,11 @@ class Node:
             self.database,
             fact_retention_days=self.settings.fact_retention_days,
             leftovers=self.leftovers(),
+            telemetry=Retention(
+                self.settings.telemetry_retention_days,
+                self.settings.telemetry_hard_limit_days,
+                self.settings.telemetry_cold_archive_enabled,
+            ),
         )
         await janitor.run_once()
         if await self.configuration.propose(documents):

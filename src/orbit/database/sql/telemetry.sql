@@ -181,3 +181,101 @@ VALUES (%(namespace)s, %(outcome_id)s, %(digest)s) ON CONFLICT DO NOTHING;
 -- name: known_outcome
 -- What was said under an outcome's id.
 SELECT digest FROM outcome_key WHERE namespace = %(namespace)s AND outcome_id = %(outcome_id)s;
+
+-- name: weeks
+-- The weeks that have events' partitions and ended so many days ago, the oldest first.
+SELECT to_char(week, 'YYYY-MM-DD') AS week,
+    week + 7 <= (orbit_now() AT TIME ZONE 'UTC')::date - %(hard_days)s::int
+        AND %(hard_days)s::int > 0 AS is_over_limit
+FROM (SELECT to_date(right(child.relname, 8), 'YYYYMMDD') AS week
+    FROM pg_inherits JOIN pg_class child ON child.oid = inhrelid
+    WHERE inhparent = 'telemetry_event'::regclass) partition
+WHERE week + 7 <= (orbit_now() AT TIME ZONE 'UTC')::date - %(days)s::int
+ORDER BY week;
+
+-- name: week_size
+-- How many numbered events a week has, with its last position; and those archived of it.
+SELECT COALESCE(sum(events), 0)::bigint AS events, COALESCE(max(last_position), 0) AS last_position,
+    (SELECT COALESCE(sum(archive.events), 0)::bigint FROM telemetry_archive archive
+        WHERE archive.week = %(week)s::date) AS archived,
+    (SELECT COALESCE(max(archive.last_position), 0) FROM telemetry_archive archive
+        WHERE archive.week = %(week)s::date) AS archived_until,
+    (SELECT COALESCE(max(archive.chunk), 0) FROM telemetry_archive archive
+        WHERE archive.week = %(week)s::date) AS chunks
+FROM telemetry_batch
+WHERE batch_id >= orbit_first_id(%(week)s::date::timestamp AT TIME ZONE 'UTC')
+    AND batch_id < orbit_first_id((%(week)s::date + 7)::timestamp AT TIME ZONE 'UTC');
+
+-- name: week_lines
+-- A week's events after a position, whole batches, about `count` of them, as JSON lines.
+WITH next AS MATERIALIZED (
+    SELECT namespace, batch_id, events, last_position FROM telemetry_batch
+    WHERE last_position > %(after)s::bigint
+        AND batch_id >= orbit_first_id(%(week)s::date::timestamp AT TIME ZONE 'UTC')
+        AND batch_id < orbit_first_id((%(week)s::date + 7)::timestamp AT TIME ZONE 'UTC')
+    ORDER BY last_position LIMIT %(count)s
+), batch AS MATERIALIZED (
+    SELECT * FROM (SELECT next.*, sum(events) OVER (ORDER BY last_position) - events AS before
+        FROM next) counted WHERE before < %(count)s
+), line AS MATERIALIZED (
+    SELECT position, json_build_object('position', position, 'namespace', of,
+        'id', id || '-' || ordinal, 'type', event_type, 'time',
+        to_char(occurred_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
+        'profileId', profile_id, 'runProfileId', run_profile_id, 'runId', run_id,
+        'metadata', metadata)::text AS line
+    FROM (
+        SELECT last_position - events + ordinal AS position, event.*
+        FROM batch CROSS JOIN LATERAL (
+            SELECT ordinal, namespace AS of, batch_id AS id, event_type, occurred_at, profile_id,
+                run_profile_id, run_id, metadata
+            FROM telemetry_event
+            WHERE telemetry_event.namespace = batch.namespace
+                AND telemetry_event.batch_id = batch.batch_id
+            OFFSET 0
+        ) event
+    ) placed
+)
+SELECT count(*)::int AS events, min(position) AS first_position, max(position) AS last_position,
+    string_agg(line, E'\n' ORDER BY position) AS text
+FROM line;
+
+-- name: insert_archive
+-- A chunk of a week; one that is there stays.
+INSERT INTO telemetry_archive (week, chunk, first_position, last_position, events, sha256, content)
+VALUES (%(week)s::date, %(chunk)s, %(first_position)s, %(last_position)s, %(events)s,
+    %(sha256)b, %(content)b) ON CONFLICT DO NOTHING;
+
+-- name: archive_chunk
+-- A chunk as it is stored.
+SELECT events, sha256, content FROM telemetry_archive
+WHERE week = %(week)s::date AND chunk = %(chunk)s;
+
+-- name: archives
+-- The archived weeks.
+SELECT to_char(week, 'YYYY-MM-DD') AS week, count(*)::int AS chunks,
+    sum(events)::bigint AS events, min(first_position) AS first_position,
+    max(last_position) AS last_position, sum(octet_length(content))::bigint AS bytes
+FROM telemetry_archive GROUP BY telemetry_archive.week ORDER BY telemetry_archive.week;
+
+-- name: behind
+-- The stored consumers that have not read up to a position.
+SELECT name FROM telemetry_consumer WHERE position < %(position)s ORDER BY name;
+
+-- name: drop_week
+-- Drops a week's events; the database refuses while somebody has yet to read them.
+SELECT orbit_drop_telemetry(%(week)s::date, %(is_forced)s) AS last_position;
+
+-- name: move_consumer
+-- Keeps a consumer's place, which never goes back by this.
+INSERT INTO telemetry_consumer AS kept (name, position) VALUES (%(name)s, %(position)s)
+ON CONFLICT (name) DO UPDATE SET position = GREATEST(kept.position, EXCLUDED.position),
+    moved_at = orbit_now()
+RETURNING position;
+
+-- name: consumer
+-- A consumer's place.
+SELECT position FROM telemetry_consumer WHERE name = %(name)s;
+
+-- name: forget_consumer
+-- Lets a consumer go: nothing is kept for it any more.
+DELETE FROM telemetry_consumer WHERE name = %(name)s;
