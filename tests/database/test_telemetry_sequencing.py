@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -68,63 +67,83 @@ async def writers(dsn: str) -> AsyncIterator[Database]:
     await pool.close()
 
 
+@dataclass
+class Course:
+    """Writers, a reader and killed sequencers at once, and what they saw."""
+
+    database: Database
+    writers: Database
+    dsn: str
+    chance: random.Random = field(default_factory=lambda: random.Random(7))
+    committed: list[int] = field(default_factory=list)
+    read: list[tuple[int, int]] = field(default_factory=list)
+    is_written: bool = False
+
+    async def write(self, first: int) -> None:
+        """One writer: quick and long transactions, a fifth of them rolled back."""
+        for number in range(first, first + 120):
+            is_kept = self.chance.random() > 0.2
+            async with self.writers.connection() as connection:
+                await connection.execute("BEGIN")
+                told = Event(f"ns{number % 3}", EventType.OUTCOME_REPORTED, {"n": number})
+                await emit(connection, told)
+                seconds = self.chance.random() ** 6 * 0.5
+                await connection.execute("SELECT pg_sleep(%s)", (seconds,))
+                await connection.execute("COMMIT" if is_kept else "ROLLBACK")
+            if is_kept:
+                self.committed.append(number)
+
+    async def follow(self) -> None:
+        """A reader that keeps nothing but its position."""
+        position, deadline = 0, time.monotonic() + _DEADLINE_SECONDS
+        while time.monotonic() < deadline:
+            if self.is_written and len(self.read) >= len(self.committed):
+                break
+            for event in await page(self.database, position):
+                position = int(str(event["position"]))
+                data = event["data"]
+                assert isinstance(data, dict)
+                self.read.append((position, data["n"]))
+
+    async def kill(self, clock: DatabaseClock) -> int:
+        """Has two sequencers at a time, each a process, and kills them while they number."""
+        kills = 0
+        while not self.is_written:
+            pair = [
+                await asyncio.create_subprocess_exec(
+                    sys.executable, "-c", _SEQUENCER, self.dsn, new_id(clock.now())
+                )
+                for _ in range(2)
+            ]
+            await self._progress(len(self.read) + 20)
+            for process in pair:
+                process.send_signal(signal.SIGKILL)
+                await process.wait()
+                kills += 1
+        return kills
+
+    async def _progress(self, count: int) -> None:
+        while len(self.read) < count and not self.is_written:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 async def test_no_event_is_missed_or_doubled(
     database: Database, writers: Database, dsn: str, clock: DatabaseClock
 ) -> None:
     """Long transactions, rollbacks, and sequencers killed and replaced: each is read just once."""
-    committed: list[int] = []
-    read: list[tuple[int, int]] = []
-    is_written = False
-    chance = random.Random(7)
-
-    async def write(first: int) -> None:
-        for number in range(first, first + 120):
-            is_kept = chance.random() > 0.2
-            connection = None
-            async with writers.connection() as connection:
-                await connection.execute("BEGIN")
-                told = Event(f"ns{number % 3}", EventType.OUTCOME_REPORTED, {"n": number})
-                await emit(connection, told)
-                await connection.execute("SELECT pg_sleep(%s)", (chance.random() ** 6 * 0.5,))
-                await connection.execute("COMMIT" if is_kept else "ROLLBACK")
-            if is_kept:
-                committed.append(number)
-
-    async def follow() -> None:
-        position, deadline = 0, time.monotonic() + _DEADLINE_SECONDS
-        while not (is_written and len(read) >= len(committed)) and time.monotonic() < deadline:
-            for event in await page(database, position):
-                position = int(str(event["position"]))
-                data = event["data"]
-                assert isinstance(data, dict)
-                read.append((position, data["n"]))
-
-    async def kill() -> int:
-        kills = 0
-        while not is_written:
-            command = [sys.executable, "-c", _SEQUENCER, dsn, new_id(clock.now())]
-            pair = [subprocess.Popen(command, env=dict(os.environ)) for _ in range(2)]
-            before = len(read)
-            while len(read) < before + 20 and not is_written:
-                await asyncio.sleep(0.01)
-            for process in pair:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                kills += 1
-        return kills
-
-    reader = asyncio.create_task(follow())
-    killer = asyncio.create_task(kill())
-    await asyncio.gather(*(write(1000 * number) for number in range(8)))
-    is_written = True
+    course = Course(database, writers, dsn)
+    reader = asyncio.create_task(course.follow())
+    killer = asyncio.create_task(course.kill(clock))
+    await asyncio.gather(*(course.write(1000 * number) for number in range(8)))
+    course.is_written = True
     kills = await killer
     replacement = new_id(clock.now())
     while not reader.done():
         await sequence(database, replacement)
     await reader
     assert kills >= 4
-    assert sorted(number for _, number in read) == sorted(committed)
-    assert [position for position, _ in read] == list(range(1, len(committed) + 1))
+    assert sorted(number for _, number in course.read) == sorted(course.committed)
+    assert [position for position, _ in course.read] == list(range(1, len(course.committed) + 1))
 
 
 async def test_a_long_transaction_holds_nobody_up(
