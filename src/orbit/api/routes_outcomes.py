@@ -28,7 +28,7 @@ class OutcomeBody(Body):
     outcome_id: Key
     metric: Key
     value: Finite
-    unit: Annotated[str, Field(min_length=1, max_length=32)] | None = None
+    unit: Annotated[str, Field(pattern=r"^[!-~]{1,32}$")] | None = None
     run_id: str | None = None
     item_index: int | None = Field(None, ge=0, le=2**31 - 1)
     job_id: str | None = None
