@@ -34,6 +34,7 @@ from orbit.cli import (
     scaffold,
     schema,
     status,
+    telemetry,
     triggering,
 )
 from orbit.cli.outcome import ExitCode, report
@@ -70,6 +71,7 @@ app.command("profiles")(configuring.profiles)
 app.command("plan")(planning.plan)
 app.command("doctor")(checkup.doctor)
 app.add_typer(auditing.app, name="audit")
+app.add_typer(telemetry.app, name="telemetry")
 app.add_typer(schema.app, name="db")
 app.command("receiver")(running.receiver)
 
