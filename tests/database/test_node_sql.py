@@ -77,9 +77,12 @@ async def test_the_janitor_keeps_what_is_young(database: Database, days: int) ->
 
 
 async def test_the_janitor_may_drop_every_fact_that_it_retains(database: Database) -> None:
-    """The names are partitioned facts; ledgers and dead letters are not among them."""
+    """The names are partitioned facts; not among them are ledgers and dead letters, and telemetry,
+    whose retention goes by position.
+    """
     rows = await database.fetch_all(
         b"SELECT partrelid::regclass::text AS fact FROM pg_partitioned_table"
     )
     kept = {found["fact"] for found in rows} - set(RETAINED_FACTS)
-    assert kept == {"value_ledger_entry", "dead_letter_dispatch"}
+    telemetry = {"telemetry_batch", "telemetry_event"}
+    assert kept == {"value_ledger_entry", "dead_letter_dispatch"} | telemetry

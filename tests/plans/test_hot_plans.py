@@ -68,6 +68,7 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
     checkpoints = keyed(
         sample, stage="tier1_complete", digest="d", content_type="c", size=1, detail="{}"
     )
+    profile = keyed(sample, profile_id="p", run_profile_id="p-1")
     contents = [b"x"] * size
     profiles = keyed(sample, "namespace", run_profile_id="p-1")
     verdicts = {
@@ -98,7 +99,7 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
         "cycle.hold_cycles": held,
         "cycle.note_progress": held,
         "cycle.insert_payloads": {**held, **keyed(sample, digest="d"), "content": contents},
-        "cycle.insert_checkpoints": {**held, **checkpoints},
+        "cycle.insert_checkpoints": {**held, **checkpoints, **profile},
         "cycle.insert_records": {
             **held,
             **keyed(
@@ -164,6 +165,8 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
         "dispatch.settle_jobs": {
             **jobs,
             **keyed(sample, node_id=NODE, attempt=1, size=1, retry_seconds=None, cause=None),
+            **keyed(sample, outcome="delivered"),
+            **profile,
         },
         "dispatch.insert_receipts": {
             **jobs,
@@ -171,7 +174,8 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
             **keyed(sample, outcome="delivered", status=200, digest="d", queue_seconds=0.1),
             **keyed(sample, connect_seconds=0.1, first_byte_seconds=0.1, total_seconds=0.1),
             **keyed(sample, answer_content_type="t", is_probe="false", is_reused="true"),
-            **keyed(sample, started_at="now"),
+            **keyed(sample, "cycle_id", started_at="now"),
+            **profile,
             "answer": contents,
             "part": 1,
         },

@@ -913,7 +913,8 @@ async def test_every_operation_answers_garbage_with_a_problem(api: httpx.AsyncCl
                 assert answer.status_code in {404, 405} | is_no_more, (verb, one, answer.text)
         if verb == "get":
             for query in GARBAGE_QUERIES:
-                answer = await api.get(f"{paths[-1]}?{query}")
+                # Also for the stream of events a bad place to begin, or it would be endless.
+                answer = await api.get(f"{paths[-1]}?{query}", headers={"Last-Event-ID": "x"})
                 assert answer.status_code < 500, (path, query, answer.text)
                 if not answer.is_success:
                     assert_problem(answer, answer.status_code, answer.json()["code"])
