@@ -152,9 +152,12 @@ async def test_transactions_of_another_server_are_found(
         connection.execute("UPDATE dead_letter_dispatch SET transaction_id = '9000000000'")
         connection.execute("UPDATE audit_sealer SET sealed_until = '8000000000'")
         die(connection, 10, 12)
-    sealed = [await seal(database, node_id), await seal(database, node_id)]
+    sealed = [await seal(database, node_id, 2), await seal(database, node_id, 2)]
     assert [one.sealed for one in sealed] == [3, 3]
     assert await numbers(database) == {f"ns-{n}": [1, 2, 3, 4] for n in range(3)}
+    assert await database.fetch_all(b"SELECT unsure_until::text FROM audit_sealer") == [
+        {"unsure_until": "9000000001"}  # as far as that server's transactions go
+    ]
 
 
 async def _sealed(database: Database, node_id: str) -> int:

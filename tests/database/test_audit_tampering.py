@@ -166,9 +166,10 @@ def test_what_was_altered_since_the_last_checkpoint_is_not_signed(
     [
         ("UPDATE dead_letter_dispatch SET cause = 'ok'", "ns fact 2: dead_letter_dispatch"),
         ("DELETE FROM dead_letter_dispatch", "is missing"),
-        ("UPDATE audit_sealed_fact SET hash = sha256(hash)", "ns entry 6: has another root"),
-        ("DELETE FROM audit_sealed_fact WHERE number = 2", "ns fact 2: has no hash"),
-        ("DELETE FROM audit_sealed_fact WHERE number = 3", "has no number: it was added"),
+        ("UPDATE audit_seal SET hash[1] = sha256(hash[1])", "ns entry 6: has another root"),
+        ("UPDATE audit_seal SET hash[2] = NULL", "ns fact 2: has no hash"),
+        ("UPDATE audit_seal SET hash[3] = NULL", "has no number: it was added"),
+        ("DELETE FROM audit_seal", "ns entry 6: has another root"),
         (
             ADDED,
             "has no number: it was added",

@@ -77,9 +77,7 @@ async def test_the_janitor_keeps_what_is_young(database: Database, days: int) ->
 
 
 async def test_the_janitor_may_drop_every_fact_that_it_retains(database: Database) -> None:
-    """The names are partitioned facts; not among them are ledgers and dead letters, and telemetry,
-    whose retention goes by position.
-    """
+    """The names are partitioned facts, but ledgers, dead letters and telemetry."""
     rows = await database.fetch_all(
         b"SELECT partrelid::regclass::text AS fact FROM pg_partitioned_table"
     )

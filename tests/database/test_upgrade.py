@@ -19,9 +19,11 @@ from alembic.script import ScriptDirectory
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+from orbit.audit.verification import verify
 from orbit.database import embedded_place, upgrade
 from orbit.database.embedded import APPLICATION_ROLE, EmbeddedServer, erase
 from orbit.database.pool import session_settings
+from orbit.database.queries import load
 from orbit.database.upgrade import SchemaStatus
 from orbit.errors import DatabaseUnavailable, SchemaMismatch
 
@@ -37,6 +39,31 @@ CHECK = """
 import sys
 from orbit.database.upgrade import check
 print(check(sys.argv[1]).status, *({"alembic", "sqlalchemy"} & set(sys.modules)))
+"""
+
+
+# One with everything and every awkward sign, one with nothing that may be left out, one beside.
+RECEIPTS = rb"""
+SELECT orbit_create_partitions(now() + interval '8 days');
+INSERT INTO delivery_receipt (namespace, job_id, attempt, outcome, status, error, digest, size,
+    queue_seconds, connect_seconds, first_byte_seconds, total_seconds, answer,
+    answer_content_type, is_probe, is_reused, lease_number, node_id, started_at, endpoint_key)
+VALUES ('ns', orbit_first_id(now()), 1, 'failed', 500, E'\"a\\b\" \n\t\u00e9 \U0001F600 \u2028',
+        repeat('0', 64), 3, 0.1, 'NaN', 'Infinity', -0.0, '\\x00ff', 'text/plain; a="b"',
+        true, false, 2, '01890000-0000-7000-8000-000000000000', '1969-12-31 23:59:59.9Z', 'e/"1"'),
+    ('ns', orbit_first_id(now()), 2, 'unknown', NULL, NULL, repeat('0', 64), 0,
+        NULL, NULL, NULL, NULL, NULL, NULL, false, NULL, 2147483647,
+        '01890000-0000-7000-8000-000000000000', NULL, 'e'),
+    ('ns', orbit_first_id(now()), 3, 'delivered', 200, '', repeat('0', 64), 2147483647,
+        1e300, 5e-324, 1, 2, '', '', false, true, 1,
+        '01890000-0000-7000-8000-000000000000', now(), 'e');
+"""
+SEALS_ONE_BY_ONE = b"""
+INSERT INTO audit_sealed_fact (log, number, fact, fact_id, part, hash)
+SELECT log, part::int, fact, fact_id, part, sha256('\\x00'::bytea || convert_to(body, 'UTF8'))
+FROM audit_fact WHERE part <> '2';
+SELECT orbit_append_audit(ARRAY['ns'], ARRAY[
+    '{"action":"facts.sealed","actor":"sealer","detail":{"first":1,"last":3,"root":"00"}}']);
 """
 
 
@@ -253,6 +280,37 @@ def test_the_audit_trail_tells_of_an_upgrade(empty: str, monkeypatch: pytest.Mon
         begun, upgraded = connection.execute(query).fetchall()
     assert begun[0] == "trail.begun"
     assert upgraded == ("schema.upgraded", "ann", {"from": "0003", "to": upgrade.HEAD})
+
+
+def test_what_was_sealed_one_by_one_stays_as_it_was(
+    empty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers, hashes and holes are taken over, and a fact's canonical bytes don't change."""
+
+    def run_to_telemetry(wrapped: object) -> None:
+        config = upgrade._config()
+        config.attributes["connection"] = wrapped
+        command.upgrade(config, "0007")
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(upgrade, "_run_migrations", run_to_telemetry)
+        upgrade.upgrade(empty)
+    numbers = b"SELECT number, fact, fact_id, part, hash FROM audit_sealed_fact ORDER BY number"
+    with psycopg.connect(empty, autocommit=True) as connection:
+        connection.execute(RECEIPTS)
+        connection.execute(SEALS_ONE_BY_ONE)
+        bodies = connection.execute(b"SELECT body FROM audit_fact ORDER BY part").fetchall()
+        sealed = connection.execute(numbers).fetchall()
+        assert (len(bodies), [row[0] for row in sealed]) == (3, [1, 3])
+        upgrade.upgrade(empty)
+        facts = connection.execute(load("audit").facts, {"log": None}).fetchall()
+        assert sorted((row[3], row[4]) for row in facts) == [
+            (str(attempt), body) for attempt, (body,) in enumerate(bodies, 1)
+        ]
+        assert connection.execute(numbers).fetchall() == sealed
+    hole, root = (str(one) for one in verify(empty).findings)
+    assert hole == "ns fact 2: has no hash, though a later one has"
+    assert "has another root than facts 1 to 3" in root
 
 
 def test_the_offline_script_makes_the_same_schema(

@@ -41,3 +41,13 @@ def test_an_array_is_a_literal(values: list[object], expected: str | None) -> No
     if expected is not None:
         assert array(values) == expected
     assert array(values).count("NULL") >= values.count(None)
+
+
+def test_a_part_stands_in_the_statements_that_name_it() -> None:
+    """Without its words and its end, so that the whole is one statement."""
+    audit = load("audit")
+    part = audit.canonical_facts.decode()
+    code = part[part.index("SELECT") :].rstrip(";")
+    assert code in audit.facts.decode()
+    assert code in audit.seal_facts.decode()
+    assert not [name for name in audit.names() if b"{{" in getattr(audit, name)]

@@ -5,11 +5,13 @@ trail, but carries the id of the transaction that wrote it. A pass takes the fac
 older than every one still under way: all of those have ended, so no row can appear among them
 later, however late a long transaction commits. Numbers, leaf hashes, roots and the new place
 commit together, under the lock of the one row of `audit_sealer`: a sealer that is killed has done
-nothing, and two cannot be at it. A fact's number is unique by its key, so even a lost place makes
-no double: what has its number keeps it.
+nothing, and two cannot be at it. A batch is stored as it is sealed, one row for each log: a row for
+each fact, with a key that says whether it has its number, cost more than all the rest of sealing.
 
-Transaction ids of a restored dump are those of another server. Sealing then begins anew from the
-lowest; facts that have numbers are passed over.
+Where the place cannot be relied on, facts are looked for in the seals first, and what has its
+number keeps it: all that was written before the place was lost and made anew; and in a restored
+dump, whose transaction ids are another server's, all up to the highest of those. Sealing then
+begins from the lowest.
 """
 
 from __future__ import annotations
@@ -61,12 +63,12 @@ async def seal(database: Database, node_id: str, count: int = BATCH) -> Pass:
 
 
 async def _seal(connection: Connection, place: Mapping[str, Any], node_id: str) -> Pass:
-    asked = {"low": place["low"], "until": place["until"]}
+    asked = {name: place[name] for name in ("low", "until", "is_unsure")}
     cursor = await connection.execute(SQL.seal_facts, asked, binary=True)
     acts = [_sealed(**row) for row in await cursor.fetchall()]
     is_restored = place["is_restored"]
-    until = "0" if is_restored else place["until"]
-    await connection.execute(SQL.move_sealer, {"until": until, "node_id": node_id})
+    moved = {"until": place["until"], "is_restored": is_restored, "node_id": node_id}
+    await connection.execute(SQL.move_sealer, moved)
     await append(connection, *acts)
     count = sum(act.detail["last"] - act.detail["first"] + 1 for act in acts)
     return Pass(count, bool(place["is_more"] or is_restored))

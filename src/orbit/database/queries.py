@@ -2,6 +2,7 @@
 
 A statement starts at a line `-- name: its_name`; the comment lines that follow say what it
 does, which index serves it and in which order it locks. Parameters are psycopg's `%(name)s`.
+`{{its_name}}` stands for a statement before it in the same file, as a part of another.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 _SEPARATOR = "\x1f"
 _SPECIAL = re.compile(r'["\\\x00]')
+_PART = re.compile(r"\{\{(\w+)\}\}")
 _NAME = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
 
 
@@ -40,10 +42,18 @@ def load(concept: str) -> Queries:
     """The statements of `sql/<concept>.sql`."""
     text = files("orbit.database").joinpath("sql", f"{concept}.sql").read_text("utf-8")
     parts = _NAME.split(text)[1:]
-    statements = {
-        name: body.strip().encode() for name, body in zip(parts[::2], parts[1::2], strict=True)
-    }
-    return Queries(concept, statements)
+    statements: dict[str, str] = {}
+    for name, body in zip(parts[::2], parts[1::2], strict=True):
+        statements[name] = _PART.sub(lambda part: _code(statements[part[1]]), body.strip())
+    return Queries(concept, {name: body.encode() for name, body in statements.items()})
+
+
+def _code(statement: str) -> str:
+    """A statement without the words before it and the sign at its end."""
+    lines = statement.splitlines()
+    while lines[0].startswith("--"):
+        del lines[0]
+    return "\n".join(lines).rstrip(";")
 
 
 def array(values: Iterable[Any]) -> str:

@@ -26,38 +26,111 @@ SELECT singleton FROM audit_sealer FOR UPDATE SKIP LOCKED;
 
 -- name: sealing_range
 -- Which transactions' facts are sealed next: all below `until` have ended. Past the newest that
--- there can be, rows are from another server (a restored dump): they come first, then all again.
+-- there can be, rows are from another server (a restored dump): all of those come first, at once,
+-- and then the others from the beginning.
 WITH place AS (
-    SELECT sealer.sealed_until > pg_snapshot_xmax(snapshot) AS is_restored,
-        CASE WHEN sealer.sealed_until > pg_snapshot_xmax(snapshot)
-            THEN pg_snapshot_xmax(snapshot) ELSE sealer.sealed_until END AS low,
-        CASE WHEN sealer.sealed_until > pg_snapshot_xmax(snapshot)
-            THEN '18446744073709551615'::xid8 ELSE pg_snapshot_xmin(snapshot) END AS high
-    FROM audit_sealer sealer, pg_current_snapshot() AS snapshot
+    SELECT unsure_until, sealed_until > pg_snapshot_xmax(snapshot) AS is_restored,
+        CASE WHEN sealed_until > pg_snapshot_xmax(snapshot)
+            THEN pg_snapshot_xmax(snapshot) ELSE sealed_until END AS low,
+        CASE WHEN sealed_until > pg_snapshot_xmax(snapshot) THEN (GREATEST(
+            (SELECT transaction_id FROM cycle_run
+                WHERE transaction_id IS NOT NULL ORDER BY transaction_id DESC LIMIT 1),
+            (SELECT transaction_id FROM execution_record
+                WHERE transaction_id IS NOT NULL ORDER BY transaction_id DESC LIMIT 1),
+            (SELECT transaction_id FROM delivery_receipt
+                WHERE transaction_id IS NOT NULL ORDER BY transaction_id DESC LIMIT 1),
+            (SELECT transaction_id FROM dead_letter_dispatch
+                WHERE transaction_id IS NOT NULL ORDER BY transaction_id DESC LIMIT 1),
+            pg_snapshot_xmax(snapshot))::text::numeric + 1)::text::xid8
+            ELSE pg_snapshot_xmin(snapshot) END AS high
+    FROM audit_sealer, pg_current_snapshot() AS snapshot
 ), found AS MATERIALIZED (
     SELECT place.*, LEAST(run.nth, record.nth, receipt.nth, dead.nth) AS nth
     FROM place
     LEFT JOIN LATERAL (SELECT transaction_id AS nth FROM cycle_run
         WHERE transaction_id >= low AND transaction_id < high
-        ORDER BY transaction_id OFFSET %(count)s LIMIT 1) run ON true
+        ORDER BY transaction_id OFFSET %(count)s LIMIT 1) run ON NOT is_restored
     LEFT JOIN LATERAL (SELECT transaction_id AS nth FROM execution_record
         WHERE transaction_id >= low AND transaction_id < high
-        ORDER BY transaction_id OFFSET %(count)s LIMIT 1) record ON true
+        ORDER BY transaction_id OFFSET %(count)s LIMIT 1) record ON NOT is_restored
     LEFT JOIN LATERAL (SELECT transaction_id AS nth FROM delivery_receipt
         WHERE transaction_id >= low AND transaction_id < high
-        ORDER BY transaction_id OFFSET %(count)s LIMIT 1) receipt ON true
+        ORDER BY transaction_id OFFSET %(count)s LIMIT 1) receipt ON NOT is_restored
     LEFT JOIN LATERAL (SELECT transaction_id AS nth FROM dead_letter_dispatch
         WHERE transaction_id >= low AND transaction_id < high
-        ORDER BY transaction_id OFFSET %(count)s LIMIT 1) dead ON true
+        ORDER BY transaction_id OFFSET %(count)s LIMIT 1) dead ON NOT is_restored
 )
 SELECT low::text, COALESCE((nth::text::numeric + 1)::text::xid8, high)::text AS until,
-    nth IS NOT NULL AS is_more, is_restored,
+    nth IS NOT NULL AS is_more, is_restored, is_restored OR low < unsure_until AS is_unsure,
     EXISTS (SELECT FROM cycle_run WHERE transaction_id >= low AND transaction_id < high)
     OR EXISTS (SELECT FROM execution_record WHERE transaction_id >= low AND transaction_id < high)
     OR EXISTS (SELECT FROM delivery_receipt WHERE transaction_id >= low AND transaction_id < high)
     OR EXISTS (SELECT FROM dead_letter_dispatch
         WHERE transaction_id >= low AND transaction_id < high) AS has_facts
 FROM found;
+
+-- name: canonical_facts
+-- Part of other statements. Every high-rate fact as the canonical bytes that its seal is of: instants
+-- are microseconds since 1970, fractions the hexadecimal digits of IEEE 754. These bytes are hashed:
+-- whatever changes them is a new version beside the old. Receipts, which are most of the facts, are
+-- put together by concat, which costs a third of what json_build_object does.
+SELECT namespace AS log, 'cycle_run' AS fact, cycle_id AS fact_id, '' AS part,
+    json_build_object('fact', 'cycle_run.1', 'namespace', namespace, 'cycle_id', cycle_id,
+        'profile_id', profile_id, 'run_profile_id', run_profile_id, 'trigger', trigger,
+        'asked_by', asked_by, 'slot_at', (extract(epoch FROM slot_at) * 1000000)::bigint,
+        'idempotency_key', idempotency_key, 'revision', revision,
+        'endpoint_keys', endpoint_keys::text, 'value_tags', value_tags::text,
+        'traceparent', traceparent, 'rerun_of', rerun_of, 'node_id', node_id,
+        'created_at', (extract(epoch FROM created_at) * 1000000)::bigint)::text AS body,
+    transaction_id
+FROM cycle_run
+UNION ALL
+SELECT namespace, 'execution_record', cycle_id,
+    concat_ws('/', stage, step, lease_number, attempt),
+    json_build_object('fact', 'execution_record.1', 'namespace', namespace,
+        'cycle_id', cycle_id, 'stage', stage, 'step', step, 'lease_number', lease_number,
+        'attempt', attempt, 'name', name, 'outcome', outcome, 'error', error,
+        'duration_seconds', encode(float8send(duration_seconds), 'hex'),
+        'input_size', input_size, 'output_size', output_size, 'node_id', node_id,
+        'created_at', (extract(epoch FROM created_at) * 1000000)::bigint)::text, transaction_id
+FROM execution_record
+UNION ALL
+SELECT namespace, 'delivery_receipt', job_id, attempt::text,
+    concat('{"fact" : "delivery_receipt.1", "namespace" : ', to_json(namespace),
+        ', "job_id" : "', job_id, '", "attempt" : ', attempt,
+        ', "endpoint_key" : ', to_json(endpoint_key),
+        ', "outcome" : ', COALESCE(to_json(outcome)::text, 'null'),
+        ', "status" : ', COALESCE(status::text, 'null'),
+        ', "error" : ', COALESCE(to_json(error)::text, 'null'),
+        ', "digest" : ', COALESCE(to_json(digest)::text, 'null'),
+        ', "size" : ', COALESCE(size::text, 'null'),
+        ', "queue_seconds" : ', COALESCE('"' || encode(float8send(queue_seconds), 'hex') || '"', 'null'),
+        ', "connect_seconds" : ', COALESCE('"' || encode(float8send(connect_seconds), 'hex') || '"', 'null'),
+        ', "first_byte_seconds" : ', COALESCE('"' || encode(float8send(first_byte_seconds), 'hex') || '"', 'null'),
+        ', "total_seconds" : ', COALESCE('"' || encode(float8send(total_seconds), 'hex') || '"', 'null'),
+        ', "answer_sha256" : ', COALESCE('"' || encode(sha256(answer), 'hex') || '"', 'null'),
+        ', "answer_content_type" : ', COALESCE(to_json(answer_content_type)::text, 'null'),
+        ', "is_probe" : ', COALESCE(is_probe::text, 'null'),
+        ', "is_reused" : ', COALESCE(is_reused::text, 'null'),
+        ', "lease_number" : ', COALESCE(lease_number::text, 'null'),
+        ', "node_id" : ', COALESCE('"' || node_id::text || '"', 'null'),
+        ', "started_at" : ', COALESCE((extract(epoch FROM started_at) * 1000000)::bigint::text, 'null'),
+        ', "created_at" : ', (extract(epoch FROM created_at) * 1000000)::bigint, '}'), transaction_id
+FROM delivery_receipt
+UNION ALL
+SELECT namespace, 'dead_letter_dispatch', job_id, '',
+    json_build_object('fact', 'dead_letter_dispatch.1', 'namespace', namespace,
+        'job_id', job_id, 'cycle_id', cycle_id, 'endpoint_key', endpoint_key,
+        'cause', cause, 'attempts', attempts,
+        'created_at', (extract(epoch FROM created_at) * 1000000)::bigint)::text, transaction_id
+FROM dead_letter_dispatch;
+
+-- name: sealed_leaves
+-- Part of other statements. Every sealed fact with its number and leaf hash.
+SELECT log, first + place - 1 AS number, leaf.fact, leaf.fact_id, leaf.part, leaf.hash
+FROM audit_seal, unnest(fact, fact_id, part, hash) WITH ORDINALITY
+    AS leaf (fact, fact_id, part, hash, place)
+WHERE leaf.hash IS NOT NULL;
 
 -- name: facts
 -- Every fact as canonical bytes, with number and hash where it has them, and what its transaction
@@ -69,44 +142,54 @@ SELECT fact.log, fact.fact, fact.fact_id, fact.part, fact.body, sealed.number, s
         WHEN fact.transaction_id >= pg_snapshot_xmax(pg_current_snapshot()) THEN 'impossible'
         WHEN fact.transaction_id < (SELECT sealed_until FROM audit_sealer) THEN 'late'
         ELSE 'due' END AS state
-FROM audit_fact fact
-LEFT JOIN audit_sealed_fact sealed ON sealed.log = fact.log AND sealed.fact = fact.fact
+FROM ({{canonical_facts}}) fact
+LEFT JOIN ({{sealed_leaves}}) sealed ON sealed.log = fact.log AND sealed.fact = fact.fact
     AND sealed.fact_id = fact.fact_id AND sealed.part = fact.part
 WHERE (%(log)s::text IS NULL OR fact.log = %(log)s);
 
 -- name: seal_facts
--- Gives the facts of these transactions that have none the next numbers of their log; of each log
--- the first and the last, and all leaf hashes one after the other. The facts' transaction indexes
--- serve it. A leaf's hash is that of orbit.audit.merkle.
-WITH due AS MATERIALIZED (
-    SELECT fact.log, fact.fact, fact.fact_id, fact.part,
-        sha256('\x00'::bytea || convert_to(fact.body, 'UTF8')) AS hash
-    FROM audit_fact fact
-    WHERE fact.transaction_id >= %(low)s::text::xid8
-        AND fact.transaction_id < %(until)s::text::xid8
-        AND NOT EXISTS (SELECT FROM audit_sealed_fact sealed WHERE sealed.log = fact.log
-            AND sealed.fact = fact.fact AND sealed.fact_id = fact.fact_id
-            AND sealed.part = fact.part OFFSET 0)
-), last AS MATERIALIZED (
-    SELECT asked.log, COALESCE((SELECT number FROM audit_sealed_fact sealed
-        WHERE sealed.log = asked.log ORDER BY number DESC LIMIT 1), 0) AS number
-    FROM (SELECT DISTINCT log FROM due) asked
-), numbered AS (
-    INSERT INTO audit_sealed_fact (log, number, fact, fact_id, part, hash)
-    SELECT due.log, last.number + row_number() OVER (
-            PARTITION BY due.log ORDER BY due.fact_id, due.fact, due.part),
-        due.fact, due.fact_id, due.part, due.hash
-    FROM due JOIN last ON last.log = due.log
-    RETURNING log, number, hash
+-- Gives the facts of these transactions that have none the next numbers of their log: one seal for
+-- each log, with all its leaf hashes one after the other. Only if it `is_unsure` are they looked for
+-- in the seals of such ids, by a full join: that is hashed, however few the planner expects. A
+-- leaf's hash is that of orbit.audit.merkle. Facts are found by their indexes on transactions.
+WITH found AS MATERIALIZED (
+    SELECT log, fact, fact_id, part, sha256('\x00'::bytea || convert_to(body, 'UTF8')) AS hash
+    FROM ({{canonical_facts}}) fact
+    WHERE transaction_id >= %(low)s::text::xid8 AND transaction_id < %(until)s::text::xid8
+), sealed AS MATERIALIZED (
+    SELECT log, leaf.fact, leaf.fact_id, leaf.part
+    FROM audit_seal seal CROSS JOIN LATERAL unnest(seal.fact, seal.fact_id, seal.part)
+        AS leaf (fact, fact_id, part)
+    WHERE %(is_unsure)s AND EXISTS (SELECT FROM found WHERE found.log = seal.log
+        AND found.fact_id BETWEEN seal.fact_id[1] AND seal.fact_id[cardinality(seal.fact_id)])
+), due AS (
+    SELECT found.* FROM found FULL JOIN sealed ON sealed.log = found.log
+        AND sealed.fact = found.fact AND sealed.fact_id = found.fact_id
+        AND sealed.part = found.part
+    WHERE sealed.log IS NULL
 )
-SELECT log, min(number) AS first, max(number) AS last,
-    string_agg(hash, ''::bytea ORDER BY number) AS hashes
-FROM numbered GROUP BY log ORDER BY log;
+INSERT INTO audit_seal (log, first, last, fact, fact_id, part, hash)
+SELECT log, last + 1, last + count, facts, ids, parts, hashes
+FROM (
+    SELECT log, count(*), array_agg(fact ORDER BY fact_id, fact, part) AS facts,
+        array_agg(fact_id ORDER BY fact_id, fact, part) AS ids,
+        array_agg(part ORDER BY fact_id, fact, part) AS parts,
+        array_agg(hash ORDER BY fact_id, fact, part) AS hashes
+    FROM due GROUP BY log
+) batch CROSS JOIN LATERAL (
+    SELECT COALESCE(max(last), 0) AS last FROM audit_seal WHERE audit_seal.log = batch.log
+) place
+ORDER BY log
+RETURNING log, first, last, (SELECT string_agg(leaf, ''::bytea ORDER BY place)
+    FROM unnest(hash) WITH ORDINALITY AS leaf (leaf, place)) AS hashes;
 
 -- name: move_sealer
--- Up to where facts are sealed now. Run under the row's lock.
-UPDATE audit_sealer SET sealed_until = %(until)s::text::xid8, sealed_at = orbit_now(),
-    node_id = %(node_id)s::uuid;
+-- Up to where facts are sealed now. After those of another server all are looked through again,
+-- and its transactions are still to come here. Run under the row's lock.
+UPDATE audit_sealer SET sealed_at = orbit_now(), node_id = %(node_id)s::uuid,
+    sealed_until = CASE WHEN %(is_restored)s THEN '0' ELSE %(until)s END::xid8,
+    unsure_until = CASE WHEN %(is_restored)s THEN GREATEST(unsure_until, %(until)s::xid8)
+        ELSE unsure_until END;
 
 -- name: entry_window
 -- Entries of one log before a number, newest first. Its key serves it.
@@ -136,12 +219,12 @@ ORDER BY found.at DESC, found.log DESC, found.seq DESC LIMIT %(count)s;
 WITH RECURSIVE log (log) AS (
     SELECT LEAST((SELECT min(entry.log) FROM audit_trail_entry entry),
         (SELECT min(head.log) FROM audit_head head),
-        (SELECT min(sealed.log) FROM audit_sealed_fact sealed))
+        (SELECT min(seal.log) FROM audit_seal seal))
     UNION ALL
     SELECT LEAST(
         (SELECT min(entry.log) FROM audit_trail_entry entry WHERE entry.log > log.log),
         (SELECT min(head.log) FROM audit_head head WHERE head.log > log.log),
-        (SELECT min(sealed.log) FROM audit_sealed_fact sealed WHERE sealed.log > log.log))
+        (SELECT min(seal.log) FROM audit_seal seal WHERE seal.log > log.log))
     FROM log WHERE log.log IS NOT NULL
 )
 SELECT log.log, head.seq, head.hash FROM log LEFT JOIN audit_head head ON head.log = log.log
@@ -177,13 +260,13 @@ SELECT hash FROM audit_trail_entry WHERE log = %(log)s AND seq = %(seq)s;
 
 -- name: sealed_facts
 -- A log's sealed facts, in the order of their numbers. Its key serves it.
-SELECT number, fact, fact_id::text, part, hash FROM audit_sealed_fact
+SELECT number, fact, fact_id::text, part, hash FROM ({{sealed_leaves}}) sealed
 WHERE log = %(log)s ORDER BY number;
 
 -- name: missing_facts
 -- Numbers of facts that are not there. Each fact's own key serves it.
 SELECT sealed.log, sealed.number, sealed.fact, sealed.fact_id::text, sealed.part
-FROM audit_sealed_fact sealed
+FROM ({{sealed_leaves}}) sealed
 WHERE (%(log)s::text IS NULL OR sealed.log = %(log)s) AND CASE sealed.fact
     WHEN 'cycle_run' THEN NOT EXISTS (SELECT FROM cycle_run found
         WHERE found.namespace = sealed.log AND found.cycle_id = sealed.fact_id)
