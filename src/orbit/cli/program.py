@@ -24,6 +24,7 @@ from orbit.cli import (
     cycles,
     dead_letters,
     demonstration,
+    insight,
     lanes,
     planning,
     running,
@@ -59,6 +60,7 @@ app.command("validate")(configuring.validate)
 app.command("profiles")(configuring.profiles)
 app.command("plan")(planning.plan)
 app.command("doctor")(checkup.doctor)
+app.add_typer(insight.app, name="insight")
 app.add_typer(schema.app, name="db")
 app.command("receiver")(running.receiver)
 
