@@ -27,11 +27,8 @@ Parts = tuple[float, float, float, float, float, float, float]
 NO_EVIDENCE: Parts = (0.0,) * 7
 
 
-def wilson_bounds(mean: float, count: float, z: float) -> tuple[float, float]:
-    """The Wilson score interval of a share `mean` seen in `count` trials, at `z` sigmas.
-
-    `count` need not be whole: sticky trials are worth fewer than there are.
-    """
+def wilson_bounds(mean: float, count: int, z: float) -> tuple[float, float]:
+    """The Wilson score interval of a share `mean` seen in `count` trials, at `z` sigmas."""
     square = z * z / count
     centre = (mean + square / 2) / (1 + square)
     spread = math.sqrt(mean * (1 - mean) / count + square / (4 * count))

@@ -242,10 +242,7 @@ class _Gathered:
         ends = self._first + self._last
         lagged = self._lagged - mean * (2 * self._sum - ends) + (count - 1) * mean * mean
         is_sticky = spread > 0 and lagged > _STICKY_ABOVE * spread
-        worth = float(count)
-        if is_sticky:  # as many independent ones as would leave the mean as uncertain
-            worth = max(1.0, count * (spread - lagged) / (spread + lagged))
-        low, high = wilson_bounds(mean, worth, _Z)
+        low, high = wilson_bounds(mean, count, _Z)
         return Baseline(mean, count, max(0.0, low - margin), min(1.0, high + margin), is_sticky)
 
 
