@@ -111,6 +111,7 @@ def settings() -> Settings:
             "ORBIT_SECRET_KEYS": _secret_key(),
             "ORBIT_CONFIG_DIR": str(folder),
             "ORBIT_CRON_SCHEDULE": "",
+            "ORBIT_AUTH": "off",
             "ORBIT_WORKER_CONCURRENCY": in_flight,
             "ORBIT_DISPATCH_CONCURRENCY": in_flight,
             "ORBIT_DISPATCH_ENDPOINTS": json.dumps([endpoint]),

@@ -52,6 +52,7 @@ class Bench:
             "ORBIT_CONFIG_DIR": str(self.config),
             "ORBIT_DATA_DIR": str(self.folder / "data"),
             "ORBIT_CRON_SCHEDULE": "",
+            "ORBIT_AUTH": "off",
             "ORBIT_DISPATCH_ENDPOINTS": json.dumps([endpoint, *endpoints]),
             **environment,
         }

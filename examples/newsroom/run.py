@@ -179,7 +179,7 @@ def run_all(newsroom: Newsroom, places: Places, console: Console) -> None:
 
     Raises DriverFailed.
     """
-    api = OrbitApi(places.orbit)
+    api = OrbitApi(places.orbit, (places.data / "admin.key").read_text().strip())
     try:
         started = api.trigger_all()
         skipped = {one.run_profile_id: one.reason for one in started if not one.cycle_id}

@@ -11,17 +11,21 @@ import gc
 import os
 import random
 import socket
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
 from typing import Any
 
 import structlog
 
 from orbit import __version__
-from orbit.clock import DatabaseClock, SystemClock, new_id
+from orbit.audit.keys import load_signing_key
+from orbit.audit.signing import Signer
+from orbit.clock import Clock, DatabaseClock, SystemClock, new_id
 from orbit.database.embedded import APPLICATION_ROLE, EmbeddedServer
 from orbit.database.pool import Database
 from orbit.database.queries import array, load
 from orbit.database.upgrade import SchemaStatus, check, require_current, upgrade
+from orbit.errors import SettingInvalid
 from orbit.execution.cycle import Orchestrator
 from orbit.execution.dead_letters import DeadLetters
 from orbit.execution.dispatch import DispatchQueue, RetryPolicy
@@ -33,23 +37,37 @@ from orbit.execution.recorder import Recorder
 from orbit.execution.requeues import Requeues
 from orbit.execution.retry import Backoff
 from orbit.execution.snapshots import Snapshots
+from orbit.execution.tenure import Tenure
 from orbit.execution.transformation import Transformer
 from orbit.execution.wire import Wire
+from orbit.governance import local_key
+from orbit.governance.actor import EVERYWHERE, Scope
+from orbit.governance.authentication import Authentication
+from orbit.governance.fence import Fences
+from orbit.governance.halt import Brake
+from orbit.governance.keys import Grant, Keys
+from orbit.governance.refusals import Refusals
+from orbit.governance.sessions import Sessions
 from orbit.profiles.bridge import Bridge
 from orbit.profiles.orchestration import Orchestration
 from orbit.profiles.revision import Configuration
 from orbit.services.base import LAST_WORDS_SECONDS, within
 from orbit.services.dispatcher import Dispatcher
+from orbit.services.fence_keeper import FenceKeeper
 from orbit.services.heartbeat import Heartbeat
 from orbit.services.janitor import Janitor
+from orbit.services.leftovers import Leftovers
+from orbit.services.notary import Notary
 from orbit.services.requeuer import Requeuer
 from orbit.services.runner import Runner
 from orbit.services.scheduler import Scheduler
+from orbit.services.sealer import Sealer
 from orbit.settings import Settings
 from orbit.vault import Vault, load_or_create_key_file
 
 NODE_SQL = load("node")
 _LEAST_TRANSACTION_SECONDS = 10.0
+_ENTRANCE_CONNECTIONS = 2
 _LEAVING_SECONDS = 0.5  # at the end of a drain: for the last services and the node's row
 _LAST_SECONDS = LAST_WORDS_SECONDS + 2 * _LEAVING_SECONDS  # kept back of the drain's time
 log = structlog.get_logger(__name__)
@@ -72,6 +90,8 @@ class Store:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._server: EmbeddedServer | None = None
+        self._revive: Callable[[], None] | None = None
+        self.entrance: Database | None = None
         self.vault: Vault
         self.database: Database
 
@@ -81,34 +101,65 @@ class Store:
         Raises EmbeddedServerFailed, DatabaseUnavailable or SchemaMismatch.
         """
         settings = self._settings
-        dsn, revive = settings.database_url, None
+        dsn = settings.database_url
         if dsn is None:
             self._server = await asyncio.to_thread(EmbeddedServer.start, settings.data_dir)
-            dsn, revive = self._server.dsn, self._server.ensure_running
+            dsn, self._revive = self._server.dsn, self._server.ensure_running
             await asyncio.to_thread(_bring_up_to_date, self._server.owner_dsn)
         self.vault = Vault(self._keys())
-        self.database = Database(
-            dsn,
-            minimum=settings.database_pool_min,
-            maximum=settings.database_pool_max,
-            is_preparing=settings.database_prepared_statements,
-            revive=revive,
-            transaction_seconds=max(settings.lease_seconds, _LEAST_TRANSACTION_SECONDS),
-        )
+        self.database = self._pool(dsn, settings.database_pool_min, settings.database_pool_max)
         await asyncio.to_thread(require_current, dsn)
         await self.database.open()
 
+    async def open_entrance(self) -> Database:
+        """A few connections beside the pool, to look at keys: who halts waits for no work."""
+        self.entrance = self._pool(self.database.dsn, 1, _ENTRANCE_CONNECTIONS)
+        await self.entrance.open()
+        return self.entrance
+
     async def close(self) -> None:
         """Disconnects; the last to leave the embedded server stops it."""
+        if self.entrance is not None:
+            await self.entrance.close()
         if hasattr(self, "database"):
             await self.database.close()
         if self._server is not None:
             await asyncio.to_thread(self._server.leave)
 
+    def _pool(self, dsn: str, minimum: int, maximum: int) -> Database:
+        return Database(
+            dsn,
+            minimum=minimum,
+            maximum=maximum,
+            is_preparing=self._settings.database_prepared_statements,
+            revive=self._revive,
+            transaction_seconds=max(self._settings.lease_seconds, _LEAST_TRANSACTION_SECONDS),
+        )
+
     def _keys(self) -> list[str]:
         if self._settings.database_url is None and not self._settings.secret_keys:
             return load_or_create_key_file(self._settings.data_dir / "secret.keys")
         return list(self._settings.secret_keys)
+
+
+def checkpoint_folder(settings: Settings) -> Path | None:
+    """Where this node's checkpoints of the audit trail are, if anywhere."""
+    if settings.audit_checkpoint_dir is None and settings.database_url is None:
+        return settings.data_dir / "audit"
+    return settings.audit_checkpoint_dir
+
+
+def signer_of(settings: Settings, dsn: str, clock: Clock) -> Signer | None:
+    """What signs checkpoints; None where no key is named. Raises AuditKeyInvalid."""
+    path = settings.audit_signing_key_file
+    is_embedded = settings.database_url is None
+    if path is None and is_embedded:
+        path = settings.data_dir / "audit.key"
+    if path is None:
+        return None
+    key = load_signing_key(path, is_made=is_embedded)
+    folder = checkpoint_folder(settings)
+    return Signer(dsn, clock, key, folder, settings.audit_checkpoint_command)
 
 
 class Node:
@@ -130,6 +181,9 @@ class Node:
         self.dispatcher: Dispatcher | None = None
         self.scheduler: Scheduler | None = None
         self.requeuer: Requeuer | None = None
+        self.keeper: FenceKeeper | None = None
+        self.signer: Signer | None = None  # of a node that was started
+        self._notary: Notary | None = None
 
     async def open(self) -> None:
         """Connects and builds what every operation needs; starts nothing."""
@@ -154,6 +208,14 @@ class Node:
         self.requeues = Requeues(
             database, self.clock, self.dead_letters, self.node_id, settings.lease_seconds
         )
+        self.fences = Fences()
+        self.brake = Brake(
+            database, self.node_id, recover=self._recover, on_changed=self._wake_keeper
+        )
+        self.keys = Keys(database, self.clock)
+        self.sessions = Sessions(database, self.keys, settings.session_seconds)
+        self.refusals = Refusals(database, self.clock)
+        self.authentication = await self._authentication()
         self.orchestration = Orchestration(
             settings, database, self.clock, self.configuration, self.intake
         )
@@ -161,18 +223,35 @@ class Node:
     async def start(self, address: str | None = None) -> None:
         """Proposes the configuration files and starts the services of the node's roles.
 
-        Raises ConfigurationInvalid.
+        Raises ConfigurationInvalid, AuditKeyInvalid, and SettingInvalid where other machines could
+        ask, and nobody has a key.
         """
         self.address = address
+        await self._check_access()
+        self.signer = await asyncio.to_thread(
+            signer_of, self.settings, self.database.dsn, self.clock
+        )
         documents = await asyncio.to_thread(self.orchestration.read_files)
-        janitor = Janitor(self.database, fact_retention_days=self.settings.fact_retention_days)
+        janitor = Janitor(
+            self.database,
+            fact_retention_days=self.settings.fact_retention_days,
+            leftovers=self.leftovers(),
+        )
         await janitor.run_once()
         if await self.configuration.propose(documents):
             log.info("configuration_activated", revision=self.configuration.active.revision[:12])
         await self._register()
         self._build()
         self._janitor = janitor
-        services = (self.scheduler, self.runner, self.dispatcher, self.requeuer)
+        services = (
+            self.scheduler,
+            self.keeper,
+            self.runner,
+            self.dispatcher,
+            self.requeuer,
+            self._sealer,
+            self._notary,
+        )
         for service in (self._heartbeat, janitor, *services):
             if service is not None:
                 service.start()
@@ -183,6 +262,29 @@ class Node:
             address=self.address,
             roles=sorted(self.roles),
             version=__version__,
+        )
+
+    async def _authentication(self) -> Authentication:
+        """Looks at keys over connections of its own, where keys are asked for."""
+        settings, database = self.settings, self.database
+        if "api" in self.roles and settings.auth != "off":
+            database = await self.store.open_entrance()
+        keys = Keys(database, self.clock)
+        sessions = Sessions(database, keys, settings.session_seconds)
+        return Authentication(self.database, self.clock, keys, sessions)
+
+    async def _check_access(self) -> None:
+        """The embedded instance makes its own key; elsewhere a person makes the first one."""
+        settings = self.settings
+        if settings.database_url is None:
+            token = await asyncio.to_thread(local_key.load_or_create, settings.data_dir)
+            grant = Grant("admin of this folder", (Scope.ADMIN,), (EVERYWHERE,))
+            await self.keys.adopt(token, grant, f"orbit on {self.name}")
+        if settings.is_loopback or "api" not in self.roles or await self.keys.has_any():
+            return
+        raise SettingInvalid(
+            f"ORBIT_HOST={settings.host}: other machines reach it, and there is no access key yet: "
+            "make one with `orbit keys create NAME --scope admin`, or listen on 127.0.0.1"
         )
 
     async def drain(self) -> None:
@@ -206,11 +308,15 @@ class Node:
             self.dispatcher.halt()
             parts["dispatcher"] = self.dispatcher.drain(seconds)
         await _all_ended(parts)
+        last = {
+            "heartbeat": self._heartbeat,
+            "janitor": self._janitor,
+            "keeper": self.keeper,
+            "sealer": self._sealer,
+            "notary": self._notary,
+        }
         await _all_ended(
-            {
-                "heartbeat": self._heartbeat.stop(_LEAVING_SECONDS),
-                "janitor": self._janitor.stop(_LEAVING_SECONDS),
-            }
+            {name: one.stop(_LEAVING_SECONDS) for name, one in last.items() if one is not None}
         )
         await _all_ended({"node": self._leave()})
 
@@ -239,6 +345,14 @@ class Node:
             self.runner = self._runner(memory)
             self.requeuer = Requeuer(database, self.requeues)
             beats = [self.runner.beat, self.dispatcher.beat]
+        if self.roles & {"worker", "scheduler"}:
+            self.keeper = FenceKeeper(
+                database,
+                self.fences,
+                self.brake,
+                poll_seconds=settings.poll_seconds,
+                on_halted=self._recall,
+            )
         if "scheduler" in self.roles:
             self.scheduler = Scheduler(
                 database,
@@ -248,6 +362,10 @@ class Node:
                 self.node_id,
                 self._wake_runner,
             )
+        self._sealer = Sealer(database, self.node_id)
+        if self.signer is not None:
+            seconds = settings.audit_checkpoint_seconds
+            self._notary = Notary(database, self.signer, seconds=seconds)
         self._heartbeat = Heartbeat(
             database,
             self.clock,
@@ -258,7 +376,7 @@ class Node:
             beats=beats,
         )
 
-    def _dispatcher(self, memory: PayloadMemory) -> Dispatcher:
+    def _queue(self) -> DispatchQueue:
         settings = self.settings
         backoff = Backoff(
             settings.dispatch_retry_base_seconds,
@@ -267,16 +385,18 @@ class Node:
         )
         policy = RetryPolicy(backoff, random.random)
         endpoints = {endpoint.key: endpoint for endpoint in settings.dispatch_endpoints}
-        queue = DispatchQueue(
-            self.database, self.node_id, settings.lease_seconds, policy, endpoints
-        )
+        return DispatchQueue(self.database, self.node_id, settings.lease_seconds, policy, endpoints)
+
+    def _dispatcher(self, memory: PayloadMemory) -> Dispatcher:
+        settings = self.settings
         return Dispatcher(
             self.database,
-            queue,
+            self._queue(),
             self.snapshots,
             Wire(self._http),
             memory,
             self.clock,
+            self.fences,
             concurrency=settings.dispatch_concurrency,
             lease_seconds=settings.lease_seconds,
             poll_seconds=settings.poll_seconds,
@@ -284,7 +404,8 @@ class Node:
 
     def _runner(self, memory: PayloadMemory) -> Runner:
         settings = self.settings
-        transformer = Transformer(self._http, settings.max_payload_bytes)
+        tenure = Tenure(self.fences, self.clock, settings.lease_seconds)
+        transformer = Transformer(self._http, settings.max_payload_bytes, tenure=tenure)
         orchestrator = Orchestrator(
             self.database,
             Recorder(self.database, self.node_id),
@@ -299,6 +420,8 @@ class Node:
             self.database,
             orchestrator,
             self.node_id,
+            tenure,
+            self.clock,
             concurrency=settings.worker_concurrency,
             lease_seconds=settings.lease_seconds,
             poll_seconds=settings.poll_seconds,
@@ -318,6 +441,23 @@ class Node:
                 "files_revision": proposed.revision if proposed else None,
             },
         )
+
+    def leftovers(self) -> Leftovers:
+        """What ends that which drills have left undone."""
+        lease_seconds = self.settings.lease_seconds
+        return Leftovers(self.database, self.node_id, self.clock, self.dead_letters, lease_seconds)
+
+    async def _recover(self) -> None:
+        """Settles attempts whose worker is gone, of any namespace."""
+        await self._queue().recover(self.clock.now())
+
+    async def _recall(self) -> None:
+        if self.dispatcher is not None:
+            await self.dispatcher.recall()
+
+    def _wake_keeper(self) -> None:
+        if self.keeper is not None:
+            self.keeper.wake()
 
     def _wake_runner(self) -> None:
         if self.runner is not None:

@@ -108,6 +108,18 @@ class SecretUnreadable(OrbitError):
     code = "secret_unreadable"
 
 
+class AuditKeyInvalid(OrbitError):
+    """The key that signs or verifies the audit trail's checkpoints cannot be used."""
+
+    code = "audit_key_invalid"
+
+
+class VerificationImpossible(OrbitError):
+    """The audit trail is not stored in a way that this program can verify."""
+
+    code = "verification_impossible"
+
+
 class Refused(OrbitError):
     """The request is understood and not allowed now (paused, halted, busy, disabled)."""
 
@@ -118,6 +130,36 @@ class GlobalPause(Refused):
     """`ORBIT_GLOBAL_PAUSE` is set; no cycle starts."""
 
     code = "global_pause"
+
+
+class NamespaceHalted(Refused):
+    """The namespace is halted; nothing of it begins."""
+
+    code = "namespace_halted"
+
+
+class NotHalted(Refused):
+    """The namespace is not halted, so there is nothing to resume."""
+
+    code = "not_halted"
+
+
+class HaltedAnew(Refused):
+    """The halt that was to be ended is not the one in force any more."""
+
+    code = "halted_anew"
+
+
+class SecondPersonRequired(Refused):
+    """Another person than the first has to agree."""
+
+    code = "second_person_required"
+
+
+class DrillUnderWay(Refused):
+    """This node rehearses already; one drill at a time."""
+
+    code = "drill_under_way"
 
 
 class CyclesActive(Refused):

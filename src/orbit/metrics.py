@@ -6,7 +6,14 @@ in the database and is read there. Whoever does a thing counts it where it is ce
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, GCCollector, Histogram, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    ProcessCollector,
+)
 
 REGISTRY = CollectorRegistry()
 
@@ -48,6 +55,11 @@ commit_entries = Histogram(
     "Entries that shared a commit.",
     ["kind"],
     buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500),
+    registry=REGISTRY,
+)
+audit_contradictions = Gauge(
+    "orbit_audit_contradictions",
+    "Logs of the audit trail that contradict this node's last checkpoint of them.",
     registry=REGISTRY,
 )
 

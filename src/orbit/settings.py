@@ -54,18 +54,38 @@ def _endpoints(value: object) -> object:
     return parse_endpoints(value) if isinstance(value, str) else value
 
 
-def _loopback(host: str) -> str:
-    """Until there are access keys, whoever reaches the port may do everything."""
-    try:
-        is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = False
-    if not is_loopback:
-        raise ValueError(
-            "a loopback address (127.0.0.1, ::1 or localhost): "
-            "the API has no access keys yet, so it is not offered to other machines"
-        )
+def _address(host: str) -> str:
+    if host != "localhost":
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            raise ValueError("an IP address of this machine, or localhost") from None
     return host
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or ipaddress.ip_address(host).is_loopback
+
+
+def _names_of_hosts(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    names = tuple(part.strip().lower() for part in value.split(",") if part.strip())
+    if not all(re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", name) for name in names):
+        raise ValueError("host names without a port, separated by commas")
+    return names
+
+
+def _addresses(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    parts = tuple(part.strip() for part in value.split(",") if part.strip())
+    try:
+        for part in parts:
+            ipaddress.ip_network(part)
+    except ValueError:
+        raise ValueError("IP addresses or networks, separated by commas") from None
+    return parts
 
 
 def _database_url(url: str) -> str:
@@ -168,8 +188,26 @@ class Settings(BaseSettings):
     )
 
     port: int = _knob(3000, "HTTP port; 0 takes any free one.", 0, 65_535)
-    host: Annotated[str, AfterValidator(_loopback)] = _knob(
-        "127.0.0.1", "HTTP address; a loopback address for now."
+    host: Annotated[str, AfterValidator(_address)] = _knob(
+        "127.0.0.1",
+        "HTTP address. One that other machines reach needs an access key: `orbit keys create`.",
+    )
+    auth: Annotated[Literal["on", "off"], BeforeValidator(_lower)] = _knob(
+        "on",
+        "Whether the API asks for an access key; off is accepted on a loopback address only, "
+        "and lets everybody on this machine do everything.",
+    )
+    session_seconds: float = _knob(
+        28_800.0, "How long a browser's session lasts at most.", 60, 2_592_000
+    )
+    metrics_open: bool = _knob(False, "Whether GET /metrics is answered without an access key.")
+    allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(_names_of_hosts)] = _knob(
+        (), "Names under which the API is asked, besides IP addresses, separated by commas."
+    )
+    trusted_proxies: Annotated[tuple[str, ...], BeforeValidator(_addresses)] = _knob(
+        (),
+        "Addresses of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, "
+        "separated by commas.",
     )
 
     env: Annotated[Literal["development", "production"], BeforeValidator(_lower)] = _knob(
@@ -252,6 +290,23 @@ class Settings(BaseSettings):
         0, "Days that cycles, jobs and receipts are kept; 0: for ever.", 0, 36_500
     )
 
+    audit_checkpoint_dir: Path | None = _knob(
+        None,
+        "The folder that signed checkpoints of the audit trail go to; keep it from the database's "
+        "owner. Unset: audit/ in the data folder in embedded mode, else none.",
+    )
+    audit_checkpoint_command: str | None = _knob(
+        None, "A program, without a shell, that gets each checkpoint as a line on its stdin."
+    )
+    audit_signing_key_file: Path | None = _knob(
+        None,
+        "The Ed25519 private key (PEM, mode 0600) that signs checkpoints. Unset: one is made in "
+        "the data folder in embedded mode, else nothing is signed.",
+    )
+    audit_checkpoint_seconds: float = _knob(
+        60.0, "How often logs that have grown get a checkpoint.", 1, 86_400
+    )
+
     phase4_enabled: bool = _knob(False, "One of the two switches of controlled autonomy.")
     phase4_allow_mutation: bool = _knob(
         False, "The other one; unless both are true, autonomy does nothing."
@@ -279,14 +334,28 @@ class Settings(BaseSettings):
             raise ValueError("\n".join(problems))
         return self
 
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches the API."""
+        return _is_loopback(self.host)
+
     def _rules(self) -> Iterator[tuple[bool, str]]:
         yield (
             self.database_url is not None and not self.secret_keys,
             "ORBIT_SECRET_KEYS is not set: required with DATABASE_URL, the same on every node",
         )
         yield (
+            self.auth == "off" and not self.is_loopback,
+            f"ORBIT_AUTH=off: accepted on a loopback address only, and ORBIT_HOST is {self.host}",
+        )
+        yield (
             self.database_owner_url is not None and self.database_url is None,
             "ORBIT_DATABASE_OWNER_URL is set: accepted only together with DATABASE_URL",
+        )
+        has_target = self.audit_checkpoint_dir or self.audit_checkpoint_command
+        yield (
+            self.database_url is not None and bool(has_target) != bool(self.audit_signing_key_file),
+            "ORBIT_AUDIT_SIGNING_KEY_FILE: accepted together with ORBIT_AUDIT_CHECKPOINT_DIR",
         )
         for low, high in (
             ("database_pool_min", "database_pool_max"),
@@ -305,7 +374,7 @@ class Settings(BaseSettings):
 _NAMES = {"database_url": ("DATABASE_URL",), "port": ("PORT",), "env": ("ORBIT_ENV", "NODE_ENV")}
 _MAY_BE_EMPTY = frozenset({"cron_schedule", "run_profile_cron_schedule"})
 _READ_ELSEWHERE = frozenset(
-    {"ORBIT_URL", "ORBIT_AUTH", "ORBIT_RECEIVER_TOKEN", "ORBIT_RECEIVER_SIGNING_SECRET"}
+    {"ORBIT_URL", "ORBIT_API_KEY", "ORBIT_RECEIVER_TOKEN", "ORBIT_RECEIVER_SIGNING_SECRET"}
 )
 _GROUPS = {
     "database_url": "Database",
@@ -315,6 +384,7 @@ _GROUPS = {
     "lease_seconds": "Cycles",
     "dispatch_endpoints": "Dispatch",
     "telemetry_retention_days": "Retention",
+    "audit_checkpoint_dir": "Audit trail",
     "phase4_enabled": "Controlled autonomy",
 }
 
@@ -445,6 +515,8 @@ def _text(default: object) -> str:
             return f"{default:g}"
         case frozenset():
             return ",".join(sorted(default))
+        case tuple():
+            return ",".join(map(str, default))
         case _:
             return str(default)
 

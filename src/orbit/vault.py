@@ -78,8 +78,8 @@ def load_or_create_key_file(path: Path) -> list[str]:
     """
     try:
         if not path.exists():
-            _create(path)
-        keys = _read(path).split()
+            create_private(path, generate_key())
+        keys = read_private(path).split()
         Vault(keys)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
@@ -89,7 +89,7 @@ def load_or_create_key_file(path: Path) -> list[str]:
     return keys
 
 
-def _create(path: Path) -> None:
+def create_private(path: Path, line: str) -> None:
     """Writes a complete file aside, then links it into place: it appears whole or not at all.
 
     A link fails where a rename would replace, so the first of two processes wins. The file
@@ -98,7 +98,7 @@ def _create(path: Path) -> None:
     descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w") as file:
-            file.write(f"{generate_key()}\n")
+            file.write(f"{line}\n")
             file.flush()
             os.fsync(file.fileno())
         with suppress(FileExistsError):
@@ -107,7 +107,8 @@ def _create(path: Path) -> None:
         Path(aside).unlink()
 
 
-def _read(path: Path) -> str:
+def read_private(path: Path) -> str:
+    """The text of a file that only its owner may read; raises SettingInvalid if others can."""
     with path.open(encoding="utf-8") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         if os.name == "posix" and mode & _NOT_FOR_OTHERS:

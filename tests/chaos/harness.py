@@ -354,6 +354,7 @@ async def scene(
         "ORBIT_CONFIG_DIR": str(folder / "config"),
         "ORBIT_DATA_DIR": str(folder / "data"),
         "ORBIT_CRON_SCHEDULE": "",
+        "ORBIT_AUTH": "off",
         "ORBIT_LEASE_SECONDS": "1",
         "ORBIT_POLL_SECONDS": "0.05",
         "ORBIT_MAX_DISPATCH_RETRIES": "50",

@@ -14,6 +14,7 @@ from orbit.execution.context import ExecutionContext
 from orbit.payload import Payload
 
 CALLS = "CHAOS_CALLS"
+LAST_WORD = b"END"
 
 
 async def begin(context: ExecutionContext) -> Payload:
@@ -27,6 +28,12 @@ async def grow(payload: Payload, context: ExecutionContext) -> Payload:
     _note(context, payload.content)
     await asyncio.sleep(context.options.get("pause_seconds", 0))
     return Payload(grown(payload.content, context.stage, context.step))
+
+
+async def swell(payload: Payload, context: ExecutionContext) -> Payload:
+    """A transformation: `size` bytes, and a last word that tells whether all have come."""
+    _note(context, payload.content)
+    return Payload(b"x" * context.options["size"] + LAST_WORD)
 
 
 def split(payload: Payload, context: ExecutionContext) -> Iterator[Payload]:

@@ -32,16 +32,33 @@ class Job:
 
 @dataclass(slots=True)
 class Model:
-    """The protocol, without a database: jobs, receipts, and the receipts tallied."""
+    """The protocol, without a database: jobs, receipts, the receipts tallied, and the halt."""
 
     jobs: dict[str, Job] = field(default_factory=dict)
     receipts: dict[tuple[str, int], Outcome] = field(default_factory=dict)
     probes: Counter[str] = field(default_factory=Counter)
     tallies: Counter[tuple[str, str]] = field(default_factory=Counter)
+    is_halted: bool = False
+    epoch: int = 0
+
+    def halt(self, epoch: int) -> None:
+        """Nothing is claimed from here on; each halt has the next epoch."""
+        assert epoch == self.epoch + 1
+        self.is_halted, self.epoch = True, epoch
+
+    def resume(self) -> None:
+        """What waits may be claimed again, under the epoch of the last halt."""
+        self.is_halted = False
+
+    def in_flight(self) -> dict[str, tuple[str, int]]:
+        """The open attempts, each with who holds it."""
+        return {job_id: job.holder for job_id, job in self.jobs.items() if job.holder}
 
     def claim(self, given: ClaimedJob, node_id: str) -> None:
         """Opens the next attempt; nobody else may hold the job, and it may not be over."""
         job = self.jobs[given.job_id]
+        assert not self.is_halted, "a claim of a halted namespace"
+        assert given.epoch == self.epoch, "claimed under another epoch than the last halt's"
         assert job.end is None, "a job that is over was sent again"
         assert job.holder is None, "two nodes hold one job"
         assert given.attempt == job.attempt + 1

@@ -118,6 +118,24 @@ async def test_a_reload_is_refused_while_a_cycle_is_active(
     assert await count(database, "config_revision") == 1
 
 
+async def test_a_reload_does_not_wait_for_what_a_halt_holds_up(
+    configuration: Configuration, database: Database, worker: Worker
+) -> None:
+    """It may be what the halt is for. What a node has in hand is waited for all the same."""
+    await configuration.propose(documents("one"))
+    await worker.accept(worker.request("halted"), worker.request("orbit-drill-left"))
+    (cycle,) = await worker.claim()
+    await database.execute(
+        b"INSERT INTO namespace_fence (namespace, epoch, is_halted) VALUES ('halted', 1, true)"
+    )
+    with pytest.raises(CyclesActive, match="1 cycle is active") as refusal:
+        await configuration.replace(documents("two"))
+    assert refusal.value.details["activeCycles"][0]["cycleRunId"] == cycle.cycle_id
+    await database.execute(b"UPDATE cycle_lease SET node_id = NULL, due_at = orbit_now()")
+    await configuration.replace(documents("two"))
+    assert configuration.active.documents == documents("two")
+
+
 async def test_boot_does_not_wait_for_active_cycles(
     configuration: Configuration, worker: Worker
 ) -> None:

@@ -58,7 +58,7 @@ class Cut(Database):
 
     owner_dsn = ""
 
-    async def fetch_all(self, query: bytes, params: Any = None) -> list[DictRow]:
+    async def fetch_one(self, query: bytes, params: Any = None) -> DictRow | None:
         """Cuts once."""
         if query == SQL.claimed_jobs and self.owner_dsn:
             with psycopg.connect(self.owner_dsn, autocommit=True) as connection:
@@ -67,7 +67,7 @@ class Cut(Database):
                     " WHERE application_name = 'orbit' AND datname = current_database()"
                 )
             self.owner_dsn = ""
-        return await super().fetch_all(query, params)
+        return await super().fetch_one(query, params)
 
 
 # ---- lanes and claims

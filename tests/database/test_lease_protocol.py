@@ -1,9 +1,10 @@
 """The lease protocol of dispatch, driven at random beside a small pure model of it.
 
 Three nodes share four lanes on a real database. Hypothesis chooses who claims, sends, dies, comes
-too late, or loses what is disposable. After every step the database must say what the model
-says: who holds which attempt, which receipts there are, what the lanes' tallies and the cycles'
-counters add up to. At the end all is let run: every job is delivered or dead, every cycle done.
+too late, halts, resumes, or loses what is disposable. After every step the database must say what
+the model says: who holds which attempt, which receipts there are, what the lanes' tallies and the
+cycles' counters add up to. At the end all is let run: every job is delivered or dead, every cycle
+done.
 
 One database serves all runs, each in a namespace of its own. Time is moved for the leases, by
 steps that stay seconds away from the length of a lease and of a hold.
@@ -39,6 +40,7 @@ from orbit.endpoints import Breaker, Endpoint
 from orbit.execution.dispatch import ClaimedJob, DispatchQueue, RetryPolicy
 from orbit.execution.recorder import Recorder
 from orbit.execution.wire import Outcome, WireResult
+from orbit.governance.halt import Brake, Order
 from tests.database.engine import DELIVERED, FAILED, NO_DELAY, Worker
 from tests.database.lease_model import Job, Model
 
@@ -117,6 +119,7 @@ class LeaseProtocol(RuleBasedStateMachine):
         self.clock = DatabaseClock(row["now"])
         self.nodes = [self._node(chance) for chance in CHANCES]
         self.model = Model()
+        self.brake = self._brake(self.nodes[0])
         self.unbegun: list[Hand] = []
         self.begun: list[Hand] = []
         self.settled: list[Hand] = []
@@ -133,6 +136,12 @@ class LeaseProtocol(RuleBasedStateMachine):
         queue = DispatchQueue(self.database, node_id, LEASE_SECONDS, policy, LANES)
         return Worker(self.database, self.clock, node_id, Recorder(self.database, node_id), queue)
 
+    def _brake(self, node: Worker) -> Brake:
+        async def recover() -> None:
+            raise AssertionError("a halt that waits for nothing recovers nothing")
+
+        return Brake(self.database, node.node_id, recover=recover, on_changed=lambda: None)
+
     async def _wipe(self, *tables: str) -> None:
         for table in tables:
             await self.database.execute(f"DELETE FROM {table}".encode())
@@ -148,6 +157,7 @@ class LeaseProtocol(RuleBasedStateMachine):
         for _ in range(count):
             self.enqueue(set(LANES), 3)
 
+    @precondition(lambda self: not self.model.is_halted)
     @rule(lanes=st.sets(st.sampled_from(sorted(LANES)), min_size=1), attempts=st.integers(1, 3))
     def enqueue(self, lanes: set[str], attempts: int) -> None:
         """A cycle with a job in each of some lanes."""
@@ -235,6 +245,24 @@ class LeaseProtocol(RuleBasedStateMachine):
             self.model.recover(job_id)
 
     @rule()
+    def halt(self) -> None:
+        """The namespace is halted, perhaps again; what is in flight is known, on which node too."""
+        order = Order(self.namespace, "model", "model")
+        answer = self.run(self.brake.halt(order, wait_seconds=0))
+        self.model.halt(answer.epoch)
+        assert answer.is_fenced
+        assert answer.is_quiesced == (not self.model.in_flight())
+        found = {one.job_id: (one.node_id, one.number) for one in answer.in_flight}
+        assert found == self.model.in_flight()
+
+    @precondition(lambda self: self.model.is_halted)
+    @rule()
+    def resume(self) -> None:
+        """It goes on."""
+        self.run(self.brake.resume(Order(self.namespace, "model", "model", "enough")))
+        self.model.resume()
+
+    @rule()
     def forget_lanes(self) -> None:
         """Lanes and tallies are lost, and with them the breakers and the tokens."""
         self.run(self._wipe("lane", "lane_tally"))
@@ -247,12 +275,14 @@ class LeaseProtocol(RuleBasedStateMachine):
         """The leases are rebuilt from the facts, once after they were all lost."""
         if is_lost and not self.has_lost_leases:
             self.has_lost_leases = True
-            self.run(self._wipe("dispatch_lease", "cycle_lease"))
+            self.run(self._wipe("dispatch_lease", "cycle_lease", "namespace_fence"))
             self.model.rebuild()
         self.run(repair(self.database))
 
     def teardown(self) -> None:
         """Whatever has happened: with time and a receiver that is well, all comes to an end."""
+        if self.model.is_halted:
+            self.resume()
         for _ in range(200):
             if all(job.end for job in self.model.jobs.values()):
                 break
@@ -291,6 +321,9 @@ class LeaseProtocol(RuleBasedStateMachine):
 
     def _check_claim(self, lane: Endpoint, seen: dict[str, Any], given: int, room: int) -> None:
         """Not more than the lane allows; without a rate, never nothing: no lane starves."""
+        if self.model.is_halted:
+            assert given == 0
+            return
         if seen["is_open"]:
             most = int(seen["flying"] == 0)
             least = most if seen["is_probe_due"] else 0

@@ -52,6 +52,39 @@ async def test_a_session_that_became_read_only_is_not_used_again(dsn: str, way: 
         await database.close()
 
 
+@pytest.mark.parametrize("way", ["autocommit", "transaction", "batch", "apart", "pooler"])
+async def test_statements_see_what_was_committed_before(dsn: str, owner_dsn: str, way: str) -> None:
+    """Whatever the database's default, or that of a session which a pooler hands over."""
+    with psycopg.connect(owner_dsn, autocommit=True) as owner:
+        name = psycopg.sql.Identifier(owner.info.dbname)
+        statement = "ALTER DATABASE {} SET default_transaction_isolation = 'repeatable read'"
+        owner.execute(psycopg.sql.SQL(statement).format(name))
+    database = Database(dsn, minimum=1, maximum=1)
+    await database.open()
+    try:
+        if way == "pooler":
+            await database.execute(b"SET default_transaction_isolation = 'repeatable read'")
+        assert await isolation(database, way) == "read committed"
+    finally:
+        await database.close()
+
+
+async def isolation(database: Database, way: str) -> str:
+    """How far a transaction is kept from others."""
+    show = b"SHOW transaction_isolation"
+    if way == "autocommit":
+        row = await database.fetch_one(show)
+    elif way == "apart":
+        async with database.apart() as connection, connection.transaction():
+            row = await (await connection.execute(show)).fetchone()
+    else:
+        async with database.batch() if way == "batch" else database.transaction() as connection:
+            cursor = await connection.execute(show)
+        row = await cursor.fetchone()
+    assert row is not None
+    return str(row["transaction_isolation"])
+
+
 async def test_only_a_server_that_takes_writes_is_connected_to(dsn: str, owner_dsn: str) -> None:
     """A standby is refused with a reason, unless the connection string wants any server."""
     set_read_only(owner_dsn, True)

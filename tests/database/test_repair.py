@@ -21,7 +21,9 @@ from orbit.execution.initiation import CycleRequest, Intake
 from orbit.execution.recorder import Checkpoint, Recorder, StageResult
 from orbit.payload import Payload
 
-_NOTHING = {"configuration": 0, "jobs": 0, "cycles": 0, "recounted": 0, "ended": 0, "requeues": 0}
+_NOTHING = dict.fromkeys(
+    ("configuration", "jobs", "cycles", "recounted", "ended", "requeues", "fences", "heads"), 0
+)
 _ITEM = Payload(b"an item")
 
 

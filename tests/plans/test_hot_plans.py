@@ -80,6 +80,7 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
     }
     last = "ffffffff-ffff-7fff-bfff-ffffffffffff"
     return {
+        "cycle.share_fences": {"room": 64, "most": 200, "only": None, "drills": "orbit-drill-"},
         "cycle.claim_cycles": {
             "room": 64,
             "lease_seconds": 30.0,
@@ -155,6 +156,7 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
             "last_cycle": max(sample["cycle_id"]),
             "inline_bytes": 65536,
         },
+        "dispatch.share_fences": keyed(sample, "namespace"),
         "dispatch.hold_lanes": keyed(sample, "namespace", "endpoint_key"),
         "dispatch.renew_jobs": {**jobs, "node_id": NODE, "lease_seconds": 30.0},
         "dispatch.release_jobs": {**jobs, "node_id": NODE},
@@ -175,6 +177,12 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
         },
         "dispatch.judge_lanes": {**verdicts, "settler_id": NODE},
         "dispatch.snapshot": {"namespace": sample["namespace"][0], "snapshot_id": "s"},
+        "halt.still_in_flight": {"namespace": sample["namespace"][0], "epoch": 1},
+        "halt.attempts_in_flight": {"namespace": sample["namespace"][0]},
+        "halt.cycles_in_flight": {"namespace": sample["namespace"][0]},
+        "halt.free_expired_cycles": {"namespace": sample["namespace"][0]},
+        "halt.halted": {},
+        "drills.open_work": {"namespace": sample["namespace"][0]},
         "slots.next_due": {},
         "slots.claim_schedules": {"limit": 100},
         "slots.busy_run_profiles": profiles,
@@ -200,8 +208,8 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
             "watched_from": one_job["job_id"],
         },
         "reading.cycle_window": {"before": last, "count": 20},
-        "reading.cycle_window_of_namespace": {
-            "namespace": sample["namespace"][0],
+        "reading.cycle_window_of_namespaces": {
+            "namespaces": array(sample["namespace"][:1]),
             "before": last,
             "count": 20,
         },
@@ -222,8 +230,8 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
             "count": 20,
         },
         "reading.last_slots": profiles,
-        "reading.failed_cycles": {},
-        "reading.waiting_lanes": {},
+        "reading.failed_cycles": {"namespaces": None},
+        "reading.waiting_lanes": {"namespaces": None},
         "reading.lane_states": keyed(sample, "namespace", "endpoint_key"),
         "reading.held_lanes": keyed(sample, "namespace", "endpoint_key"),
         "reading.lane_changes": {
@@ -233,6 +241,19 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
         },
         "reading.dispatch_load": {},
         "reading.dead_letter_window": {"before_at": "infinity", "before": last, "count": 20},
+        "reading.dead_letter_window_of_namespaces": {
+            "namespaces": array(sample["namespace"][:1]),
+            "before_at": "infinity",
+            "before": last,
+            "count": 20,
+        },
+        "reading.slot_window_of_namespaces": {
+            "namespaces": array(sample["namespace"][:1]),
+            "slot_at": "infinity",
+            "namespace": "",
+            "run_profile_id": "",
+            "count": 20,
+        },
         "reading.dead_letters": keyed(sample, "namespace", "job_id"),
         "reading.last_receipts": keyed(sample, "namespace", "job_id"),
         "reading.cycle_ledger": one_cycle,
@@ -263,7 +284,7 @@ def test_the_check_sees_a_whole_scan(connection: Connection) -> None:
     """A statement that does read a whole table is found, so the test above can fail."""
     big = big_tables(connection)
     with connection.transaction(force_rollback=True):
-        plan = explain(connection, "configuration.active_cycles", {})
+        plan = explain(connection, "configuration.active_cycles", {"drills": "orbit-drill-"})
         (found,) = whole_scans(plan, big)
     assert found.endswith("on cycle_lease")
 

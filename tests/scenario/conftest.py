@@ -165,6 +165,7 @@ def _defaults(dsn: str, config_dir: Path) -> dict[str, Any]:
         "database_url": dsn,
         "secret_keys": (SECRET_KEY,),
         "config_dir": config_dir,
+        "auth": "off",
         "cron_schedule": "",
         "poll_seconds": 0.05,
         "drain_timeout_seconds": 0.2,

@@ -20,6 +20,7 @@ from aiohttp import web
 from orbit.api.application import create_application
 from orbit.app import Node
 from orbit.execution.context import ExecutionContext
+from orbit.governance.actor import ANYONE, actor_here
 from orbit.payload import Payload
 from tests.scenario.conftest import (
     SECRET_KEY,
@@ -222,7 +223,7 @@ async def test_delivered_canaries_let_the_rest_flow(place: Place, facts: Facts) 
     started = await place.requeue(endpointKey="out", canary=2, rate=1000)
     batch = await place.ended(started["batchId"])
     assert (batch["state"], batch["matching"], batch["delivered"]) == ("finished", LETTERS, LETTERS)
-    assert (batch["askedBy"], batch["reason"], batch["phase"]) == ("api", "mended", None)
+    assert (batch["askedBy"], batch["reason"], batch["phase"]) == (ANYONE.name, "mended", None)
     came = [one.body for one in place.receiving.receiver.at("/out")[before:]]
     assert sorted(came) == [b"%d" % number for number in range(LETTERS)]
     order = facts("SELECT job_id FROM dispatch_job WHERE requeued_from IS NOT NULL")
@@ -283,7 +284,8 @@ async def test_the_command_line_says_what_it_does(place: Place) -> None:
     assert f"finished: requeued {LETTERS} of {LETTERS}, delivered {LETTERS}" in finished
     assert "finished" in await place.cli("requeues")
     batch_id = (await place.get("/requeues", state="stopped"))["items"][0]["batchId"]
-    assert "asked for by    cli at" in await place.cli("requeues", batch_id)
+    shown = await place.cli("requeues", batch_id)
+    assert f"asked for by    {actor_here().name} at" in shown
     await place.cli("requeues", batch_id, "--cancel", "late", code=3)
     await place.cli("requeue", code=2)
     await place.cli(*many, "--rate", "5", code=2)

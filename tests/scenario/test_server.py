@@ -51,6 +51,7 @@ class Program:
             "ORBIT_SECRET_KEYS": Fernet.generate_key().decode(),
             "ORBIT_CONFIG_DIR": str(folder / "config"),
             "ORBIT_CRON_SCHEDULE": "",
+            "ORBIT_AUTH": "off",
             **environment,
         }
         with self.out.open("wb") as out, self.log.open("wb") as log:

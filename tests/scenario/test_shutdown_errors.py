@@ -63,6 +63,7 @@ def environment(config_dir: Path, **given: str) -> dict[str, str]:
         "PYTHONWARNINGS": "ignore",
         "PORT": "0",
         "ORBIT_CRON_SCHEDULE": "",
+        "ORBIT_AUTH": "off",
         "ORBIT_CONFIG_DIR": str(config_dir),
         "ORBIT_SECRET_KEYS": SECRET_KEY,
         **given,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema_rs import meta
 
@@ -192,6 +192,7 @@ _POLICY = "execution_policy"
 _RUN_PROFILE_CASES = [
     ("namespace", ..., "", 'expected the key "namespace"'),
     ("namespace", "brand a", "namespace", "1 to 128 of A-Z a-z 0-9"),
+    ("namespace", "orbit-drill-a", "namespace", "that does not begin with orbit-drill-"),
     ("profile_id", "nov", "profile_id", "expected a profile of profiles.json; did you mean nova?"),
     (
         "distribution_targets",
@@ -567,6 +568,7 @@ def _configurations(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"profiles": profiles}, {"run_profiles": runs}
 
 
+@settings(deadline=None)
 @given(files=_configurations(), random=st.randoms())
 def test_any_valid_configuration_survives_its_body_and_any_reordering(
     tmp_path_factory: pytest.TempPathFactory, files: tuple[Any, Any], random: Any
@@ -610,6 +612,7 @@ def _shuffled(value: Any, random: Any) -> Any:
     return dict(items)
 
 
+@settings(deadline=None)
 @given(_JSON)
 def test_no_json_value_makes_the_schema_check_fail(value: Any) -> None:
     """Anything that is JSON is either fine or complained of in words."""

@@ -6,10 +6,12 @@ import asyncio
 import gzip
 import random
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import pytest
 
 from orbit.execution import connector
 from orbit.execution.http1 import Client, Exchange, _idle_seconds
+from orbit.execution.lapse import Hold, is_acknowledged
 from tests.unit.certificates import Authority
 from tests.unit.talking import OK, Server, always, reset, serving
 
@@ -39,6 +42,13 @@ async def post(client: Client, url: str, content: bytes = b"body", **given: Any)
     method, headers = given.pop("method", "POST"), given.pop("headers", {})
     values = {"timeout_seconds": 5.0, "read_bytes": 65_536, **given}
     return await client.exchange(method, url, headers, content, **values)
+
+
+def holding(
+    may_begin: Callable[[], bool] = lambda: True, seconds_left: Callable[[], float] = lambda: 60.0
+) -> Hold:
+    """The right to send, for as long as it is said."""
+    return Hold(may_begin, seconds_left)
 
 
 async def answered(client: Client, *parts: bytes, **given: Any) -> tuple[Exchange, Server]:
@@ -488,13 +498,115 @@ async def test_what_may_no_longer_be_sent_does_not_leave(client: Client) -> None
     """It is asked once there is a connection; after a no it is kept, and serves the next."""
     server = Server()
     async with serving(always(server, OK), server):
-        held = await post(client, server.url, may_send=lambda: server.connections > 1)
+        held = await post(client, server.url, hold=holding(lambda: server.connections > 1))
         assert (held.is_sent, held.cause, held.is_reused) == (False, "withheld", False)
-        sent = await post(client, server.url, may_send=lambda: True)
+        sent = await post(client, server.url, hold=holding(lambda: True))
         assert (sent.status, sent.is_reused) == (200, True)
-        held = await post(client, server.url, may_send=lambda: False)
+        held = await post(client, server.url, hold=holding(lambda: False))
         assert (held.is_sent, held.cause, held.is_reused) == (False, "withheld", True)
         assert (server.connections, len(server.requests)) == (1, 1)
+
+
+# --- what goes no further -------------------------------------------------------------------
+
+
+class Reluctant:
+    """A receiver with little room that reads only when it is told to; then to the end."""
+
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
+        self._listener = socket.socket()
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen()
+        scheme = "http" if tls is None else "https"
+        self.url = f"{scheme}://good.example:{self._listener.getsockname()[1]}/"
+        self.may_read, self.begun = threading.Event(), threading.Event()
+        self.may_answer, self.found = threading.Event(), b""
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def end(self) -> bytes:
+        """All that arrived."""
+        self.may_read.set()
+        self.may_answer.set()
+        self._thread.join(10)
+        self._listener.close()
+        return self.found
+
+    def _serve(self) -> None:
+        connection, _ = self._listener.accept()
+        with suppress(OSError):
+            if self._tls is not None:
+                connection = self._tls.wrap_socket(connection, server_side=True)
+            self.found = connection.recv(1024)
+            self.begun.set()
+            self.may_read.wait(10)
+            while part := connection.recv(65_536):
+                self.found += part
+                if self.found.endswith(b"END"):
+                    self.may_answer.wait(10)
+                    connection.sendall(OK)
+        connection.close()
+
+
+@pytest.fixture(params=["plain", "tls"])
+def reluctant(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Reluctant, Client]]:
+    """It, and a client that trusts it."""
+    authority = Authority(tmp_path)
+    is_secure = request.param == "tls"
+    server = Reluctant(authority.server("good.example") if is_secure else None)
+    yield server, Client(tls=authority.trust, resolve=resolving("127.0.0.1"))
+    server.end()
+
+
+@pytest.mark.parametrize("size", [60_000, 8 * MIB])
+@pytest.mark.parametrize("how", ["lease", "timeout", "cancelled"])
+async def test_what_ends_amid_the_body_is_never_completed(
+    reluctant: tuple[Reluctant, Client], how: str, size: int
+) -> None:
+    """The receiver reads on afterwards, and finds neither the rest nor a clean end of it."""
+    server, client = reluctant
+    is_over = False
+    content = b"x" * size + b"END"
+    hold = holding(seconds_left=lambda: 0.0 if is_over else 0.02)
+    asking = asyncio.create_task(
+        post(
+            client, server.url, content, hold=hold, timeout_seconds=0.3 if how == "timeout" else 30
+        )
+    )
+    assert await asyncio.to_thread(server.begun.wait, 10)
+    if how == "cancelled":
+        asking.cancel()
+        with suppress(asyncio.CancelledError):
+            await asking
+    else:
+        is_over = how == "lease"
+        found = await asking
+        assert (found.is_sent, found.status) == (True, None)
+        assert found.cause == ("lease over" if is_over else "timeout")
+    assert not (await asyncio.to_thread(server.end)).endswith(b"END")
+    await client.close()
+
+
+async def test_what_has_arrived_whole_is_waited_for(
+    reluctant: tuple[Reluctant, Client],
+) -> None:
+    """A lease that ends then takes nothing back: the answer is heard."""
+    server, client = reluctant
+
+    def seconds_left() -> float:
+        (connection,) = client._open
+        is_whole = server.found.endswith(b"END") and is_acknowledged(connection._sock)
+        asyncio.get_running_loop().call_later(0, server.may_answer.set if is_whole else int)
+        return 0.0 if is_whole else 0.01
+
+    server.may_read.set()
+    found = await post(
+        client, server.url, b"x" * MIB + b"END", hold=holding(seconds_left=seconds_left)
+    )
+    assert (found.status, found.cause) == (200, None)
+    await client.close()
 
 
 # --- kept connections ---------------------------------------------------------------------

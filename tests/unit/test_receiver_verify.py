@@ -147,8 +147,9 @@ def test_a_delivery_is_read_whole() -> None:
         "orbit-cycle-run-id": "c",
         "orbit-job-id": "j",
         "orbit-attempt": "3",
+        "orbit-epoch": "2",
     }
-    assert read_delivery(headers) == Delivery("k", "brand-a", "nova", "nova-daily", "c", "j", 3)
+    assert read_delivery(headers) == Delivery("k", "brand-a", "nova", "nova-daily", "c", "j", 3, 2)
 
 
 @given(st.text(min_size=1))

@@ -147,9 +147,10 @@ def test_orbit_env_wins_over_its_alias() -> None:
         ("ORBIT_CRON_SCHEDULE", "* * * *", "expected five (minute hour"),
         ("ORBIT_CRON_SCHEDULE", "* * * * * *", "expected five (minute hour"),
         ("ORBIT_RUN_PROFILE_CRON_SCHEDULE", "@often", "@daily"),
-        ("ORBIT_HOST", "0.0.0.0", "a loopback address"),
-        ("ORBIT_HOST", "example.org", "no access keys yet"),
-        ("ORBIT_HOST", "192.168.1.4", "a loopback address"),
+        ("ORBIT_HOST", "example.org", "an IP address of this machine"),
+        ("ORBIT_AUTH", "maybe", "on or off"),
+        ("ORBIT_ALLOWED_HOSTS", "a b", "host names without a port"),
+        ("ORBIT_TRUSTED_PROXIES", "proxy", "IP addresses or networks"),
     ],
 )
 def test_a_bad_value_is_one_line_with_name_value_and_what_is_accepted(
@@ -294,13 +295,22 @@ def test_secrets_are_in_no_representation_of_the_settings() -> None:
     assert _KEY not in shown
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4"])
+def test_auth_is_off_on_loopback_only(host: str) -> None:
+    """With keys any address may be listened on; without, none that others reach."""
+    assert _load(ORBIT_HOST=host).auth == "on"
+    assert _load(ORBIT_HOST="::1", ORBIT_AUTH="off").auth == "off"
+    with pytest.raises(SettingInvalid, match="ORBIT_AUTH=off: accepted on a loopback"):
+        _load(ORBIT_HOST=host, ORBIT_AUTH="off")
+
+
 def test_an_unknown_name_is_a_warning_with_the_nearest_known_one() -> None:
     """A slip is pointed out; names that are read elsewhere and other people's are left alone."""
     settings = _load(
         ORBIT_DRAIN_TIMOUT_SECONDS="1",
         ORBIT_XYZZY="1",
         ORBIT_URL="http://127.0.0.1:3000",
-        ORBIT_AUTH="off",
+        ORBIT_API_KEY="orb_x",
         ORBIT_TEST_DATABASE_URL="x",
         PATH="/bin",
     )

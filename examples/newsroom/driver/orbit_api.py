@@ -49,10 +49,14 @@ class Cycle:
 
 
 class OrbitApi:
-    """A client of one Orbit node. Any answer but 2xx raises DriverFailed with its text."""
+    """A client of one Orbit node, with an access key of it.
 
-    def __init__(self, url: str) -> None:
-        self._client = httpx.Client(base_url=url, timeout=30, trust_env=False)
+    Any answer but 2xx raises DriverFailed with its text.
+    """
+
+    def __init__(self, url: str, key: str) -> None:
+        headers = {"Authorization": f"Bearer {key}"}
+        self._client = httpx.Client(base_url=url, headers=headers, timeout=30, trust_env=False)
 
     def close(self) -> None:
         """Closes its connections."""

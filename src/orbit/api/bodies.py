@@ -15,13 +15,13 @@ from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Request
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from orbit.api.problems import HttpRefusal, request_invalid
 from orbit.errors import PayloadTooLarge, RequestInvalid
 from orbit.execution.memory import PayloadMemory
 from orbit.reading.view import camel_case
-from orbit.vocabulary import check_key
+from orbit.vocabulary import check_instant, check_key
 
 _LARGE_BYTES = 64 << 10
 _ARRIVAL_SECONDS = 60.0
@@ -30,6 +30,7 @@ _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 
 Key = Annotated[str, AfterValidator(check_key)]
+Instant = Annotated[AwareDatetime, Field(strict=False), AfterValidator(check_instant)]
 Reason = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -78,13 +79,13 @@ class Bodies:
                 raise self._too_large()
             expected = self._limit if size is None else size
             if expected <= _LARGE_BYTES:
-                yield _validated(model, _parsed(await self._content(request)))
+                yield _noted(request, _validated(model, _parsed(await self._content(request))))
                 return
             async with self._memory.reserve(expected * _COPIES):
                 content = await self._content(request)
                 parsed = await asyncio.to_thread(_parsed, content)
                 del content
-                yield _validated(model, parsed)
+                yield _noted(request, _validated(model, parsed))
 
         return read
 
@@ -128,6 +129,12 @@ def idempotency_key(request: Request) -> str | None:
     if len(values) > 1 or not _IDEMPOTENCY_KEY.fullmatch(values[0]):
         raise RequestInvalid("Idempotency-Key: expected once, 1 to 255 visible ASCII characters")
     return values[0]
+
+
+def _noted(request: Request, body: Model) -> Model:
+    """The body; its reason is kept beside the request, should this be refused."""
+    request.state.reason = getattr(body, "reason", None)
+    return body
 
 
 def _announced(request: Request) -> int | None:

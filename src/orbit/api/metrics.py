@@ -10,13 +10,14 @@ import asyncio
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from orbit import __version__
+from orbit.api.access import require
 from orbit.app import Node
 from orbit.database.pool import TRANSIENT
 from orbit.metrics import REGISTRY
@@ -70,7 +71,12 @@ def metrics_router(node: Node) -> APIRouter:
     own = NodeCollector(node)
     router = APIRouter(tags=["node"])
 
-    @router.get("/metrics", response_class=Response, summary="Metrics of this node")
+    @router.get(
+        "/metrics",
+        dependencies=[Depends(require("viewer", is_everywhere=True))],
+        response_class=Response,
+        summary="Metrics of this node",
+    )
     async def metrics(request: Request) -> Response:
         """Prometheus text; JSON if `Accept` asks for `application/json`."""
         now = CollectorRegistry()

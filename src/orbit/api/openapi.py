@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, JSONResponse
 
+from orbit.api.access import declared_scopes, require
 from orbit.api.problems import MEDIA_TYPE
 
 _PROBLEM = {
@@ -33,6 +35,10 @@ PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
     "5XX": {"description": "The node cannot answer now.", "content": _REFERENCE},
 }
 
+_SECURITY = {
+    "key": {"type": "http", "scheme": "bearer", "description": "An access key: orb_…"},
+}
+
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 code { font: 14px ui-monospace, monospace }
@@ -53,16 +59,32 @@ def describe(application: FastAPI) -> None:
                 description=application.description,
                 routes=application.routes,
             )
-            schema.setdefault("components", {}).setdefault("schemas", {})["Problem"] = _PROBLEM
+            components = schema.setdefault("components", {})
+            components.setdefault("schemas", {})["Problem"] = _PROBLEM
+            components["securitySchemes"] = _SECURITY
+            _name_scopes(schema, declared_scopes(application))
             application.openapi_schema = schema
         return application.openapi_schema
 
     application.openapi = openapi  # type: ignore[method-assign]
 
 
+def _name_scopes(schema: dict[str, Any], scopes: Mapping[tuple[str, str], list[str]]) -> None:
+    """Each operation says which scope it needs; what is open needs no key."""
+    for (method, path), (scope,) in scopes.items():
+        operation = schema["paths"].get(path, {}).get(method.lower())
+        if operation is not None:
+            operation["x-orbit-scope"] = scope
+            operation["security"] = [] if scope == "open" else [{"key": []}]
+
+
 def docs_router(application: FastAPI) -> APIRouter:
-    """The page for people."""
-    router = APIRouter(tags=["node"])
+    """The description, for tools and as a page for people."""
+    router = APIRouter(tags=["node"], dependencies=[Depends(require("viewer"))])
+
+    @router.get("/openapi.json", include_in_schema=False)
+    async def schema() -> JSONResponse:
+        return JSONResponse(application.openapi())
 
     @router.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
@@ -102,5 +124,6 @@ def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
     for label, given in (("Parameters", names), ("Body", list(body))):
         if given:
             lines.append(f"{label}: " + ", ".join(f"<code>{escape(one)}</code>" for one in given))
+    lines.append(f"Scope: {escape(operation['x-orbit-scope'])}")
     shown = f"<code>{method.upper()} {escape(path)}</code>"
     return f"<dt>{shown}</dt><dd>{'<br>'.join(lines)}</dd>"

@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from orbit.api.refusals import refusal_of
 from orbit.database.pool import TRANSIENT
 from orbit.errors import (
     ConfigurationInvalid,
@@ -53,15 +54,18 @@ log = structlog.get_logger(__name__)
 class HttpRefusal(OrbitError):
     """A request refused for how it was made, not for what it asks."""
 
-    def __init__(self, status: HTTPStatus, code: str, message: str) -> None:
+    def __init__(self, status: HTTPStatus, code: str, message: str, **headers: str) -> None:
         super().__init__(message)
         self.status, self.http_code = status, code
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
 def problem_of(error: OrbitError) -> JSONResponse:
     """The answer that an error of Orbit's own gets."""
     if isinstance(error, HttpRefusal):
-        return problem(error.status, error.http_code, str(error))
+        answer = problem(error.status, error.http_code, str(error))
+        answer.headers.update(error.headers)
+        return answer
     status = next(
         (_STATUSES[kind] for kind in type(error).__mro__ if kind in _STATUSES),
         HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -97,6 +101,12 @@ def unexpected(error: Exception) -> JSONResponse:
     return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", text)
 
 
+def database_away(error: Exception) -> JSONResponse:
+    """The answer while the database does not answer."""
+    log.warning("database_unavailable", error=type(error).__name__)
+    return problem(HTTPStatus.SERVICE_UNAVAILABLE, DatabaseUnavailable.code, _AWAY)
+
+
 def request_invalid(errors: Sequence[ErrorDetails | Mapping[str, Any]]) -> RequestInvalid:
     """What is wrong with a request's values, each with its place."""
     problems = [
@@ -109,9 +119,12 @@ def request_invalid(errors: Sequence[ErrorDetails | Mapping[str, Any]]) -> Reque
 def install(application: FastAPI) -> None:
     """Has the application answer every error with a problem document."""
 
-    async def orbit_error(_: Request, error: Exception) -> JSONResponse:
+    async def orbit_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, OrbitError)
-        return problem_of(error)
+        answer = problem_of(error)
+        code = error.http_code if isinstance(error, HttpRefusal) else error.code
+        request.state.refusal = refusal_of(request, answer.status_code, code, error)
+        return answer
 
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
@@ -125,8 +138,7 @@ def install(application: FastAPI) -> None:
         return answer
 
     async def away(_: Request, error: Exception) -> JSONResponse:
-        log.warning("database_unavailable", error=type(error).__name__)
-        return problem(HTTPStatus.SERVICE_UNAVAILABLE, DatabaseUnavailable.code, _AWAY)
+        return database_away(error)
 
     async def unstorable(_: Request, error: Exception) -> JSONResponse:
         log.warning("value_unstorable", error=type(error).__name__)

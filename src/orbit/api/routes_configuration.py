@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import Field
 
-from orbit.api.bodies import Bodies, Body, Key, PageFilter, body_schema, idempotency_key
-from orbit.api.routes_cycles import answered, asked_by
+from orbit.api.access import actor_of, require
+from orbit.api.bodies import Bodies, Body, Key, PageFilter, Reason, body_schema, idempotency_key
+from orbit.api.routes_cycles import answered, trigger_kind
 from orbit.app import Node
 from orbit.profiles.orchestration import TriggerAnswer
 from orbit.profiles.revision import revision_of
@@ -22,6 +23,7 @@ from orbit.reading.configured import (
     last_activation,
     profiles,
     run_profiles,
+    visible,
 )
 from orbit.reading.slots import Slot, slots
 from orbit.reading.view import Page, View
@@ -31,6 +33,12 @@ class RunProfilesBody(Body):
     """Which run profiles are started; without names every one that is enabled."""
 
     run_profile_ids: list[Key] | None = Field(None, max_length=10_000)
+
+
+class ReloadBody(Body):
+    """Why other files are put into force."""
+
+    reason: Reason | None = None
 
 
 class SlotFilter(PageFilter):
@@ -87,18 +95,31 @@ def configuration_router(node: Node, bodies: Bodies) -> APIRouter:
     router = APIRouter(tags=["configuration"])
     read_body = Depends(bodies.of(RunProfilesBody))
 
-    @router.get("/profiles", summary="Profiles as configured")
-    async def listed_profiles() -> Page[ProfileView]:
+    @router.get(
+        "/profiles",
+        dependencies=[Depends(require("viewer"))],
+        summary="Profiles as configured",
+    )
+    async def listed_profiles(request: Request) -> Page[ProfileView]:
+        """Who is bound to namespaces sees those that are used there."""
         await node.configuration.refresh()
-        return Page(profiles(node.configuration.active.documents))
+        documents = node.configuration.active.documents
+        return Page(profiles(visible(documents, actor_of(request).within)))
 
-    @router.get("/run-profiles", summary="Run profiles as configured, and whether they run")
-    async def listed_run_profiles() -> Page[RunProfileView]:
+    @router.get(
+        "/run-profiles",
+        dependencies=[Depends(require("viewer"))],
+        summary="Run profiles as configured, and whether they run",
+    )
+    async def listed_run_profiles(request: Request) -> Page[RunProfileView]:
         await node.configuration.refresh()
-        return Page(await run_profiles(node.database, node.configuration.active.documents))
+        documents = node.configuration.active.documents
+        shown = visible(documents, actor_of(request).within)
+        return Page(await run_profiles(node.database, shown))
 
     @router.post(
         "/run-profiles/trigger",
+        dependencies=[Depends(require("operator"))],
         status_code=202,
         summary="Start run profiles once",
         openapi_extra=body_schema(RunProfilesBody, is_required=False),
@@ -111,22 +132,34 @@ def configuration_router(node: Node, bodies: Bodies) -> APIRouter:
             node.orchestration.trigger_run_profiles(
                 body.run_profile_ids,
                 idempotency_key=idempotency_key(request),
-                trigger=asked_by(request),
+                trigger=trigger_kind(request),
+                asked_by=actor_of(request).name,
+                within=actor_of(request).within,
             )
         )
         return Page([_triggered(one) for one in answers])
 
-    @router.get("/slots", summary="Schedule slots, newest first")
-    async def listed_slots(asked: Annotated[SlotFilter, Query()]) -> Page[Slot]:
+    @router.get(
+        "/slots",
+        dependencies=[Depends(require("viewer"))],
+        summary="Schedule slots, newest first",
+    )
+    async def listed_slots(request: Request, asked: Annotated[SlotFilter, Query()]) -> Page[Slot]:
         """One row for every slot of every schedule, also those that did not fire."""
-        return await slots(node.database, **asked.model_dump())
+        return await slots(node.database, **asked.model_dump(), within=actor_of(request).within)
 
-    _add_configuration(router, node)
+    _add_configuration(router, node, bodies)
     return router
 
 
-def _add_configuration(router: APIRouter, node: Node) -> None:
-    @router.get("/config", summary="The configuration in force")
+def _add_configuration(router: APIRouter, node: Node, bodies: Bodies) -> None:
+    read_reload = Depends(bodies.of(ReloadBody))
+
+    @router.get(
+        "/config",
+        dependencies=[Depends(require("viewer"))],
+        summary="The configuration in force",
+    )
     async def configuration() -> ConfigurationView:
         await node.configuration.refresh()
         found = node.configuration
@@ -139,16 +172,26 @@ def _add_configuration(router: APIRouter, node: Node) -> None:
             is_in_step=found.is_in_step,
         )
 
-    @router.post("/config/validate", summary="Check this node's configuration files")
+    @router.post(
+        "/config/validate",
+        dependencies=[Depends(require("admin", is_everywhere=True))],
+        summary="Check this node's configuration files",
+    )
     async def validate() -> Valid:
         """422 with every problem at once where they cannot be used."""
         documents = await asyncio.to_thread(node.orchestration.read_files)
         return Valid(True, revision_of(documents).revision)
 
-    @router.post("/config/reload", summary="Put this node's configuration files into force")
-    async def reload() -> Reloaded:
+    @router.post(
+        "/config/reload",
+        dependencies=[Depends(require("admin", is_everywhere=True))],
+        summary="Put this node's configuration files into force",
+        openapi_extra=body_schema(ReloadBody, is_required=False),
+    )
+    async def reload(request: Request, body: ReloadBody = read_reload) -> Reloaded:
         """409 with the active cycles named while any is active."""
-        revision, is_changed = await node.orchestration.reload()
+        asker = actor_of(request).name
+        revision, is_changed = await node.orchestration.reload(asker, body.reason)
         return Reloaded(revision.revision, is_changed)
 
 

@@ -12,14 +12,16 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import Field
 
-from orbit.api.bodies import Bodies, Body, Key, PageFilter, body_schema, idempotency_key
+from orbit.api.access import actor_of, check_namespace, require, sees_payloads
+from orbit.api.bodies import Bodies, Body, Key, PageFilter, Reason, body_schema, idempotency_key
 from orbit.app import Node
 from orbit.errors import DatabaseUnavailable, RequestInvalid
 from orbit.execution.initiation import Accepted
 from orbit.payload import DEFAULT_CONTENT_TYPE, Payload
 from orbit.profiles.bridge import RAW_NAMESPACE
+from orbit.reading.belonging import Kind, visible_id
 from orbit.reading.cycles import MAX_LINEAGE, CycleSummary, Lineage, cycles, lineage
-from orbit.reading.view import Page, View, known_id
+from orbit.reading.view import Page, View
 
 RECENT = 20
 _TEXT = "text/plain; charset=utf-8"
@@ -61,11 +63,12 @@ class TriggerBody(Body):
 class RerunBody(Body):
     """From where a failed cycle is run again: the stage that failed, or the start.
 
-    `force` even if a re-run of it is running or has finished.
+    `force` even if a re-run of it is running or has finished. `reason` is kept.
     """
 
     from_: Literal["failed", "start"] = Field("failed", alias="from")
     force: bool = False
+    reason: Reason | None = None
 
 
 class CycleFilter(PageFilter):
@@ -91,6 +94,7 @@ def cycles_router(node: Node, bodies: Bodies) -> APIRouter:
 
     @router.post(
         "/trigger",
+        dependencies=[Depends(require("operator"))],
         status_code=202,
         summary="Start a raw cycle",
         openapi_extra=body_schema(TriggerBody, is_required=False),
@@ -99,38 +103,55 @@ def cycles_router(node: Node, bodies: Bodies) -> APIRouter:
         request: Request, response: Response, body: TriggerBody = read_trigger
     ) -> Triggered:
         """Repeated under its `Idempotency-Key`, a request gets the first one's cycle."""
-        keys = body.endpoint_keys
+        actor, keys = actor_of(request), body.endpoint_keys
+        check_namespace(actor, body.namespace)
         accepted = await answered(
             node.orchestration.trigger_raw(
                 namespace=body.namespace,
                 payload=body.to_payload(),
                 endpoint_keys=None if keys is None else list(dict.fromkeys(keys)),
                 idempotency_key=idempotency_key(request),
-                trigger=asked_by(request),
+                trigger=trigger_kind(request),
+                asked_by=actor.name,
+                is_bound=actor.namespaces is not None,
             )
         )
         return _triggered(accepted, response)
 
-    @router.get("/recent", summary="The last 20 cycles")
-    async def recent() -> Page[CycleSummary]:
-        page = await cycles(node.database, limit=RECENT)
+    @router.get("/recent", dependencies=[Depends(require("viewer"))], summary="The last 20 cycles")
+    async def recent(request: Request) -> Page[CycleSummary]:
+        page = await cycles(node.database, limit=RECENT, within=actor_of(request).within)
         return Page(page.items)
 
-    @router.get("", summary="Cycles, newest first")
-    async def listed(asked: Annotated[CycleFilter, Query()]) -> Page[CycleSummary]:
+    @router.get("", dependencies=[Depends(require("viewer"))], summary="Cycles, newest first")
+    async def listed(
+        request: Request, asked: Annotated[CycleFilter, Query()]
+    ) -> Page[CycleSummary]:
         """A filter that matches little may give short or empty pages with a cursor."""
-        return await cycles(node.database, **asked.model_dump())
+        return await cycles(node.database, **asked.model_dump(), within=actor_of(request).within)
 
-    @router.get("/{cycleRunId}", summary="A cycle's whole lineage")
+    @router.get(
+        "/{cycleRunId}",
+        dependencies=[Depends(require("viewer"))],
+        summary="A cycle's whole lineage",
+    )
     async def traced(
+        request: Request,
         cycle_id: CycleRunId,
         limit: Annotated[int, Query(ge=1, le=MAX_LINEAGE)] = 1000,
     ) -> Lineage:
-        """Items, jobs and records up to `limit` each; `isComplete` says whether that is all."""
-        return await lineage(node.database, cycle_id, limit)
+        """Items, jobs and records up to `limit` each; `isComplete` says whether that is all.
+
+        Who may only look does not see receivers' answers, which may repeat a payload.
+        """
+        actor = actor_of(request)
+        return await lineage(
+            node.database, cycle_id, limit, actor.within, has_answers=sees_payloads(actor)
+        )
 
     @router.post(
         "/{cycleRunId}/rerun",
+        dependencies=[Depends(require("operator"))],
         status_code=202,
         summary="Run a failed cycle again",
         openapi_extra=body_schema(RerunBody, is_required=False),
@@ -145,13 +166,16 @@ def cycles_router(node: Node, bodies: Bodies) -> APIRouter:
 
         409 `not_rerunnable` while a re-run is running or has finished, unless forced.
         """
-        asked = known_id(cycle_id, "cycle")
+        actor = actor_of(request)
+        asked = await visible_id(node.database, Kind.CYCLE, cycle_id, actor.within)
         accepted = await answered(
             node.orchestration.rerun(
                 asked,
                 is_from_start=body.from_ == "start",
                 is_forced=body.force,
                 idempotency_key=idempotency_key(request),
+                asked_by=actor.name,
+                reason=body.reason,
             )
         )
         return _triggered(accepted, response)
@@ -171,7 +195,7 @@ async def answered(request: Awaitable[Result]) -> Result:
         ) from None
 
 
-def asked_by(request: Request) -> str:
+def trigger_kind(request: Request) -> str:
     """Which kind of trigger a request is: the command line names itself."""
     is_cli = request.headers.get("user-agent", "").startswith("orbit-cli/")
     return "cli" if is_cli else "api"

@@ -12,10 +12,10 @@ from http import HTTPStatus
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 
-from orbit.api.bodies import Bodies, Body, Filter, Key, PageFilter, Reason, body_schema
-from orbit.api.routes_cycles import asked_by
+from orbit.api.access import actor_of, check_namespace, require, sees_payloads
+from orbit.api.bodies import Bodies, Body, Filter, Instant, Key, PageFilter, Reason, body_schema
 from orbit.app import Node
 from orbit.execution.dead_letters import (
     Found,
@@ -25,6 +25,7 @@ from orbit.execution.dead_letters import (
     check_reason,
 )
 from orbit.execution.requeues import LARGEST_STEP, Pace
+from orbit.reading.belonging import Kind, visible_id
 from orbit.reading.dead_letters import (
     DeadLetter,
     DeadLetterDetail,
@@ -32,9 +33,10 @@ from orbit.reading.dead_letters import (
     dead_letter,
     dead_letter_groups,
     dead_letters,
+    withheld,
 )
 from orbit.reading.requeues import BulkRequeue, bulk_requeue, bulk_requeues
-from orbit.reading.view import Page, View, known_id
+from orbit.reading.view import Page, View
 
 _AT_ONCE = 100
 Cause = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00]+$")]
@@ -67,8 +69,8 @@ class RequeueManyBody(Body):
     endpoint_key: Key | None = None
     cause: Cause | None = None
     run_profile_id: Key | None = None
-    since: Annotated[AwareDatetime, Field(strict=False)] | None = None
-    until: Annotated[AwareDatetime, Field(strict=False)] | None = None
+    since: Instant | None = None
+    until: Instant | None = None
     limit: int | None = Field(None, ge=1, le=10_000)
     is_dry_run: bool = False
     reason: Reason | None = None
@@ -177,15 +179,32 @@ def dead_letters_router(node: Node, bodies: Bodies) -> APIRouter:
     """The routes, for one node."""
     router = APIRouter(prefix="/dead-letters", tags=["dead letters"])
 
-    @router.get("", summary="Dead letters, those that died last first")
-    async def listed(asked: Annotated[DeadLetterFilter, Query()]) -> Page[DeadLetter]:
+    @router.get(
+        "",
+        dependencies=[Depends(require("viewer"))],
+        summary="Dead letters, those that died last first",
+    )
+    async def listed(
+        request: Request, asked: Annotated[DeadLetterFilter, Query()]
+    ) -> Page[DeadLetter]:
         """A filter that matches little may give short or empty pages with a cursor."""
-        return await dead_letters(node.database, **asked.model_dump())
+        actor = actor_of(request)
+        page = await dead_letters(node.database, **asked.model_dump(), within=actor.within)
+        if sees_payloads(actor):
+            return page
+        return Page([withheld(one) for one in page.items], page.next_cursor)
 
-    @router.get("/groups", summary="Open dead letters by namespace, endpoint and cause")
-    async def grouped(asked: Annotated[GroupFilter, Query()]) -> Page[DeadLetterGroup]:
+    @router.get(
+        "/groups",
+        dependencies=[Depends(require("viewer"))],
+        summary="Open dead letters by namespace, endpoint and cause",
+    )
+    async def grouped(
+        request: Request, asked: Annotated[GroupFilter, Query()]
+    ) -> Page[DeadLetterGroup]:
         """At most 1,000 groups, the largest first."""
-        return Page(await dead_letter_groups(node.database, asked.namespace))
+        within = actor_of(request).within
+        return Page(await dead_letter_groups(node.database, asked.namespace, within))
 
     _add_bulk(router, node, bodies)
     _add_batches(router, node, bodies)
@@ -198,6 +217,7 @@ def _add_bulk(router: APIRouter, node: Node, bodies: Bodies) -> None:
 
     @router.post(
         "/requeue",
+        dependencies=[Depends(require("operator"))],
         status_code=202,
         summary="Requeue the open dead letters of a namespace, at once or in steps",
         responses={200: {"model": RequeuedMany, "description": "A dry run, or nothing matches."}},
@@ -207,9 +227,11 @@ def _add_bulk(router: APIRouter, node: Node, bodies: Bodies) -> None:
         request: Request, response: Response, body: RequeueManyBody = read_many
     ) -> RequeuedMany:
         """At once all or none of those selected; 200 where nothing is or will be requeued."""
+        actor = actor_of(request)
+        check_namespace(actor, body.namespace)
         if not body.is_dry_run:
             check_reason(body.reason or "")
-        answer = await _requeued(node, body, asked_by(request))
+        answer = await _requeued(node, body, actor.name)
         if body.is_dry_run or not answer.matching:
             response.status_code = HTTPStatus.OK
         return answer
@@ -222,7 +244,11 @@ async def _requeued(node: Node, body: RequeueManyBody, asker: str) -> RequeuedMa
         if body.is_dry_run or not found.matching:
             return _answer(body, found)
         requeued = await node.dead_letters.requeue_many(
-            body.selection, reason, limit=body.limit or _AT_ONCE, snapshot=choice
+            body.selection,
+            reason,
+            limit=body.limit or _AT_ONCE,
+            snapshot=choice,
+            asked_by=asker,
         )
         return _answer(body, found, requeued)
     batch_id, found = await node.requeues.begin(
@@ -254,56 +280,91 @@ def _answer(
 def _add_batches(router: APIRouter, node: Node, bodies: Bodies) -> None:
     read_cancel = Depends(bodies.of(CancelBody))
 
-    @router.get("/requeues", summary="Bulk requeues in steps, newest first")
-    async def requeues(asked: Annotated[RequeueFilter, Query()]) -> Page[BulkRequeue]:
+    @router.get(
+        "/requeues",
+        dependencies=[Depends(require("viewer"))],
+        summary="Bulk requeues in steps, newest first",
+    )
+    async def requeues(
+        request: Request, asked: Annotated[RequeueFilter, Query()]
+    ) -> Page[BulkRequeue]:
         """Counts are those of now, also of one that has ended."""
-        return await bulk_requeues(node.database, **asked.model_dump())
+        within = actor_of(request).within
+        return await bulk_requeues(node.database, **asked.model_dump(), within=within)
 
-    @router.get("/requeues/{batchId}", summary="A bulk requeue and how far it is")
-    async def bulk(batch_id: BatchId) -> BulkRequeue:
-        return await bulk_requeue(node.database, batch_id)
+    @router.get(
+        "/requeues/{batchId}",
+        dependencies=[Depends(require("viewer"))],
+        summary="A bulk requeue and how far it is",
+    )
+    async def bulk(request: Request, batch_id: BatchId) -> BulkRequeue:
+        return await bulk_requeue(node.database, batch_id, actor_of(request).within)
 
     @router.post(
         "/requeues/{batchId}/cancel",
+        dependencies=[Depends(require("operator"))],
         summary="End a bulk requeue; what it has not requeued stays a dead letter",
         openapi_extra=body_schema(CancelBody, is_required=True),
     )
-    async def cancel(batch_id: BatchId, body: CancelBody = read_cancel) -> BulkRequeue:
+    async def cancel(
+        request: Request, batch_id: BatchId, body: CancelBody = read_cancel
+    ) -> BulkRequeue:
         """409 `refused` if it has ended before."""
-        asked = known_id(batch_id, "bulk requeue")
-        await node.requeues.cancel(asked, body.reason)
+        actor = actor_of(request)
+        asked = await visible_id(node.database, Kind.BULK_REQUEUE, batch_id, actor.within)
+        await node.requeues.cancel(asked, body.reason, actor.name)
         return await bulk_requeue(node.database, asked)
 
 
 def _add_single(router: APIRouter, node: Node, bodies: Bodies) -> None:
     read_requeue, read_discard = Depends(bodies.of(RequeueBody)), Depends(bodies.of(DiscardBody))
 
-    @router.get("/{jobId}", summary="A dead letter with its receipts and decisions")
-    async def shown(job_id: JobId) -> DeadLetterDetail:
-        return await dead_letter(node.database, job_id, node.snapshots.ids)
+    @router.get(
+        "/{jobId}",
+        dependencies=[Depends(require("viewer"))],
+        summary="A dead letter with its receipts and decisions",
+    )
+    async def shown(request: Request, job_id: JobId) -> DeadLetterDetail:
+        actor = actor_of(request)
+        return await dead_letter(
+            node.database,
+            job_id,
+            node.snapshots.ids,
+            actor.within,
+            has_answers=sees_payloads(actor),
+        )
 
     @router.post(
         "/{jobId}/requeue",
+        dependencies=[Depends(require("operator"))],
         status_code=202,
         summary="Requeue a dead letter as a new job",
         openapi_extra=body_schema(RequeueBody, is_required=True),
     )
-    async def requeue(job_id: JobId, body: RequeueBody = read_requeue) -> RequeuedView:
+    async def requeue(
+        request: Request, job_id: JobId, body: RequeueBody = read_requeue
+    ) -> RequeuedView:
         """409 `already_requeued` or `may_have_arrived`, unless forced."""
+        actor = actor_of(request)
         requeued = await node.dead_letters.requeue(
-            known_id(job_id, "dead letter"),
+            await visible_id(node.database, Kind.DEAD_LETTER, job_id, actor.within),
             body.reason,
             is_forced=body.force,
             snapshot=SnapshotChoice(body.snapshot),
+            asked_by=actor.name,
         )
         return RequeuedView(requeued.new_job_id, requeued.job_id, body.snapshot)
 
     @router.post(
         "/{jobId}/discard",
+        dependencies=[Depends(require("operator"))],
         summary="Let a dead letter be",
         openapi_extra=body_schema(DiscardBody, is_required=True),
     )
-    async def discard(job_id: JobId, body: DiscardBody = read_discard) -> Discarded:
-        asked = known_id(job_id, "dead letter")
-        await node.dead_letters.discard(asked, body.reason)
+    async def discard(
+        request: Request, job_id: JobId, body: DiscardBody = read_discard
+    ) -> Discarded:
+        actor = actor_of(request)
+        asked = await visible_id(node.database, Kind.DEAD_LETTER, job_id, actor.within)
+        await node.dead_letters.discard(asked, body.reason, actor.name)
         return Discarded(asked, "discarded")

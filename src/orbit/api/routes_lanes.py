@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Depends, Path, Query, Request
 
+from orbit.api.access import actor_of, require
 from orbit.api.bodies import Key, PageFilter
 from orbit.app import Node
 from orbit.reading.lanes import LaneDetail, LaneView, lane, lanes
@@ -30,14 +31,25 @@ def lanes_router(node: Node) -> APIRouter:
     router = APIRouter(prefix="/lanes", tags=["lanes"])
     endpoints = {one.key: one for one in node.settings.dispatch_endpoints}
 
-    @router.get("", summary="Lanes: a namespace's queue for an endpoint")
-    async def listed(asked: Annotated[LaneFilter, Query()]) -> Page[LaneView]:
+    @router.get(
+        "",
+        dependencies=[Depends(require("viewer"))],
+        summary="Lanes: a namespace's queue for an endpoint",
+    )
+    async def listed(request: Request, asked: Annotated[LaneFilter, Query()]) -> Page[LaneView]:
         """In the order of their key; a lane is listed once a worker has seen a job of it."""
-        return await lanes(node.database, **asked.model_dump())
+        return await lanes(node.database, **asked.model_dump(), within=actor_of(request).within)
 
-    @router.get("/{namespace}/{endpointKey}", summary="A lane with limits and last changes")
-    async def shown(namespace: str, endpoint_key: EndpointKey) -> LaneDetail:
+    @router.get(
+        "/{namespace}/{endpointKey}",
+        dependencies=[Depends(require("viewer"))],
+        summary="A lane with limits and last changes",
+    )
+    async def shown(request: Request, namespace: str, endpoint_key: EndpointKey) -> LaneDetail:
         """The limits are those of this node; `changes` are the last 50, newest first."""
-        return await lane(node.database, namespace, endpoint_key, endpoints.get(endpoint_key))
+        within = actor_of(request).within
+        return await lane(
+            node.database, namespace, endpoint_key, endpoints.get(endpoint_key), within
+        )
 
     return router

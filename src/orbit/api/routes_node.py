@@ -6,9 +6,10 @@ import asyncio
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends, Request
 
 from orbit import __version__
+from orbit.api.access import actor_of, anyone, require
 from orbit.api.problems import HttpRefusal
 from orbit.app import Node
 from orbit.database.pool import TRANSIENT
@@ -31,24 +32,33 @@ class Health(View):
 
 @dataclass(frozen=True, slots=True)
 class Ready(View):
-    """The node takes work on."""
+    """The node takes work on.
+
+    `audit_contradictions`: in how many logs the trail is not what this node signed; /status says
+    which.
+    """
 
     status: str
     node_id: str
     revision: str
     is_in_step: bool
+    audit_contradictions: int
 
 
 def node_router(node: Node) -> APIRouter:
     """The routes, for one node."""
     router = APIRouter(tags=["node"])
 
-    @router.get("/health", summary="Whether the process is up")
+    @router.get("/health", dependencies=[Depends(anyone)], summary="Whether the process is up")
     async def health() -> Health:
         """Never asks the database."""
         return Health("up", __version__, node.node_id)
 
-    @router.get("/ready", summary="Whether the node takes work on")
+    @router.get(
+        "/ready",
+        dependencies=[Depends(anyone)],
+        summary="Whether the node takes work on",
+    )
     async def ready() -> Ready:
         """503 with the reason where it does not: starting, leaving, database or schema."""
         if node.is_draining:
@@ -57,15 +67,27 @@ def node_router(node: Node) -> APIRouter:
             raise _unready("not_started", "the node is starting")
         await _check_database(node)
         configuration = node.configuration
-        return Ready("ready", node.node_id, configuration.active.revision, configuration.is_in_step)
+        return Ready(
+            "ready",
+            node.node_id,
+            configuration.active.revision,
+            configuration.is_in_step,
+            len(node.signer.contradictions) if node.signer else 0,
+        )
 
-    @router.get("/status", summary="The overview of all nodes")
-    async def overview() -> Status:
+    @router.get(
+        "/status",
+        dependencies=[Depends(require("viewer"))],
+        summary="The overview of all nodes",
+    )
+    async def overview(request: Request) -> Status:
         """Cheap however long the history is; counts are bounded."""
         return await status(
             node.database,
             lease_seconds=node.settings.lease_seconds,
             is_paused=node.settings.global_pause,
+            within=actor_of(request).within,
+            contradictions=node.signer.contradictions if node.signer else {},
         )
 
     return router

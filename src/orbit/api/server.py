@@ -123,6 +123,8 @@ def _http_config(settings: Settings, node: Node) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
         lifespan="off",
         ws="none",
         http="h11",  # bounds what a head may be; chosen by what is installed otherwise
@@ -146,6 +148,8 @@ async def _open(node: Node, address: str, settings: Settings, stopping: asyncio.
         log.warning("start_abandoned", error=str(error))
     if settings.env == "development" and node.is_ready:
         sys.stdout.write(f"Orbit is ready at {address} (what it can be asked: {address}/docs)\n")
+        if settings.auth == "on":
+            sys.stdout.write("To open it in a browser: orbit login\n")
         sys.stdout.flush()
 
 

@@ -4,6 +4,11 @@ Where a node answers (ORBIT_URL, else the address of the settings), it is asked.
 ORBIT_URL says that there must be one, the same API runs in this process over the same database,
 so that an operator can look and act while no node is up. In-process nothing is started: what is
 accepted waits for a node. A database that isn't there is not made by asking.
+
+A node is shown ORBIT_API_KEY, else the embedded instance's own key, which is never sent to an
+address of ORBIT_URL. Who has the database but no key asks in this process: it has everything.
+The brake and keys go there too, without ORBIT_URL, where a node does not let in: a key that has
+ended, or an address that has to wait, stops no emergency.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from orbit import __version__
 from orbit.cli.outcome import ApiProblem, NodeUnreachable
+from orbit.cli.terminal import note
 from orbit.errors import SettingInvalid
 
 if TYPE_CHECKING:
@@ -26,6 +32,11 @@ if TYPE_CHECKING:
 
 _ANSWER_SECONDS = 60.0
 _HELLO_SECONDS = 3.0
+_KEPT_OUT = {
+    401: {"unauthenticated"},
+    429: {"too_many_attempts"},
+    503: {"not_started", "draining"},
+}
 _HEADERS = {"User-Agent": f"orbit-cli/{__version__}", "Accept": "application/json"}
 
 Send = Callable[..., "httpx.Response"]
@@ -38,8 +49,11 @@ class Api:
     is none.
     """
 
-    def __init__(self, send: Send, address: str | None) -> None:
-        self._send, self.address = send, address
+    def __init__(
+        self, send: Send, address: str | None, else_in_process: Callable[[], Send] | None = None
+    ) -> None:
+        """`else_in_process` gives the way that is taken where the node does not let in."""
+        self._send, self.address, self._else = send, address, else_in_process
 
     @property
     def is_in_process(self) -> bool:
@@ -66,7 +80,17 @@ class Api:
         content = _content(response)
         if response.is_success:
             return content
+        if self._else is not None and _is_kept_out(response.status_code, content):
+            note(f"{self.address} does not let in ({content['detail']}): straight on the database")
+            self._send, self.address, self._else = self._else(), None, None
+            return self._ask(method, path, **given)
         raise ApiProblem(response.status_code, content if isinstance(content, dict) else {})
+
+
+def _is_kept_out(status: int, content: Any) -> bool:
+    """Whether a node answered before it looked at what was asked: nothing has happened."""
+    code = content.get("code") if isinstance(content, dict) else None
+    return status in _KEPT_OUT and code in _KEPT_OUT[status]
 
 
 def _named(headers: Mapping[str, str]) -> dict[str, str]:
@@ -74,32 +98,70 @@ def _named(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def connected(given: Settings) -> Iterator[Api]:
-    """The API of a node, or of this process.
+def connected(
+    given: Settings,
+    *,
+    is_direct: bool = False,
+    is_urgent: bool = False,
+    patience_seconds: float = _ANSWER_SECONDS,
+) -> Iterator[Api]:
+    """The API of a node, or of this process; only that if `is_direct`.
 
+    With `is_urgent`, and without ORBIT_URL, it is this process's too where the node lets nobody
+    in with the key at hand, or not now.
+    An answer is waited for `patience_seconds`, or a minute if that is longer.
     Raises NodeUnreachable where neither a node nor a database is to be found, and whatever
     opening the database raises.
     """
     import httpx
 
     with ExitStack() as stack:
-        named = _named_address()
+        patience_seconds = max(patience_seconds, _ANSWER_SECONDS)
+        if is_direct:
+            _refuse_without_database(given, "the address")
+            yield Api(stack.enter_context(_in_process(given, patience_seconds)), None)
+            return
+        named, key = _named_address(), api_key(given)
         address = named or own_address(given)
         client = stack.enter_context(
             httpx.Client(
                 base_url=address,
-                headers=_HEADERS,
-                timeout=_ANSWER_SECONDS,
+                headers=_HEADERS | authorization(key),
+                timeout=patience_seconds,
                 trust_env=named is not None,
             )
         )
         if named is not None:
             _refuse_stranger(client, address)
-        if named is not None or ("api" in given.roles and answers(client)):
-            yield Api(client.request, address)
+        is_let_in = "api" in given.roles and (key is not None or given.auth == "off")
+        if named is not None or (is_let_in and answers(client)):
+
+            def in_process() -> Send:
+                return stack.enter_context(_in_process(given, patience_seconds))
+
+            has_database = given.database_url is not None or has_embedded_data(given)
+            may_turn = is_urgent and named is None and has_database
+            yield Api(client.request, address, in_process if may_turn else None)
             return
         _refuse_without_database(given, address)
-        yield Api(stack.enter_context(_in_process(given)), None)
+        yield Api(stack.enter_context(_in_process(given, patience_seconds)), None)
+
+
+def api_key(given: Settings) -> str | None:
+    """The access key to show: ORBIT_API_KEY, else that of the embedded instance here."""
+    from orbit.governance import local_key
+
+    key = os.environ.get("ORBIT_API_KEY", "").strip()
+    if key and not (key.isascii() and key.isprintable()):
+        raise SettingInvalid("ORBIT_API_KEY: accepted is an access key, orb_…")
+    if key or given.database_url is not None or _named_address() is not None:
+        return key or None
+    return local_key.read(given.data_dir)
+
+
+def authorization(key: str | None) -> dict[str, str]:
+    """The header that shows a key; without one there is none."""
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 def differing_revision(given: Settings, documents: Documents) -> str | None:
@@ -112,7 +174,8 @@ def differing_revision(given: Settings, documents: Documents) -> str | None:
     from orbit.profiles.revision import revision_of
 
     address = _named_address() or own_address(given)
-    with httpx.Client(base_url=address, headers=_HEADERS, trust_env=False) as client:
+    headers = _HEADERS | authorization(api_key(given))
+    with httpx.Client(base_url=address, headers=headers, trust_env=False) as client:
         if not answers(client):
             return None
         try:
@@ -188,12 +251,13 @@ def has_embedded_data(given: Settings) -> bool:
 
 
 @contextmanager
-def _in_process(given: Settings) -> Iterator[Send]:
+def _in_process(given: Settings, patience_seconds: float) -> Iterator[Send]:
     """The application around a node without any service, on an event loop of its own."""
     import httpx
 
     from orbit.api.server import create_application
     from orbit.app import Node
+    from orbit.governance.actor import actor_here
     from orbit.logging import configure_logging
 
     small = given.model_copy(
@@ -204,12 +268,14 @@ def _in_process(given: Settings) -> Iterator[Send]:
     with asyncio.Runner() as runner:
         try:
             runner.run(node.open())
-            transport = httpx.ASGITransport(create_application(node), raise_app_exceptions=False)
+            transport = httpx.ASGITransport(
+                create_application(node, local=actor_here()), raise_app_exceptions=False
+            )
             client = httpx.AsyncClient(
                 transport=transport,
                 base_url="http://localhost",
                 headers=_HEADERS,
-                timeout=_ANSWER_SECONDS,
+                timeout=patience_seconds,
             )
 
             def send(method: str, path: str, **asked: Any) -> httpx.Response:

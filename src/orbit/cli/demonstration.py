@@ -113,8 +113,9 @@ def _run(
     """One trigger from beginning to end; the cycles' lineages and the receiver's arrivals."""
     import httpx
 
-    from orbit.cli.client import Api
+    from orbit.cli.client import Api, authorization
     from orbit.cli.watching import watch
+    from orbit.governance import local_key
 
     environment = _environment(ports[0])
     node_client, receiver_client = (
@@ -134,6 +135,8 @@ def _run(
         stack.callback(child.stop)
         child.wait_until_up(client, path)
         _tell(f"{name} up at {client.base_url}", is_json=is_json)
+    # The embedded node has made its key by now, in its folder.
+    node_client.headers.update(authorization(local_key.read(folder / ".orbit")))
     api = Api(node_client.request, str(node_client.base_url))
     try:
         answer = api.post("/run-profiles/trigger")

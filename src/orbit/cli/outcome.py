@@ -15,10 +15,17 @@ from typing import Any, ClassVar, NoReturn
 import typer
 
 from orbit.cli.terminal import count
-from orbit.errors import ConfigurationInvalid, GlobalPause, OrbitError, Refused, RequestInvalid
+from orbit.errors import (
+    ConfigurationInvalid,
+    GlobalPause,
+    NamespaceHalted,
+    OrbitError,
+    Refused,
+    RequestInvalid,
+)
 
 HALTED_CODES = frozenset({"global_pause", "namespace_halted"})
-_CONFLICT = 409
+_REFUSALS = frozenset({401, 403, 409})
 
 
 class ExitCode(IntEnum):
@@ -35,6 +42,7 @@ class ExitCode(IntEnum):
 
 _CODES = {
     GlobalPause: ExitCode.HALTED,
+    NamespaceHalted: ExitCode.HALTED,
     Refused: ExitCode.REFUSED,
     RequestInvalid: ExitCode.USAGE,
 }
@@ -74,7 +82,7 @@ def exit_code_of(error: OrbitError) -> ExitCode:
 def _exit_code_of_answer(problem: ApiProblem) -> ExitCode:
     if problem.problem_code in HALTED_CODES:
         return ExitCode.HALTED
-    if problem.status == _CONFLICT:
+    if problem.status in _REFUSALS:
         return ExitCode.REFUSED
     is_asked_wrongly = problem.problem_code == RequestInvalid.code
     return ExitCode.USAGE if is_asked_wrongly else ExitCode.FAILED

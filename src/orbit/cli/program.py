@@ -19,12 +19,16 @@ import typer
 
 from orbit import __version__
 from orbit.cli import (
+    auditing,
+    brake,
     checkup,
     configuring,
     cycles,
     dead_letters,
     demonstration,
+    drilling,
     insight,
+    keys,
     lanes,
     planning,
     running,
@@ -55,12 +59,19 @@ app.command("status")(status.status)
 app.command("cycles")(cycles.cycles)
 app.command("trace")(cycles.trace)
 app.command("lanes")(lanes.lanes)
+app.command("halt")(brake.halt)
+app.command("resume")(brake.resume)
+app.command("policy")(brake.policy)
+app.add_typer(drilling.app, name="drill")
 app.add_typer(dead_letters.app, name="dlq")
+app.add_typer(keys.app, name="keys")
+app.command("login")(keys.login)
 app.command("validate")(configuring.validate)
 app.command("profiles")(configuring.profiles)
 app.command("plan")(planning.plan)
 app.command("doctor")(checkup.doctor)
 app.add_typer(insight.app, name="insight")
+app.add_typer(auditing.app, name="audit")
 app.add_typer(schema.app, name="db")
 app.command("receiver")(running.receiver)
 

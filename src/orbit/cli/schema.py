@@ -7,7 +7,7 @@ server is joined for the verb and left at its end; the last one out stops it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -91,9 +91,11 @@ def upgrade(is_json: Json = False) -> None:
     """Bring the schema to this program's."""
     from orbit.database.upgrade import HEAD, SchemaStatus
     from orbit.database.upgrade import upgrade as run_upgrade
+    from orbit.governance.actor import actor_here
 
     with access(settings()) as database:
-        before = run_upgrade(database.owner_dsn, database.app_role)
+        who = actor_here().name
+        before = run_upgrade(database.owner_dsn, database.app_role, by=who)
     is_changed = before.status is not SchemaStatus.CURRENT
     if is_json:
         print_json({"before": before.revision, "revision": HEAD, "isChanged": is_changed})
@@ -201,12 +203,18 @@ def _look(dsn: str, *, has_schema: bool) -> tuple[int, list[dict[str, Any]]]:
 
 async def _repair(given: Settings) -> dict[str, int]:
     from orbit.app import Store
+    from orbit.audit.trail import INSTALLATION, Act, append
     from orbit.database.repair import repair as rebuild
+    from orbit.governance.actor import actor_here
+
+    async def note(connection: Any, rebuilt: Mapping[str, int]) -> None:
+        act = Act(INSTALLATION, "leases.rebuilt", actor_here().name, detail=dict(rebuilt))
+        await append(connection, act)
 
     store = Store(given)
     try:
         await store.open()
-        return await rebuild(store.database)
+        return await rebuild(store.database, note)
     finally:
         await store.close()
 

@@ -59,6 +59,9 @@ def _waits_for(run_profile: Any, now: Any) -> Iterator[str]:
         yield str(run_profile["reason"])
     if now.get("isPaused"):
         yield "ORBIT_GLOBAL_PAUSE is set"
+    for one in now.get("haltedNamespaces", ()):
+        if one["namespace"] == run_profile["namespace"]:
+            yield f"its namespace is halted: {halted_line(one)}"
     due_at = run_profile.get("nextDueAt")
     if not due_at:
         yield "it has no schedule: only when triggered"
@@ -85,6 +88,7 @@ def _overview(now: Any) -> None:
     lines = {
         "time": when(now["now"]),
         "paused": "yes: ORBIT_GLOBAL_PAUSE is set" if now["isPaused"] else "no",
+        "halted": _halted_text(now["haltedNamespaces"]),
         "configuration": now["revision"] or "none yet",
         "database": f"PostgreSQL {store['serverVersion']}, schema {store['schemaRevision']}",
         "active cycles": _cycles_text(cycles),
@@ -136,6 +140,18 @@ def held_lines(now: Any) -> Iterator[str]:
     for one in held_lanes(now):
         lane = f"{one['namespace']}/{one['endpointKey']}"
         yield f"{lane}: {hold_text(one)}; jobs that wait for it: {jobs_text(one['waiting'])}"
+
+
+def _halted_text(halted: Sequence[Any]) -> str:
+    """The halted namespaces, each with who halted it and why."""
+    return "; ".join(map(halted_line, halted)) or "none"
+
+
+def halted_line(one: Any) -> str:
+    """A halted namespace, who halted it, and why."""
+    until = f", until {when(one['untilAt'])}" if one.get("untilAt") else ""
+    why = f": {one['reason']}" if one.get("reason") else ""
+    return f"{one['namespace']} (by {one['actor']} at {when(one['haltedAt'])}{until}{why})"
 
 
 def _cycles_text(cycles: Mapping[str, Any]) -> str:

@@ -56,6 +56,7 @@ def trigger(
     is_forced: Annotated[
         bool, typer.Option("--force", help="With --rerun: even if it was run again before.")
     ] = False,
+    reason: Annotated[str | None, typer.Option(help="With --rerun: why; it is kept.")] = None,
     is_watching: Annotated[
         bool,
         typer.Option(
@@ -70,6 +71,8 @@ def trigger(
     _check(run_profile_ids, is_raw=is_raw, rerun=rerun, for_raw=given)
     if is_forced and rerun is None:
         raise RequestInvalid("--force goes with --rerun only")
+    if reason is not None and rerun is None:
+        raise RequestInvalid("--reason goes with --rerun only")
     body = _raw_body(payload, content_type, namespace, endpoint) if is_raw else {}
     headers = {} if idempotency_key is None else {"Idempotency_Key": idempotency_key}
     with connected(settings()) as api:
@@ -78,7 +81,7 @@ def trigger(
             started = [answer]
         elif rerun is not None:
             path = f"/cycles/{rerun}/rerun"
-            asked = {"from": origin.value, "force": is_forced}
+            asked = {"from": origin.value, "force": is_forced, "reason": reason}
             answer = api.post(path, asked, **headers)
             started = [answer]
         else:

@@ -3,7 +3,8 @@
 Every connection autocommits; who needs more says `connection.transaction()`. Ids come back as
 text. A statement that fails because the connection or the server went away raises one of
 TRANSIENT: its effect is unknown, so what is repeated must be idempotent. Only a server that takes
-writes is connected to; a session on one that no longer does is closed.
+writes is connected to; a session on one that no longer does is closed. Whatever the server's
+default, a statement sees all that was committed before it: the fence of halts rests on that.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 
 import psycopg
 import structlog
-from psycopg import AsyncConnection, pq
+from psycopg import AsyncConnection, IsolationLevel, pq
 from psycopg.abc import Buffer
 from psycopg.adapt import Loader
 from psycopg.conninfo import conninfo_to_dict
@@ -70,10 +71,10 @@ class Database:
         revive: Callable[[], None] | None = None,
         transaction_seconds: float = 30,
     ) -> None:
-        self.dsn, self._transaction_seconds = dsn, transaction_seconds
+        self.dsn, self.transaction_seconds = dsn, transaction_seconds
         self._revive = revive
         self._options = _options(dsn)
-        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+        self._pool = _WarmPool(
             dsn,
             connection_class=AsyncConnection[DictRow],
             kwargs={
@@ -110,8 +111,9 @@ class Database:
         await self._pool.close(timeout=_CLOSING_SECONDS)
 
     async def _configure(self, connection: Connection) -> None:
-        wanted = session_settings(self._transaction_seconds) | _NOTICING
+        wanted = session_settings(self.transaction_seconds) | _NOTICING
         await connection.execute(_SET, (list(wanted), list(wanted.values())), prepare=False)
+        await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)  # behind a pooler too
         connection.adapters.register_dumper(BinaryList, BinaryListDumper)
         connection.adapters.register_loader("uuid", TextLoader)
         connection.adapters.register_loader("uuid", _IdLoader)
@@ -125,6 +127,22 @@ class Database:
             except psycopg.errors.ReadOnlySqlTransaction:
                 await connection.close()  # so that the pool looks for the new primary
                 raise
+
+    @asynccontextmanager
+    async def apart(self) -> AsyncIterator[Connection]:
+        """A connection of its own beside the pool, for what cannot wait until one is free."""
+        connection = await AsyncConnection.connect(
+            self.dsn,
+            autocommit=True,
+            row_factory=dict_row,
+            cursor_factory=Cursor,
+            prepare_threshold=None,
+            application_name="orbit apart",
+            **self._options,
+        )
+        async with connection:
+            await self._configure(connection)
+            yield connection
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
@@ -198,6 +216,21 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+class _WarmPool(AsyncConnectionPool[Connection]):
+    """Gives out the connection that came back last.
+
+    A few are then in use all the time, with their plans made and their caches warm, and what load
+    once needed can be closed. Given out in turn, ten cost a fifth more of the server's time.
+    """
+
+    async def _get_ready_connection(
+        self,
+        timeout: float | None,  # noqa: ASYNC109 - the library's
+    ) -> Connection | None:
+        self._pool.rotate()  # the last comes first
+        return await super()._get_ready_connection(timeout)
+
+
 class _IdLoader(Loader):
     """A binary uuid as its canonical text: ids are text everywhere in Orbit."""
 
@@ -228,7 +261,8 @@ def session_settings(transaction_seconds: float = 30) -> dict[str, str]:
     """
     limit = f"{max(1, round(transaction_seconds))}s"
     timeouts = ("idle_in_transaction_session_timeout", "transaction_timeout")
-    return _PLANNING | dict.fromkeys(timeouts, limit)
+    isolation = {"default_transaction_isolation": "read committed"}
+    return _PLANNING | isolation | dict.fromkeys(timeouts, limit)
 
 
 # What a server does not know is left out.

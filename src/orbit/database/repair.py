@@ -12,6 +12,8 @@ Schedules are not rebuilt here: the scheduler writes them anew when it finds non
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Mapping
+
 from psycopg.errors import DeadlockDetected
 
 from orbit.clock import SystemClock, new_id
@@ -27,17 +29,22 @@ _STRIDE = 100_000
 _TRIES = 10
 
 
-async def repair(database: Database) -> dict[str, int]:
+Note = Callable[[Connection, Mapping[str, int]], Awaitable[None]]
+
+
+async def repair(database: Database, note: Note | None = None) -> dict[str, int]:
     """Gives every unfinished cycle and job that has no lease a new one; repeating does no harm.
 
+    `note` is called last in the transaction that has changed something, with what it changed.
     Returns what was rebuilt: `configuration` (0 or 1), `jobs`, `cycles`; and of the cycles that
     wait for their jobs, how many were `recounted` and how many were complete, so `ended`. Last,
-    bulk `requeues` that have not ended.
+    bulk `requeues` that have not ended, `fences` of namespaces that were ever halted, and how many
+    wrong `heads` of the audit trail were forgotten.
     Raises one of pool.TRANSIENT if a lock cannot be had within 10 s; then nothing has changed.
     """
     for remaining in reversed(range(_TRIES)):
         try:
-            return await _rebuild(database)
+            return await _rebuild(database, note)
         except DeadlockDetected:
             # Stages lock one lease table first, settlements the other: no order suits both.
             if not remaining:
@@ -45,7 +52,7 @@ async def repair(database: Database) -> dict[str, int]:
     raise AssertionError("the last try returns or raises")
 
 
-async def _rebuild(database: Database) -> dict[str, int]:
+async def _rebuild(database: Database, note: Note | None) -> dict[str, int]:
     async with database.transaction() as connection:
         for lock in (
             SQL.prepare,
@@ -55,14 +62,19 @@ async def _rebuild(database: Database) -> dict[str, int]:
         ):
             await connection.execute(lock)
         stride = {"stride": _STRIDE}
-        return {
+        rebuilt = {
             "configuration": (await connection.execute(SQL.rebuild_configuration)).rowcount,
             "jobs": (await connection.execute(SQL.rebuild_jobs, stride)).rowcount,
             "cycles": (await connection.execute(SQL.rebuild_cycles, stride)).rowcount,
             "recounted": (await connection.execute(SQL.recount_jobs)).rowcount,
             "ended": await _end_completed(connection),
             "requeues": (await connection.execute(SQL.rebuild_requeues, stride)).rowcount,
+            "fences": (await connection.execute(SQL.rebuild_fences)).rowcount,
+            "heads": (await connection.execute(SQL.rebuild_heads)).rowcount,
         }
+        if note is not None and any(rebuilt.values()):
+            await note(connection, rebuilt)
+        return rebuilt
 
 
 async def _end_completed(connection: Connection) -> int:

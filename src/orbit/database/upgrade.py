@@ -24,13 +24,14 @@ import psycopg
 from psycopg import Connection, sql
 from psycopg.conninfo import conninfo_to_dict
 
+from orbit.canonical import canonical_json
 from orbit.database.pool import first_line, session_settings
 from orbit.errors import DatabaseUnavailable, SchemaMismatch
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
-REVISIONS = ("0001", "0002", "0003")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006")
 HEAD = REVISIONS[-1]
 OLDEST_SERVER = 14
 
@@ -111,8 +112,11 @@ def upgrade(
     *,
     lock_timeout: timedelta = timedelta(seconds=3),
     patience: timedelta = timedelta(seconds=60),
+    by: str = "upgrade",
 ) -> SchemaState:
     """Brings the schema to HEAD and gives `app_role` what it needs; returns the state before.
+
+    The audit trail tells that `by` did it, unless the schema is new.
 
     That is rights and, if the owner may do so, the settings of its sessions in this database.
 
@@ -123,7 +127,7 @@ def upgrade(
     with _explained(owner_dsn):
         for remaining in reversed(range(_TRIES)):
             try:
-                return _upgrade_once(owner_dsn, app_role, lock_timeout, patience)
+                return _upgrade_once(owner_dsn, app_role, lock_timeout, patience, by)
             except psycopg.errors.LockNotAvailable:
                 if remaining == 0:
                     raise
@@ -163,7 +167,7 @@ def run_script(path: Path) -> None:
 
 
 def _upgrade_once(
-    owner_dsn: str, app_role: str | None, lock_timeout: timedelta, patience: timedelta
+    owner_dsn: str, app_role: str | None, lock_timeout: timedelta, patience: timedelta, by: str
 ) -> SchemaState:
     from sqlalchemy import create_engine  # noqa: PLC0415 — not at start: see above
     from sqlalchemy.exc import DBAPIError  # noqa: PLC0415
@@ -184,12 +188,22 @@ def _upgrade_once(
                 )
             if before.status is not SchemaStatus.CURRENT:
                 _run_migrations(wrapped)
+                _note_upgrade(driver, before, by)
             _grant(driver, app_role)
             return before
     except DBAPIError as error:
         if isinstance(error.orig, psycopg.Error):
             raise error.orig from None
         raise
+
+
+def _note_upgrade(driver: Connection[Any], before: SchemaState, by: str) -> None:
+    """The audit trail tells who changed the schema; where one is made new, it begins by itself."""
+    if before.status is SchemaStatus.OLDER:
+        detail = {"from": before.revision, "to": HEAD}
+        act = {"action": "schema.upgraded", "actor": by, "detail": detail}
+        body = canonical_json(act).decode()
+        driver.execute("SELECT orbit_append_audit(ARRAY['*'], ARRAY[%s])", [body])
 
 
 def _run_migrations(wrapped: object) -> None:

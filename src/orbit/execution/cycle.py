@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from psycopg.errors import LockNotAvailable
+
 from orbit.database.pool import Database
 from orbit.database.queries import array, load
 from orbit.errors import StepFailed
@@ -38,37 +40,42 @@ from orbit.execution.recorder import Checkpoint, Recorder, StageResult
 from orbit.execution.snapshots import Snapshots
 from orbit.execution.transformation import Transformer
 from orbit.payload import Payload
+from orbit.vocabulary import DRILL_PREFIX
 
 SQL = load("cycle")
+MOST_FENCES = 200  # of a claim: the server's memory for locks is everybody's
 _ORDER = list(Stage)
 
 
 async def claim(
-    database: Database, node_id: str, room: int, lease_seconds: float
+    database: Database, node_id: str, room: int, lease_seconds: float, *, only: str | None = None
 ) -> list[ClaimedCycle]:
-    """Takes the leases of at most `room` due cycles."""
-    async with database.transaction() as connection, connection.pipeline():
-        await connection.execute(SQL.release_waiting)
-        cursor = await connection.execute(
-            SQL.claim_cycles,
-            {"node_id": node_id, "room": room, "lease_seconds": lease_seconds},
-            binary=True,
-        )
-        leases = {(row["namespace"], row["cycle_id"]): row for row in await cursor.fetchall()}
-        if not leases:
-            return []
-        cursor = await connection.execute(
-            SQL.claimed_cycles,
-            {
-                "namespace": array(namespace for namespace, _ in leases),
-                "cycle_id": array(cycle_id for _, cycle_id in leases),
-                "first": min(cycle_id for _, cycle_id in leases),
-                "last": max(cycle_id for _, cycle_id in leases),
-                "inline_bytes": INLINE_BYTES,
-            },
-            binary=True,
-        )
-        rows = await cursor.fetchall()
+    """Takes the leases of at most `room` due cycles of namespaces that are not halted.
+
+    Drills' are left out; with `only` it is a drill that asks, and nothing else is touched.
+    """
+    fences = {"room": room, "most": MOST_FENCES, "only": only, "drills": DRILL_PREFIX}
+    asked = {"node_id": node_id, "room": room, "lease_seconds": lease_seconds}
+    try:
+        async with database.batch() as connection:
+            if only is None:
+                await connection.execute(SQL.release_waiting)
+            await connection.execute(SQL.share_fences, fences)
+            cursor = await connection.execute(SQL.claim_cycles, asked, binary=True)
+    except LockNotAvailable:  # another's claim, or a halt, has stopped in its middle
+        return []
+    leases = {(row["namespace"], row["cycle_id"]): row for row in await cursor.fetchall()}
+    if not leases:
+        return []
+    claimed = {
+        "namespace": array(namespace for namespace, _ in leases),
+        "cycle_id": array(cycle_id for _, cycle_id in leases),
+        "first": min(cycle_id for _, cycle_id in leases),
+        "last": max(cycle_id for _, cycle_id in leases),
+        "inline_bytes": INLINE_BYTES,
+    }
+    # Leases that nobody knows of would count as lost workers.
+    rows = await database.persist(lambda: database.fetch_all(SQL.claimed_cycles, claimed))
     return [_claimed(row, leases[row["namespace"], row["cycle_id"]]) for row in rows]
 
 
@@ -141,8 +148,8 @@ class Orchestrator:
     async def run(self, cycle: ClaimedCycle) -> Stage | StepFailed:
         """Carries the cycle on; its last stage, or why it failed, when it needs no worker any more.
 
-        Raises LeaseLost if another worker has it meanwhile, and NotHere if another node may be
-        able to carry it on.
+        Raises LeaseLost if another worker has it meanwhile, NotHere if another node may be able
+        to carry it on, and NamespaceHalted before what a halted namespace does not begin.
         """
         async with self._memory.reserve(cycle.size or 0, owner=cycle.namespace) as memory:
             result = StageResult(cycle)
@@ -231,6 +238,7 @@ class Orchestrator:
 
     async def _dispatch(self, progress: _Progress) -> Stage:
         """Normalisation and enqueueing: the items and their jobs, in one transaction."""
+        self._transformer.check_halted(progress.cycle.namespace)
         normalization = progress.plan.normalization
         step = normalization.normalize or normalization.split or Step("")
         where = _context(progress, Stage.NORMALIZATION_COMPLETE, 0, step)

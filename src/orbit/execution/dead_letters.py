@@ -13,13 +13,16 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
+from orbit.audit.trail import Act, append
 from orbit.clock import derived_id
 from orbit.database.pool import Connection, Database
 from orbit.database.queries import array, load
 from orbit.errors import AlreadyRequeued, MayHaveArrived, NotFound, Refused, RequestInvalid
 from orbit.execution.snapshots import Snapshots
+from orbit.governance.fence import halted
 
 SQL = load("dead_letters")
+HALT_SQL = load("halt")
 
 
 class SnapshotChoice(StrEnum):
@@ -103,14 +106,17 @@ class DeadLetters:
         *,
         is_forced: bool = False,
         snapshot: SnapshotChoice = SnapshotChoice.CURRENT,
+        asked_by: str = "api",
     ) -> Requeued:
         """Queues the dead letter's item again, for the same endpoint.
 
         Raises NotFound, AlreadyRequeued, RequestInvalid (no reason), MayHaveArrived if an attempt
-        ended unknown (unless forced), and Refused if the endpoint or the payload is gone.
+        ended unknown (unless forced), NamespaceHalted, and Refused if the endpoint or the payload
+        is gone.
         """
         check_reason(reason)
         row = await self._find(job_id)
+        await self.refuse_while_halted(row["namespace"])
         if row["sequence"] and not is_forced:
             raise _already(row)
         if row["unknown_attempt"] and not is_forced:
@@ -120,7 +126,7 @@ class DeadLetters:
             )
         if not row["has_payload"]:
             raise Refused(f"the payload of job {job_id} is past its retention")
-        requeued = await self._requeue([row], reason, snapshot)
+        requeued = await self._requeue([row], reason, snapshot, asked_by)
         if not requeued:
             raise _already(await self._find(job_id))
         return requeued[0]
@@ -147,15 +153,23 @@ class DeadLetters:
         *,
         limit: int,
         snapshot: SnapshotChoice = SnapshotChoice.CURRENT,
+        asked_by: str = "api",
     ) -> list[Requeued]:
         """Queues the selection again, oldest first, at most `limit` of them, all or none.
 
         Those that may have arrived are left out.
-        Raises RequestInvalid (no reason), and Refused if an endpoint is gone.
+        Raises RequestInvalid (no reason), NamespaceHalted, and Refused if an endpoint is gone.
         """
         check_reason(reason)
+        await self.refuse_while_halted(selection.namespace)
         rows = await self.open(selection, limit)
-        return await self._requeue(rows, reason, snapshot) if rows else []
+        return await self._requeue(rows, reason, snapshot, asked_by) if rows else []
+
+    async def refuse_while_halted(self, namespace: str) -> None:
+        """Raises NamespaceHalted: what is halted is not queued up for its end."""
+        asked = {"namespaces": [namespace]}
+        if await self._database.fetch_one(HALT_SQL.halted_among, asked) is not None:
+            raise halted(namespace)
 
     async def open(
         self, selection: Selection, limit: int, after_job_id: str | None = None
@@ -185,7 +199,7 @@ class DeadLetters:
     ) -> list[Requeued]:
         """Decides on dead letters and queues their new jobs; those decided meanwhile are left out.
 
-        The caller owns the transaction, and calls `wake` after it.
+        The caller owns the transaction, appends the acts to the trail, and calls `wake` after it.
         """
         params = {
             "namespace": array(row["namespace"] for row in rows),
@@ -204,7 +218,7 @@ class DeadLetters:
         """Says that jobs have been queued."""
         self._wake()
 
-    async def discard(self, job_id: str, reason: str) -> None:
+    async def discard(self, job_id: str, reason: str, asked_by: str = "api") -> None:
         """Notes that the dead letter stays one.
 
         Raises NotFound, AlreadyRequeued, and RequestInvalid if there is no reason.
@@ -212,8 +226,23 @@ class DeadLetters:
         check_reason(reason)
         row = await self._find(job_id)
         key = {"namespace": row["namespace"], "job_id": row["job_id"], "reason": reason}
-        if row["sequence"] or not await self._database.fetch_one(SQL.discard, key):
+        if row["sequence"] or not await self._discard(key, asked_by):
             raise _already(await self._find(job_id))
+
+    async def _discard(self, key: Mapping[str, Any], asked_by: str) -> bool:
+        act = Act(
+            key["namespace"],
+            "dead_letter.discarded",
+            asked_by,
+            key["reason"],
+            f"{key['job_id']}/1",
+        )
+        async with self._database.transaction() as connection:
+            cursor = await connection.execute(SQL.discard, key)
+            if await cursor.fetchone() is None:
+                return False
+            await append(connection, act)
+        return True
 
     async def _find(self, job_id: str) -> dict[str, Any]:
         row = await self._database.fetch_one(SQL.dead_letter, {"job_id": job_id})
@@ -222,17 +251,48 @@ class DeadLetters:
         return row
 
     async def _requeue(
-        self, rows: Sequence[Mapping[str, Any]], reason: str, choice: SnapshotChoice
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        reason: str,
+        choice: SnapshotChoice,
+        asked_by: str,
     ) -> list[Requeued]:
         snapshot_ids = await self.snapshot_ids(rows, choice)
         async with self._database.transaction() as connection:
             requeued = await self.queue_again(connection, rows, snapshot_ids, reason)
+            await append(connection, *requeue_acts(rows, requeued, asked_by, reason))
         self._wake()
         return requeued
 
 
 def _new_job_id(row: Mapping[str, Any]) -> str:
     return derived_id(row["cycle_id"], "requeue", row["job_id"], str(row["sequence"] + 1))
+
+
+def requeue_acts(
+    rows: Sequence[Mapping[str, Any]],
+    requeued: Iterable[Requeued],
+    asked_by: str,
+    reason: str,
+    batch_id: str | None = None,
+) -> list[Act]:
+    """The audit entries of a requeue: one for each namespace, which names every decision."""
+    found = {row["job_id"]: row for row in rows}
+    subjects: dict[str, list[str]] = {}
+    for one in requeued:
+        row = found[one.job_id]
+        subjects.setdefault(row["namespace"], []).append(f"{one.job_id}/{row['sequence'] + 1}")
+    return [_requeue_act(*one, asked_by, reason, batch_id) for one in subjects.items()]
+
+
+def _requeue_act(
+    namespace: str, subjects: list[str], asked_by: str, reason: str, batch_id: str | None
+) -> Act:
+    detail = {"batchId": batch_id} if batch_id else {}
+    action = "dead_letter.requeued"
+    if len(subjects) == 1:
+        return Act(namespace, action, asked_by, reason, subjects[0], detail)
+    return Act(namespace, action, asked_by, reason, detail={**detail, "subjects": subjects})
 
 
 def check_reason(reason: str) -> None:

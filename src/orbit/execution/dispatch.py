@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -29,8 +29,10 @@ from orbit.database.group_commit import GroupCommit
 from orbit.database.pool import Connection, Database
 from orbit.database.queries import array, load
 from orbit.endpoints import Breaker, Endpoint
+from orbit.execution.lapse import LAPSED
 from orbit.execution.retry import Backoff, full_jitter, parse_retry_after, with_retry_after
 from orbit.execution.wire import Outcome, WireResult
+from orbit.vocabulary import is_drill
 
 SQL = load("dispatch")
 CYCLE_SQL = load("cycle")
@@ -40,7 +42,7 @@ SECRET_UNREADABLE = "secret unreadable"  # noqa: S105 - a cause
 NOT_PREPARED = "not prepared"
 CUT_OFF = "cut off"
 _NEVER_LEFT = frozenset({SECRET_UNREADABLE, NOT_PREPARED})  # no receiver was tried
-_NOT_OF_LANE = _NEVER_LEFT | {CUT_OFF}  # say nothing of the receiver
+_NOT_OF_LANE = _NEVER_LEFT | {CUT_OFF, LAPSED}  # say nothing of the receiver
 _TALLY_PARTS = 8
 _NEVER_OPENS = Breaker(failures=2**31 - 1, share=2.0)  # but closes, if it was open before
 _ANY_ENDPOINT = Endpoint(key="", url="")  # of a job whose endpoint this node does not know
@@ -53,7 +55,8 @@ LaneKey = tuple[str, str]
 class ClaimedJob:
     """A job whose attempt `attempt` is open and ours. `content` is None if it is large.
 
-    `spared` of the attempts, this one included, are not counted against the job.
+    `spared` of the attempts, this one included, are not counted against the job. `epoch` is its
+    namespace's as it was seen at the claim: the next halt's is higher.
     """
 
     namespace: str
@@ -74,6 +77,7 @@ class ClaimedJob:
     run_profile_id: str
     traceparent: str
     content: bytes | None
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +190,10 @@ class RetryPolicy:
 
 
 class DispatchQueue:
-    """Claims, renews, settles and recovers jobs for one node."""
+    """Claims, renews, settles and recovers jobs for one node, of all namespaces but drills'.
+
+    With `only` it is a drill's worker: it sees that namespace, and recovers nothing.
+    """
 
     def __init__(
         self,
@@ -195,8 +202,10 @@ class DispatchQueue:
         lease_seconds: float,
         policy: RetryPolicy,
         endpoints: Mapping[str, Endpoint],
+        *,
+        only: str | None = None,
     ) -> None:
-        self._database, self._node_id = database, node_id
+        self._database, self._node_id, self._only = database, node_id, only
         self._lease_seconds, self._policy, self._endpoints = lease_seconds, policy, endpoints
         self._part = zlib.crc32(node_id.encode()) % _TALLY_PARTS
         self._settlements = GroupCommit(database, self._flush, lanes=1)
@@ -206,16 +215,21 @@ class DispatchQueue:
         return self._endpoints.get(key, _ANY_ENDPOINT)
 
     async def lanes(self) -> list[Lane]:
-        """Every lane that has a job, due now or later."""
-        lanes = [Lane(**row) for row in await self._database.fetch_all(SQL.busy_lanes)]
+        """Every lane of its own that has a job, due now or later."""
+        found = [Lane(**row) for row in await self._database.fetch_all(SQL.busy_lanes)]
+        lanes = [lane for lane in found if self._is_ours(lane.namespace)]
         if new := [lane.key for lane in lanes if not lane.is_known]:
             await self._database.execute(SQL.insert_lanes, _keys(new))
         return lanes
 
+    def _is_ours(self, namespace: str) -> bool:
+        return namespace == self._only if self._only else not is_drill(namespace)
+
     async def claim(self, rooms: Mapping[LaneKey, int], places: int) -> list[ClaimedJob]:
         """Opens the next attempt of due jobs: of each lane as many as there is room for.
 
-        That is the caller's room, or less if the lane's cap, rate or breaker says so. `places`:
+        That is the caller's room, or less if the lane's cap, rate or breaker says so; of a halted
+        namespace nothing. `places`:
         how many the caller may have in flight in all, of which retries have their share.
         """
         endpoints = [self.endpoint(key) for _, key in rooms]
@@ -232,28 +246,42 @@ class DispatchQueue:
             "lease_seconds": self._lease_seconds,
         }
         async with self._database.batch() as connection:
+            fences = await connection.execute(SQL.share_fences, _keys(rooms))
             await connection.execute(SQL.hold_lanes, _keys(rooms))
             cursor = await connection.execute(SQL.claim_jobs, asked, binary=True)
-        leases = {row["job_id"]: row for row in await cursor.fetchall()}
-        if not leases:
+        row = await cursor.fetchone()
+        if row is None or row["job_id"] is None:
             return []
+        leases = {lease[1]: lease for lease in zip(*row.values(), strict=True)}
+        epochs = {fence["namespace"]: fence["epoch"] for fence in await fences.fetchall()}
         # Leases that nobody knows of would end as attempts of unknown outcome.
-        return await self._database.persist(lambda: self._claimed(leases))
+        return await self._database.persist(lambda: self._claimed(row, leases, epochs))
 
-    async def _claimed(self, leases: Mapping[str, dict[str, Any]]) -> list[ClaimedJob]:
+    async def _claimed(
+        self,
+        columns: Mapping[str, Any],
+        leases: Mapping[str, tuple[Any, ...]],
+        epochs: Mapping[str, int],
+    ) -> list[ClaimedJob]:
         """The jobs of these leases; what they are never changes, so it is read apart."""
-        cycles = [lease["cycle_id"] for lease in leases.values()]
         asked = {
-            "namespace": array(lease["namespace"] for lease in leases.values()),
-            "job_id": array(leases),
+            "namespace": array(columns["namespace"]),
+            "job_id": array(columns["job_id"]),
             "first_job": min(leases),
             "last_job": max(leases),
-            "first_cycle": min(cycles),
-            "last_cycle": max(cycles),
+            "first_cycle": min(columns["cycle_id"]),
+            "last_cycle": max(columns["cycle_id"]),
             "inline_bytes": INLINE_BYTES,
         }
-        rows = await self._database.fetch_all(SQL.claimed_jobs, asked)
-        return [ClaimedJob(**leases[row["job_id"]] | row) for row in rows]
+        row = await self._database.fetch_one(SQL.claimed_jobs, asked)
+        if row is None or row["job_id"] is None:
+            return []
+        contents = _cut(row.pop("contents") or b"", row.pop("length"))
+        found = (
+            (*leases[job_id], *job, epochs[leases[job_id][0]])
+            for job_id, *job in zip(*row.values(), contents, strict=True)
+        )
+        return [ClaimedJob(*one) for one in found]
 
     async def content(self, job: ClaimedJob) -> bytes:
         """The job's bytes."""
@@ -312,6 +340,8 @@ class DispatchQueue:
 
     async def recover(self, now: datetime, limit: int = 500) -> int:
         """Settles as unknown the attempts whose worker is gone; how many there were."""
+        if self._only is not None:
+            return 0
         async with self._database.batch() as connection:
             cursor = await connection.execute(SQL.expired_jobs, {"limit": limit})
             lost = [self._lost(row, now) for row in await cursor.fetchall()]
@@ -450,6 +480,15 @@ def _lane_result(ends: Sequence[Settlement]) -> dict[str, int | bool]:
         "has_success": True in verdicts,
         "has_probe_failed": any(end.is_probe and end.is_lane_well is False for end in ends),
     }
+
+
+def _cut(contents: bytes, lengths: Iterable[int | None]) -> Iterator[bytes | None]:
+    """Of bytes one after the other, each for itself; None where there are none."""
+    start = 0
+    for length in lengths:
+        end = start + (length or 0)
+        yield None if length is None else contents[start:end]
+        start = end
 
 
 def _keys(lanes: Iterable[LaneKey]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A request is written to one connection, kept alive or new, and never again: no resending, no
 redirects, no cookies, no decompression, no header but its own and Host, Content-Length,
-User-Agent, Accept. Whatever the network or the receiver does is a value, an `Exchange`.
+User-Agent, Accept. Whatever the network or the receiver does is a value, an `Exchange`. What is
+sent by a lease leaves only while that is ours (`lapse`), and what ends early is reset.
 
 A final status, once seen, stands, whatever happens to the answer's body. A connection is kept
 only after a request that left whole and an answer that ended where it said; any byte that
@@ -17,7 +18,7 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -32,8 +33,17 @@ from orbit.execution.connector import (
     place_of,
     trusted,
 )
+from orbit.execution.lapse import (
+    LAPSED,
+    Hold,
+    Lapses,
+    drop_unsent,
+    has_room,
+    is_acknowledged,
+    keep_little_unsent,
+)
 
-_PIECE_BYTES = 65_536
+_PIECE_BYTES = 16_384
 _HEAD_BYTES = 65_536  # also of what may come at a stretch without any of the body
 _TOO_LONG = f"more than {_HEAD_BYTES:,} bytes of headers"
 _MAX_INTERIM = 16
@@ -57,8 +67,8 @@ class Exchange:
     `is_sent` tells whether any byte of the request was handed to the socket. `cause` is None if
     the answer came whole or was cut at the bound (`is_truncated`); otherwise it is one of: name
     not resolved, address refused, connection refused, cannot connect, tls, proxy, timeout,
-    connection lost, answer not understood, request not valid, withheld; `error` says more.
-    Headers have lower-case names; those that came several times are joined by a comma.
+    connection lost, answer not understood, request not valid, withheld, lease over; `error` says
+    more. Headers have lower-case names; those that came several times are joined by a comma.
     """
 
     started_at: float
@@ -98,6 +108,7 @@ class Client:
         self._idle: dict[Origin, list[_Connection]] = {}
         self._idle_count = 0
         self._open: set[_Connection] = set()
+        self._lapses = Lapses(self._open)
         self._sweeping: asyncio.TimerHandle | None = None
 
     async def exchange(  # noqa: PLR0913 - all but the request have defaults
@@ -111,13 +122,13 @@ class Client:
         read_bytes: int,
         keep_bytes: int | None = None,
         proxy: str | None = None,
-        may_send: Callable[[], bool] | None = None,
+        hold: Hold | None = None,
     ) -> Exchange:
         """Sends once and reads the answer to `read_bytes`, of which `keep_bytes` are kept.
 
-        `timeout_seconds` bounds all of it, names and connecting included. `may_send` is asked
-        when there is a connection, just before the first byte: after a no, nothing is sent.
-        Raises only what cancels it; the connection is then closed.
+        `timeout_seconds` bounds all of it, names and connecting included. `hold` is asked when
+        there is a connection, just before the first byte: after a no, nothing is sent; and before
+        each further piece. Raises only what cancels it; the connection is then closed.
         """
         found = Exchange(time.monotonic())
         try:
@@ -133,12 +144,14 @@ class Client:
             if connection is None:
                 return found
         found.connected_at = time.monotonic()
-        if may_send is not None and not may_send():
+        if hold is not None and not hold.may_begin():
             self._keep(place.origin, connection, found.connected_at + _IDLE_SECONDS)
             return _failed(found, WITHHELD, "it may no longer be sent")
         left = timeout_seconds and max(timeout_seconds - (found.connected_at - found.started_at), 0)
         bounds = read_bytes, read_bytes if keep_bytes is None else keep_bytes
-        idle_seconds = await connection.exchange(found, head, content, bounds, left)
+        if hold is not None:
+            self._lapses.expect(hold)
+        idle_seconds = await connection.exchange(found, head, content, bounds, left, hold)
         found.ended_at = time.monotonic()
         if idle_seconds > 0:
             self._keep(place.origin, connection, found.ended_at + idle_seconds)
@@ -150,6 +163,7 @@ class Client:
         """Ends every connection, and returns when all are gone."""
         if self._sweeping is not None:
             self._sweeping.cancel()
+        self._lapses.stop()
         self._idle.clear()
         self._most_idle = 0
         await self._connector.close()
@@ -215,7 +229,7 @@ class Client:
     async def _begin(self, origin: Origin, sock: socket.socket) -> _Connection:
         loop = asyncio.get_running_loop()
         tls = (self._tls or trusted()) if origin.is_secure else None
-        connection = _Connection(loop, sock, self._open)
+        connection = _Connection(loop, sock, self._open, is_secure=tls is not None)
         await loop.create_connection(
             lambda: connection,
             sock=sock,
@@ -229,16 +243,22 @@ class _Connection(asyncio.Protocol):
     """One connection and the exchange that is on it, if there is one."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, open_ones: set[_Connection]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sock: socket.socket,
+        open_ones: set[_Connection],
+        *,
+        is_secure: bool,
     ) -> None:
-        self._loop, self._sock, self._all = loop, sock, open_ones
+        self._loop, self._sock, self._all, self._is_secure = loop, sock, open_ones, is_secure
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport
         self.end: asyncio.Future[None] = loop.create_future()
         self._found: Exchange | None = None
         self._answered: asyncio.Future[None]
         self._room: asyncio.Future[None] | None = None
-        self._is_lost = self._is_paused = self._is_spoiled = False
+        self.hold: Hold | None = None
+        self._is_lost = self._is_broken = self._is_spoiled = self._is_sending = False
         self.idle_until = 0.0
 
     # --- the exchange ---------------------------------------------------------------------
@@ -265,12 +285,13 @@ class _Connection(asyncio.Protocol):
         content: bytes,
         bounds: tuple[int, int],
         seconds: float | None,
+        hold: Hold | None,
     ) -> float:
         """Sends, and reads the answer into `found`; how long the connection may then be idle."""
         if self._is_lost or self._is_spoiled:  # by bytes that no request had asked for
             _failed(found, "connection lost", "the receiver did not wait for the request")
             return 0
-        self._found, self._answered = found, self._loop.create_future()
+        self._found, self._answered, self.hold = found, self._loop.create_future(), hold
         self._read_bytes, self._keep_bytes = bounds
         self._body: list[bytes] = []
         self._size = self._head_size = self._barren = self._interim = 0
@@ -279,40 +300,89 @@ class _Connection(asyncio.Protocol):
         found.is_sent = self._is_sending = True
         try:
             if len(content) <= _PIECE_BYTES:
-                self._transport.write(head + content)
-                self._is_sending = False
+                first, content = head + content, b""
             else:
-                await self._send(head, content)
+                first = head
+                keep_little_unsent(self._sock, _PIECE_BYTES)
+            taken = self._give(first)
+            if content or taken < len(first):
+                await self._send(first[taken:], content)
+            else:
+                self._is_sending = False
             await self._answered
         except BaseException:
             self.abort()
             raise
         finally:
-            self._found = None
+            self._found = self.hold = None
             if timer is not None:
                 timer.cancel()
         found.body = b"".join(self._body)
         self._body = []
         return 0 if self._is_spoiled or self._is_sending or self._is_lost else self._idle_seconds
 
-    async def _send(self, head: bytes, content: bytes) -> None:
+    async def _send(self, *parts: bytes) -> None:
         """In pieces, at the receiver's pace; stops when it has refused the request."""
-        self._transport.write(head)
-        view = memoryview(content)
-        for start in range(0, len(view), _PIECE_BYTES):
-            await asyncio.sleep(0)  # so that an answer that is there is read before more is sent
-            if self._is_paused and not self._has_refused():
-                self._room = self._loop.create_future()
-                await self._room
-            if self._has_refused():
-                return
-            self._transport.write(view[start : start + _PIECE_BYTES])
+        for part in parts:
+            rest = memoryview(part)
+            while rest:
+                if not await self._may_go_on():
+                    return
+                rest = rest[self._give(rest[:_PIECE_BYTES]) :]
         self._is_sending = False
+
+    async def _may_go_on(self) -> bool:
+        """Whether more is to be sent, as soon as the kernel takes more."""
+        await self._await_room()
+        if self._has_refused():
+            return False
+        if self.hold is not None and self.hold.seconds_left() <= 0:
+            self.lapse()
+            return False
+        return True
+
+    def _give(self, data: bytes | memoryview) -> int:
+        """Hands bytes to the kernel, now; how many it took. What TLS makes of them is its own."""
+        if self._is_secure:
+            self._transport.write(data)
+            return len(data)
+        try:
+            return self._sock.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError:  # whoever reads from the connection says why it is lost
+            self._is_broken = True
+            return 0
+
+    async def _await_room(self) -> None:
+        """Until the kernel takes more: nothing waits in between, where nobody looks at the lease.
+
+        A second descriptor is watched, since the loop watches the first one for the transport.
+        """
+        await asyncio.sleep(0)  # so that an answer that is there is read before more is sent
+        if self._has_refused() or has_room(self._sock):
+            return
+        self._room = self._loop.create_future()
+        with self._sock.dup() as watched:
+            self._loop.add_writer(watched, self._make_room)
+            try:
+                await self._room
+            finally:
+                self._loop.remove_writer(watched)
+
+    def lapse(self) -> None:
+        """Its lease is over: what the receiver's machine has not got, it does not get."""
+        if self._found is None or self._is_spoiled:
+            return
+        if self._is_sending or not is_acknowledged(self._sock):
+            self._end(LAPSED, "the lease was over before all of it had left")
+            self.abort()
+            self._make_room()
 
     def _has_refused(self) -> bool:
         """An early 2xx is no refusal: who says so may still read."""
         found = self._found
-        if found is None or self._is_lost or self._is_spoiled:
+        if found is None or self._is_lost or self._is_broken or self._is_spoiled:
             return True
         return found.status is not None and not 200 <= found.status <= 299
 
@@ -338,8 +408,10 @@ class _Connection(asyncio.Protocol):
         self._make_room()
 
     def abort(self) -> None:
-        """Ends the connection without waiting for what is still to be sent."""
+        """Ends the connection; of a request under way the rest is not sent any more."""
         self._is_spoiled = True
+        if self._found is not None:
+            drop_unsent(self._sock)
         self._transport.abort()
 
     # --- what the loop says ---------------------------------------------------------------
@@ -357,13 +429,6 @@ class _Connection(asyncio.Protocol):
                 self._end()
             else:
                 self._end("connection lost", str(error or "the receiver closed the connection"))
-        self._make_room()
-
-    def pause_writing(self) -> None:
-        self._is_paused = True
-
-    def resume_writing(self) -> None:
-        self._is_paused = False
         self._make_room()
 
     def data_received(self, data: bytes) -> None:

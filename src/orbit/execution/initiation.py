@@ -16,12 +16,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 from orbit import metrics
+from orbit.audit.trail import Act, append
 from orbit.canonical import canonical_json, sha256_hex
 from orbit.database.group_commit import GroupCommit
 from orbit.database.pool import Connection, Database
 from orbit.database.queries import array, load
-from orbit.errors import IdempotencyKeyReused
+from orbit.errors import IdempotencyKeyReused, NamespaceHalted
 from orbit.execution.context import Stage
+from orbit.governance.fence import halted
 from orbit.payload import Payload
 
 SQL = load("cycle")
@@ -71,6 +73,8 @@ class CycleRequest:
     rerun_slot: tuple[str, int] | None = None
     copied: Sequence[CopiedCheckpoint] = ()
     is_waiting: bool = False
+    asked_by: str | None = None
+    reason: str | None = None
 
     def digest(self) -> str:
         """What the request asks for, so that a key used for something else is noticed."""
@@ -90,6 +94,9 @@ class Accepted:
 
     cycle_id: str
     is_new: bool
+
+
+Refusal = IdempotencyKeyReused | NamespaceHalted
 
 
 class RevisionReplaced(Exception):
@@ -128,10 +135,12 @@ def new_traceparent() -> str:
 
 async def accept(
     connection: Connection, node_id: str, requests: Sequence[CycleRequest]
-) -> list[Accepted | IdempotencyKeyReused | RevisionReplaced]:
+) -> list[Accepted | Refusal | RevisionReplaced]:
     """Accepts requests in the open transaction; an answer for each, in order.
 
-    An answer is an error where only that one request is refused.
+    An answer is an error where only that one request is refused. One that was accepted before
+    gets its cycle, also while its namespace is halted: that starts nothing. Re-runs among them get
+    their audit entry, so with them this is the last thing in the transaction.
     """
     initiations = [select_initiation(request) for request in requests]
     async with connection.pipeline():
@@ -144,18 +153,33 @@ async def accept(
             await connection.execute(SQL.accept_payloads, _payload_rows(payloads))
         if checkpoints:
             await connection.execute(SQL.accept_checkpoints, _checkpoint_rows(node_id, checkpoints))
-        fresh = {row["cycle_id"] for row in await cursor.fetchall()}
-    return [
+        known = {row["cycle_id"]: row["is_halted"] for row in await cursor.fetchall()}
+    answers = [
         Accepted(request.cycle_id, True)
-        if request.cycle_id in fresh
-        else await _existing(connection, request, initiation)
+        if known.get(request.cycle_id) is False
+        else await _existing(connection, request, initiation, is_halted=request.cycle_id in known)
         for request, initiation in zip(requests, initiations, strict=True)
     ]
+    again = [one for one in requests if one.trigger == "rerun" and known.get(one.cycle_id) is False]
+    await append(connection, *map(_rerun_act, again))
+    return answers
+
+
+def _rerun_act(request: CycleRequest) -> Act:
+    """A re-run is a person's act; other triggers are sealed with their cycle."""
+    return Act(
+        request.namespace,
+        "cycle.rerun",
+        request.asked_by or "api",
+        request.reason,
+        subject=request.cycle_id,
+        detail={"rerunOf": request.rerun_of, "from": request.rerun_from},
+    )
 
 
 async def _existing(
-    connection: Connection, request: CycleRequest, initiation: Initiation
-) -> Accepted | IdempotencyKeyReused | RevisionReplaced:
+    connection: Connection, request: CycleRequest, initiation: Initiation, *, is_halted: bool
+) -> Accepted | Refusal | RevisionReplaced:
     cursor = await connection.execute(
         SQL.first_cycle,
         {
@@ -166,7 +190,7 @@ async def _existing(
     )
     row = await cursor.fetchone()
     if row is None:
-        return RevisionReplaced()
+        return halted(request.namespace) if is_halted else RevisionReplaced()
     if row["cycle_id"] == request.cycle_id:
         return Accepted(request.cycle_id, True)
     if row["request_digest"] != request.digest():
@@ -189,7 +213,8 @@ class Intake:
     async def accept(self, request: CycleRequest) -> Accepted:
         """Returns when the cycle exists, whatever happens next.
 
-        Raises IdempotencyKeyReused, and RevisionReplaced if the request is to be made anew.
+        Raises IdempotencyKeyReused, NamespaceHalted, and RevisionReplaced if the request is to be
+        made anew.
         """
         answer = await self._group.commit(request)
         if isinstance(answer, Accepted):
@@ -198,7 +223,7 @@ class Intake:
 
     async def _flush(
         self, requests: Sequence[CycleRequest]
-    ) -> Sequence[Accepted | IdempotencyKeyReused | RevisionReplaced]:
+    ) -> Sequence[Accepted | Refusal | RevisionReplaced]:
         async with self._database.transaction() as connection:
             answers = await accept(connection, self._node_id, requests)
         metrics.commit_entries.labels("cycles").observe(len(requests))
@@ -233,6 +258,7 @@ def _cycle_rows(
         "value_tags": array(json.dumps(dict(r.value_tags)) for r in requests),
         "traceparent": array(new_traceparent() for _ in requests),
         "rerun_of": array(r.rerun_of for r in requests),
+        "asked_by": array(r.asked_by for r in requests),
         "hash": array(i.hash for i in initiations),
         "context": array(i.context for i in initiations),
         "request_digest": array(r.digest() for r in requests),

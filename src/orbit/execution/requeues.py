@@ -6,6 +6,8 @@ locks the lease by number and node: its new jobs, how far the batch is, and when
 worker may die anywhere: the next one begins where the last commit ended, and nothing is requeued
 twice, since a decision on a dead letter has its key, whichever batch or person makes it.
 
+While its namespace is halted a batch rests: its steps are not claimed.
+
 A batch never takes dead letters younger than itself, so what it brings back and what dies again
 is not its own food. It refuses to go on after a failure unless told so, and ends with a fact.
 """
@@ -19,6 +21,7 @@ from typing import Any
 
 import structlog
 
+from orbit.audit.trail import Act, append
 from orbit.clock import Clock, new_id
 from orbit.database.pool import Connection, Database
 from orbit.database.queries import array, load
@@ -30,6 +33,7 @@ from orbit.execution.dead_letters import (
     Selection,
     SnapshotChoice,
     check_reason,
+    requeue_acts,
 )
 
 SQL = load("requeues")
@@ -165,10 +169,11 @@ class Requeues:
     ) -> tuple[str | None, Found]:
         """A new batch's id, and what it found: dead letters from before now.
 
-        There is no batch if nothing matches. Raises RequestInvalid (no reason), and Refused if an
-        endpoint is gone.
+        There is no batch if nothing matches. Raises RequestInvalid (no reason), NamespaceHalted,
+        and Refused if an endpoint is gone.
         """
         check_reason(reason)
+        await self._letters.refuse_while_halted(selection.namespace)
         row = await self._database.fetch_one(NODE_SQL.now)
         assert row is not None
         until = min(selection.until, row["now"]) if selection.until else row["now"]
@@ -191,10 +196,12 @@ class Requeues:
             "node_id": self._node_id,
             "owed_seconds": max(TICK_SECONDS, 1 / pace.rate) if pace.rate else 0.0,
         }
-        await self._database.execute(SQL.insert_batch, params)
+        async with self._database.batch() as connection:
+            await connection.execute(SQL.insert_batch, params)
+            await append(connection, _begun(params, asked_by))
         return batch_id, found
 
-    async def cancel(self, batch_id: str, reason: str) -> None:
+    async def cancel(self, batch_id: str, reason: str, asked_by: str = "api") -> None:
         """Ends a batch; what it has not requeued stays a dead letter.
 
         Raises NotFound, RequestInvalid (no reason), and Refused if it has ended.
@@ -207,6 +214,9 @@ class Requeues:
         async with self._database.transaction() as connection:
             await connection.execute(SQL.lock_lease, key)
             is_ended = await self._end(connection, key, End(BatchState.CANCELLED, reason))
+            if is_ended:
+                act = Act(row["namespace"], "requeue.cancelled", asked_by, reason, batch_id)
+                await append(connection, act)
         if not is_ended:
             row = await self._database.fetch_one(SQL.find_batch, {"batch_id": batch_id})
             state = row["state"] if row else None
@@ -293,6 +303,9 @@ class Requeues:
                 "owed_seconds": step.owed_seconds,
             }
             await connection.execute(SQL.move_lease, {**_key(claimed), **moved})
+            asked_by = claimed["asked_by"] or "api"
+            acts = requeue_acts(rows, requeued, asked_by, claimed["reason"], claimed["batch_id"])
+            await append(connection, *acts)
         if requeued:
             self._letters.wake()
 
@@ -329,6 +342,18 @@ class Requeues:
             "rest_seconds": _ELSEWHERE_SECONDS,
         }
         await self._database.execute(SQL.release_lease, released)
+
+
+def _begun(params: Mapping[str, Any], asked_by: str | None) -> Act:
+    chosen = ("endpoint_key", "cause", "run_profile_id", "snapshot", "matching")
+    return Act(
+        params["namespace"],
+        "requeue.begun",
+        asked_by or "api",
+        params["reason"],
+        params["batch_id"],
+        {name: params[name] for name in chosen if params[name] is not None},
+    )
 
 
 def _key(claimed: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,12 +28,21 @@ from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 from orbit.endpoints import without_query
-from orbit.errors import NotHere, OrbitError, PayloadTooLarge, StepFailed
+from orbit.errors import (
+    LeaseLost,
+    NamespaceHalted,
+    NotHere,
+    OrbitError,
+    PayloadTooLarge,
+    StepFailed,
+)
 from orbit.execution.context import ExecutionContext, Stage, Step
 from orbit.execution.http1 import Client
+from orbit.execution.lapse import LAPSED, Hold
 from orbit.execution.plugin import resolve
 from orbit.execution.recorder import StepRecord
 from orbit.execution.retry import full_jitter
+from orbit.execution.tenure import Tenure
 from orbit.payload import DEFAULT_CONTENT_TYPE, Payload
 from orbit.vocabulary import printable
 
@@ -45,6 +54,7 @@ _hanging: set[threading.Thread] = set()
 _OURS = Path(__file__).parents[1]
 _STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
 _PLACE_CHARACTERS = 200
+_LONGEST_NAP_SECONDS = 0.25  # a halt is noticed so soon between two attempts
 
 
 class ContractBroken(Exception):
@@ -63,6 +73,7 @@ class Transformer:
     Args:
         max_payload_bytes: a larger result is refused.
         draw: the source of chance for retry delays, in [0, 1).
+        tenure: what knows whether a cycle may go on here; all may if it is not given.
     """
 
     def __init__(
@@ -70,8 +81,15 @@ class Transformer:
         http: Client,
         max_payload_bytes: int,
         draw: Callable[[], float] = random.random,
+        tenure: Tenure | None = None,
     ) -> None:
         self._http, self._max_payload_bytes, self._draw = http, max_payload_bytes, draw
+        self._tenure = tenure
+
+    def check_halted(self, namespace: str) -> None:
+        """Raises NamespaceHalted if nothing more of the namespace's cycles may begin."""
+        if self._tenure is not None:
+            self._tenure.check_halted(namespace)
 
     async def transform(
         self, step: Step, payload: Payload, context: ExecutionContext, records: list[StepRecord]
@@ -113,6 +131,7 @@ class Transformer:
     ) -> Any:
         """Calls until it succeeds, or the attempts are spent: then StepFailed, with the reason."""
         for attempt in range(1, step.max_attempts + 1):
+            self.check_halted(context.namespace)
             started = time.monotonic()
             where = context if attempt == 1 else replace(context, attempt=attempt)
             error, is_final, result = await _outcome(step, call, where)
@@ -135,8 +154,15 @@ class Transformer:
                 raise StepFailed(
                     error, stage=context.stage, step=context.step, use=record.name, attempts=attempt
                 )
-            await asyncio.sleep(full_jitter(step.backoff, attempt, self._draw))
+            await self._rest(full_jitter(step.backoff, attempt, self._draw), context)
         raise AssertionError("a step has at least one attempt")
+
+    async def _rest(self, seconds: float, context: ExecutionContext) -> None:
+        """Waits for the next attempt, if there may be one."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self.check_halted(context.namespace)
+            await asyncio.sleep(min(left, _LONGEST_NAP_SECONDS))
 
     def checked(self, values: Sequence[Any], expected: str) -> list[Payload]:
         """The values, if all are payloads and none is too large."""
@@ -165,7 +191,11 @@ class Transformer:
     async def _send(
         self, step: Step, payload: Payload, context: ExecutionContext
     ) -> tuple[int, bytes, str]:
-        """Status (200 or 204), body and content type; the caller's time limit bounds it."""
+        """Status (200 or 204), body and content type; the caller's time limit bounds it.
+
+        Its first byte leaves only if the cycle may still go on here, the rest while it is ours.
+        """
+        refusals: list[OrbitError] = []
         found = await self._http.exchange(
             "POST",
             step.url or "",
@@ -173,17 +203,37 @@ class Transformer:
             payload.content,
             timeout_seconds=None,
             read_bytes=self._max_payload_bytes,
+            hold=self._hold(context, refusals),
         )
+        if refusals:
+            raise refusals[0]
         if found.status is not None and found.status not in (200, 204):
             raise RuntimeError(f"answered {_phrase(found.status)}")
         if found.is_truncated:
             raise PayloadTooLarge(
                 f"answered more than {self._max_payload_bytes:,} bytes (ORBIT_MAX_PAYLOAD_BYTES)"
             )
+        if found.cause == LAPSED:
+            raise LeaseLost(f"{found.error} (cycle {context.cycle_id})")
         if found.status is None or found.cause is not None:
             raise RuntimeError(f"{found.cause}: {found.error}")
         content_type = found.headers.get("content-type", DEFAULT_CONTENT_TYPE)
         return found.status, found.body, content_type
+
+    def _hold(self, context: ExecutionContext, refusals: list[OrbitError]) -> Hold | None:
+        """The right to send for the cycle; why it is refused is added to `refusals`."""
+        tenure = self._tenure
+        if tenure is None:
+            return None
+
+        def may_begin() -> bool:
+            try:
+                tenure.check(context.namespace, context.cycle_id)
+            except (LeaseLost, NamespaceHalted) as refusal:
+                refusals.append(refusal)
+            return not refusals
+
+        return Hold(may_begin, lambda: tenure.seconds_left(context.cycle_id))
 
 
 def _phrase(status: int) -> str:
@@ -311,7 +361,7 @@ async def _outcome(
         if limit.expired():
             return f"took longer than {step.timeout_seconds:g} s", False, None
         return _described(error, _place(step, error)), False, None
-    except NotHere:
+    except (NotHere, LeaseLost, NamespaceHalted):
         raise
     except (ContractBroken, PayloadTooLarge) as error:
         return _described(error), True, None

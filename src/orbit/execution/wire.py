@@ -9,12 +9,13 @@ left, no answer seen).
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from orbit import metrics
 from orbit.execution.http1 import Client, Exchange
+from orbit.execution.lapse import Hold
 from orbit.vocabulary import printable
 
 ANSWER_BYTES = 4096
@@ -77,10 +78,8 @@ class Wire:
     def __init__(self, client: Client) -> None:
         self._client = client
 
-    async def send(
-        self, outgoing: Outgoing, may_send: Callable[[], bool] | None = None
-    ) -> WireResult:
-        """Sends once, if `may_send` says yes just before the first byte.
+    async def send(self, outgoing: Outgoing, hold: Hold | None = None) -> WireResult:
+        """Sends once, if `hold` says so just before the first byte, and while it lasts.
 
         Never raises for what the network or the receiver does.
         """
@@ -96,7 +95,7 @@ class Wire:
             read_bytes=_ANSWER_BYTES_READ,
             keep_bytes=ANSWER_BYTES + margin,
             proxy=outgoing.proxy,
-            may_send=may_send,
+            hold=hold,
         )
         if found.is_sent:
             (_ON_REUSED if found.is_reused else _ON_NEW).inc()

@@ -30,7 +30,7 @@ from orbit.profiles.model import (
     documents_from_body,
 )
 from orbit.profiles.source import Place, SourceFile
-from orbit.vocabulary import nearest
+from orbit.vocabulary import DRILL_PREFIX, is_drill, nearest
 
 __all__ = [
     "PROFILES_FILE",
@@ -85,6 +85,7 @@ def read_documents(
     _check_unique(run_profiles, "run_profile_id")
     if profiles.tree is not None:
         _check_profile_ids(run_profiles, profiles)
+    _check_namespaces(run_profiles)
     _check_targets(run_profiles, endpoint_keys)
     _check_schedules(run_profiles)
     if check_imports:
@@ -116,6 +117,14 @@ def _check_profile_ids(run_profiles: SourceFile, profiles: SourceFile) -> None:
         if isinstance(identity, str) and identity not in known:
             message = f"expected a profile of {PROFILES_FILE}{_choice(identity, known)}"
             run_profiles.report((run_profiles.list_key, index, "profile_id"), message)
+
+
+def _check_namespaces(file: SourceFile) -> None:
+    for index, entry in file.entries():
+        namespace = entry.get("namespace")
+        if isinstance(namespace, str) and is_drill(namespace):
+            message = f"expected a name that does not begin with {DRILL_PREFIX}: drills have these"
+            file.report((file.list_key, index, "namespace"), message)
 
 
 def _check_targets(file: SourceFile, known: Collection[str]) -> None:

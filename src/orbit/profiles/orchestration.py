@@ -18,6 +18,7 @@ from orbit.database.queries import load
 from orbit.errors import (
     GlobalPause,
     IdempotencyKeyReused,
+    NamespaceHalted,
     NotFound,
     NotRerunnable,
     PayloadTooLarge,
@@ -31,13 +32,14 @@ from orbit.execution.initiation import (
     Intake,
     RevisionReplaced,
 )
+from orbit.governance.fence import halted
 from orbit.payload import Payload
-from orbit.profiles.bridge import RAW_NAMESPACE, cycle_request, why_not_runnable
+from orbit.profiles.bridge import RAW_ENDPOINT, RAW_NAMESPACE, cycle_request, why_not_runnable
 from orbit.profiles.documents import read_documents
 from orbit.profiles.model import Documents, RunProfile
 from orbit.profiles.revision import Configuration, Revision, revision_of
 from orbit.settings import Settings
-from orbit.vocabulary import check_key
+from orbit.vocabulary import DRILL_PREFIX, check_key, is_drill
 
 SQL = load("rerun")
 _COPIED = (Stage.CYCLE_STARTED, *TIERS)
@@ -52,6 +54,7 @@ class TriggerAnswer:
     cycle_id: str | None = None
     is_new: bool = False
     reason: str | None = None
+    is_halted: bool = False
 
 
 class Orchestration:
@@ -77,14 +80,21 @@ class Orchestration:
         endpoint_keys: Sequence[str] | None = None,
         idempotency_key: str | None = None,
         trigger: str = "api",
+        asked_by: str | None = None,
+        is_bound: bool = False,
     ) -> Accepted:
         """Starts a cycle without a run profile.
 
-        Raises GlobalPause, RequestInvalid, PayloadTooLarge or IdempotencyKeyReused.
+        With `is_bound` it may go only where the namespace's own run profiles go, and to the
+        endpoint that is every namespace's.
+        Raises GlobalPause, NamespaceHalted, RequestInvalid, PayloadTooLarge or
+        IdempotencyKeyReused.
         """
         self._refuse_while_paused()
         _check_id(namespace, "namespace")
-        self._check_endpoints(endpoint_keys)
+        if is_drill(namespace):
+            raise RequestInvalid(f"namespace: {DRILL_PREFIX}… is kept for drills")
+        self._check_endpoints(endpoint_keys, namespace if is_bound else None)
         limit = self._settings.max_payload_bytes
         if payload is not None and payload.size > limit:
             raise PayloadTooLarge(
@@ -99,6 +109,7 @@ class Orchestration:
                 payload=payload,
                 endpoint_keys=None if endpoint_keys is None else tuple(endpoint_keys),
                 idempotency_key=idempotency_key,
+                asked_by=asked_by,
             )
         )
 
@@ -108,21 +119,28 @@ class Orchestration:
         *,
         idempotency_key: str | None = None,
         trigger: str = "api",
+        asked_by: str | None = None,
+        within: Sequence[str] | None = None,
     ) -> list[TriggerAnswer]:
         """Starts each run profile once, or those named; an answer for each, why not included.
 
-        Raises GlobalPause, NotFound if a name is unknown (then nothing is started), and
-        DatabaseUnavailable if the database does not know which configuration is in force.
+        `within`: the namespaces that there are for who asks; None: all.
+        Raises GlobalPause, NamespaceHalted if all of them are in halted namespaces, NotFound if a
+        name is unknown (then nothing is started), and DatabaseUnavailable if the database does
+        not know which configuration is in force.
         """
         self._refuse_while_paused()
         try:
-            run_profiles = self._named(run_profile_ids)
+            run_profiles = self._named(run_profile_ids, within)
         except NotFound:
             if not await self._configuration.refresh():
                 raise
-            run_profiles = self._named(run_profile_ids)
-        triggers = (self._trigger(one, idempotency_key, trigger) for one in run_profiles)
-        return await asyncio.gather(*triggers)
+            run_profiles = self._named(run_profile_ids, within)
+        triggers = (self._trigger(one, idempotency_key, trigger, asked_by) for one in run_profiles)
+        answers = await asyncio.gather(*triggers)
+        if answers and all(answer.is_halted for answer in answers):
+            raise halted(answers[0].namespace or "")
+        return answers
 
     async def rerun(
         self,
@@ -131,12 +149,15 @@ class Orchestration:
         is_from_start: bool = False,
         is_forced: bool = False,
         idempotency_key: str | None = None,
+        asked_by: str | None = None,
+        reason: str | None = None,
     ) -> Accepted:
         """A new cycle in place of a failed one: from the failed stage, or from the start.
 
         Refused, unless forced, while a re-run of it, or of what it is itself a re-run of, is
         running or has finished. Of several at once one starts, and the others get its id.
-        Raises GlobalPause, NotFound, NotRerunnable, and DatabaseUnavailable as a trigger does.
+        Raises GlobalPause, NamespaceHalted, NotFound, NotRerunnable, and DatabaseUnavailable as
+        a trigger does.
         """
         self._refuse_while_paused()
         row = await self._database.fetch_one(SQL.failed_cycle, {"cycle_id": cycle_id})
@@ -155,6 +176,8 @@ class Orchestration:
             rerun_of=cycle_id,
             rerun_from="start" if is_from_start else "stage",
             rerun_slot=None if is_forced else (family[0]["cycle_id"], len(family) - 1),
+            asked_by=asked_by,
+            reason=reason,
         )
         repeated = _repeated(family, request)
         if repeated is not None:
@@ -170,23 +193,29 @@ class Orchestration:
             config_dir or self._settings.config_dir, endpoint_keys=self._endpoint_keys
         )
 
-    async def reload(self) -> tuple[Revision, bool]:
+    async def reload(
+        self, asked_by: str = "api", reason: str | None = None
+    ) -> tuple[Revision, bool]:
         """Puts the files into force; the revision, and whether it is another than before.
 
         Raises ConfigurationInvalid or CyclesActive; then nothing is changed.
         """
         documents = await asyncio.to_thread(self.read_files)
-        is_changed = await self._configuration.replace(documents)
+        is_changed = await self._configuration.replace(documents, asked_by, reason)
         return revision_of(documents), is_changed
 
     async def _trigger(
-        self, run_profile: RunProfile, idempotency_key: str | None, trigger: str
+        self,
+        run_profile: RunProfile,
+        idempotency_key: str | None,
+        trigger: str,
+        asked_by: str | None,
     ) -> TriggerAnswer:
         answer = TriggerAnswer(run_profile.run_profile_id, run_profile.namespace)
         while True:
             revision = self._configuration.active
             current = revision.documents.run_profile(run_profile.run_profile_id)
-            if current is None:
+            if current is None or current.namespace != run_profile.namespace:
                 return replace(answer, reason="it was removed from the configuration")
             reason = why_not_runnable(revision.documents, current)
             if reason is not None:
@@ -195,10 +224,12 @@ class Orchestration:
                 revision, current, self._clock, trigger, idempotency_key=idempotency_key
             )
             try:
-                accepted = await self._intake.accept(request)
+                accepted = await self._intake.accept(replace(request, asked_by=asked_by))
             except RevisionReplaced:
                 await self._configuration.catch_up()
                 continue
+            except NamespaceHalted as error:
+                return replace(answer, reason=str(error), is_halted=True)
             return replace(answer, cycle_id=accepted.cycle_id, is_new=accepted.is_new)
 
     async def _accept_rerun(self, request: CycleRequest, run_profile_id: str) -> Accepted:
@@ -214,7 +245,8 @@ class Orchestration:
     async def _accept_anew(self, request: CycleRequest, run_profile_id: str) -> Accepted:
         """Accepts a re-run under the configuration in force."""
         while True:
-            base = cycle_request(*self._of(run_profile_id), self._clock, "rerun")
+            revision, run_profile = self._of(run_profile_id, request.namespace)
+            base = cycle_request(revision, run_profile, self._clock, "rerun")
             try:
                 return await self._intake.accept(
                     replace(
@@ -224,25 +256,27 @@ class Orchestration:
                         rerun_from=request.rerun_from,
                         rerun_slot=request.rerun_slot,
                         copied=request.copied,
+                        asked_by=request.asked_by,
                     )
                 )
             except RevisionReplaced:
                 await self._configuration.catch_up()
 
-    def _named(self, ids: Collection[str] | None) -> list[RunProfile]:
+    def _named(self, ids: Collection[str] | None, within: Sequence[str] | None) -> list[RunProfile]:
         documents = self._configuration.active.documents
+        there = [one for one in documents.run_profiles if within is None or one.namespace in within]
         if ids is None:
-            return list(documents.run_profiles)
-        found = {one.run_profile_id: one for one in documents.run_profiles}
+            return there
+        found = {one.run_profile_id: one for one in there}
         unknown = [one for one in ids if one not in found]
         if unknown:
             raise NotFound(f"there is no run profile {', '.join(sorted(unknown))}")
         return [found[one] for one in dict.fromkeys(ids)]
 
-    def _of(self, run_profile_id: str) -> tuple[Revision, RunProfile]:
+    def _of(self, run_profile_id: str, namespace: str) -> tuple[Revision, RunProfile]:
         revision = self._configuration.active
         run_profile = revision.documents.run_profile(run_profile_id)
-        if run_profile is None:
+        if run_profile is None or run_profile.namespace != namespace:
             raise NotRerunnable(f"run profile {run_profile_id} is not configured any more")
         reason = why_not_runnable(revision.documents, run_profile)
         if reason is not None:
@@ -276,11 +310,22 @@ class Orchestration:
         if self._settings.global_pause:
             raise GlobalPause("ORBIT_GLOBAL_PAUSE is set: no cycle starts")
 
-    def _check_endpoints(self, keys: Sequence[str] | None) -> None:
-        unknown = sorted(set(keys or ()) - self._endpoint_keys)
+    def _check_endpoints(self, keys: Sequence[str] | None, only_of: str | None) -> None:
+        there = self._endpoint_keys if only_of is None else self._endpoints_of(only_of)
+        unknown = sorted(set(keys or ()) - there)
         if unknown:
-            known = ", ".join(sorted(self._endpoint_keys)) or "none"
+            known = ", ".join(sorted(there)) or "none"
             raise RequestInvalid(f"unknown endpoint {', '.join(unknown)}; known: {known}")
+
+    def _endpoints_of(self, namespace: str) -> frozenset[str]:
+        run_profiles = self._configuration.active.documents.run_profiles
+        named = {
+            key
+            for one in run_profiles
+            if one.namespace == namespace
+            for key in one.distribution_targets
+        }
+        return self._endpoint_keys & (named | {RAW_ENDPOINT})
 
 
 def _repeated(family: Sequence[Mapping[str, Any]], request: CycleRequest) -> Accepted | None:

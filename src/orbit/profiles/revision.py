@@ -13,12 +13,14 @@ from dataclasses import dataclass
 
 import structlog
 
+from orbit.audit.trail import INSTALLATION, Act, append
 from orbit.canonical import canonical_json, sha256_hex
 from orbit.clock import Clock, new_id
 from orbit.database.pool import Connection, Database
 from orbit.database.queries import load
 from orbit.errors import CyclesActive, DatabaseUnavailable
 from orbit.profiles.model import Documents, document_body, documents_from_body
+from orbit.vocabulary import DRILL_PREFIX
 
 SQL = load("configuration")
 log = structlog.get_logger(__name__)
@@ -56,14 +58,17 @@ class Configuration:
 
         Files that were in force before, and are not now, change nothing; that is logged.
         """
-        return await self._put(documents, "files at boot", is_boot=True)
+        node = f"node {self._node_id}"
+        return await self._put(documents, "files at boot", node, is_boot=True)
 
-    async def replace(self, documents: Documents) -> bool:
+    async def replace(
+        self, documents: Documents, asked_by: str = "api", reason: str | None = None
+    ) -> bool:
         """Puts files into force if no cycle is active; whether that changed anything.
 
         Raises CyclesActive, naming them, otherwise; then nothing is changed.
         """
-        return await self._put(documents, "reload", is_boot=False)
+        return await self._put(documents, reason or "reload", asked_by, is_boot=False)
 
     async def refresh(self) -> bool:
         """Looks which revision is in force; whether it is another than before."""
@@ -95,7 +100,9 @@ class Configuration:
             self._known[revision] = found
         return found
 
-    async def _put(self, documents: Documents, reason: str, *, is_boot: bool) -> bool:
+    async def _put(
+        self, documents: Documents, reason: str, asked_by: str, *, is_boot: bool
+    ) -> bool:
         new = revision_of(documents)
         async with self._database.transaction() as connection:
             await connection.execute(SQL.bound_wait)
@@ -108,7 +115,7 @@ class Configuration:
             if is_changed:
                 if not is_boot:
                     await _refuse_while_active(connection)
-                await self._activate(connection, new, reason)
+                await self._activate(connection, new, reason, asked_by)
         self._known[new.revision] = self.proposed = new
         if is_same or is_changed:
             self.active = new
@@ -125,7 +132,9 @@ class Configuration:
             hint="the files were in force before; a reload puts them into force again",
         )
 
-    async def _activate(self, connection: Connection, new: Revision, reason: str) -> None:
+    async def _activate(
+        self, connection: Connection, new: Revision, reason: str, asked_by: str
+    ) -> None:
         row = {
             "revision": new.revision,
             "body": _body(new.documents).decode(),
@@ -136,6 +145,15 @@ class Configuration:
         await connection.execute(SQL.insert_revision, row)
         await connection.execute(SQL.insert_activation, row)
         await connection.execute(SQL.activate, row)
+        act = Act(
+            INSTALLATION,
+            "configuration.activated",
+            asked_by,
+            reason,
+            row["activation_id"],
+            {"revision": new.revision},
+        )
+        await append(connection, act)
 
 
 async def _was_in_force(connection: Connection, revision: Revision) -> bool:
@@ -145,7 +163,7 @@ async def _was_in_force(connection: Connection, revision: Revision) -> bool:
 
 
 async def _refuse_while_active(connection: Connection) -> None:
-    cursor = await connection.execute(SQL.active_cycles)
+    cursor = await connection.execute(SQL.active_cycles, {"drills": DRILL_PREFIX})
     rows = await cursor.fetchall()
     if rows:
         total = rows[0]["total"]

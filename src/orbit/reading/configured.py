@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import datetime
 from typing import Any
@@ -58,6 +58,16 @@ class RunProfileView(View):
     last_slot: Slot | None
     last_cycle: CycleSummary | None
     active_cycle: CycleSummary | None
+
+
+def visible(documents: Documents, within: Sequence[str] | None) -> Documents:
+    """What there is of a configuration for who asks: run profiles by namespace, and theirs."""
+    if within is None:
+        return documents
+    shown = tuple(one for one in documents.run_profiles if one.namespace in within)
+    used = {one.profile_id for one in shown}
+    profiles = tuple(one for one in documents.profiles if one.profile_id in used)
+    return Documents(profiles, shown)
 
 
 def profiles(documents: Documents) -> list[ProfileView]:

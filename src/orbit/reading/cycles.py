@@ -17,7 +17,7 @@ from orbit.database.pool import Database
 from orbit.database.queries import array, load
 from orbit.errors import NotFound
 from orbit.reading.lanes import Hold, holds
-from orbit.reading.receipts import Receipt, receipt_of, safe_url
+from orbit.reading.receipts import Receipt, receipt_of, safe_url, without_answer
 from orbit.reading.slots import Slot
 from orbit.reading.view import (
     LARGEST_ID,
@@ -26,7 +26,9 @@ from orbit.reading.view import (
     Row,
     View,
     check_cursor_id,
+    is_within,
     known_id,
+    narrowed,
     position_of,
     read_all,
     read_page,
@@ -188,19 +190,23 @@ async def cycles(
     state: str | None = None,
     limit: int = 50,
     cursor: str | None = None,
+    within: Sequence[str] | None = None,
 ) -> Page[CycleSummary]:
     """Cycles newest first, in a namespace, of a run profile, in a state.
 
+    `within`, here and in all of reading: the namespaces that there are for who asks; None: all.
+
     Raises RequestInvalid for a cursor that is none.
     """
-    query = SQL.cycle_window if namespace is None else SQL.cycle_window_of_namespace
+    namespaces = narrowed(namespace, within)
+    query = SQL.cycle_window if namespaces is None else SQL.cycle_window_of_namespaces
     if state == "running":
         query = SQL.cycle_window_of_running
 
     async def scan(after: Position | None, count: int) -> Sequence[Row]:
         before = after[0] if after else LARGEST_ID
         return await database.fetch_all(
-            query, {"namespace": namespace, "before": before, "count": count}
+            query, {"namespaces": namespaces, "before": before, "count": count}
         )
 
     async def choose(rows: Sequence[Row]) -> Mapping[Position, CycleSummary]:
@@ -229,14 +235,22 @@ async def summaries(database: Database, rows: Sequence[Row]) -> list[CycleSummar
     return [CycleSummary(**row) for row in await read_all(database, SQL.cycle_summaries, asked)]
 
 
-async def lineage(database: Database, cycle_id: str, limit: int = 1000) -> Lineage:
+async def lineage(
+    database: Database,
+    cycle_id: str,
+    limit: int = 1000,
+    within: Sequence[str] | None = None,
+    *,
+    has_answers: bool = True,
+) -> Lineage:
     """Everything stored of a cycle; of items, jobs and records at most `limit` each.
 
+    A receiver's answer may repeat what it was sent: without `has_answers` its body is left out.
     Raises NotFound.
     """
     asked = known_id(cycle_id, "cycle")
     found = await read_all(database, SQL.find_cycle, {"cycle_id": asked})
-    if not found:
+    if not found or not is_within(found[0]["namespace"], within):
         raise NotFound(f"there is no cycle {asked}")
     cycle = await _cycle(database, found[0])
     params = {
@@ -249,7 +263,7 @@ async def lineage(database: Database, cycle_id: str, limit: int = 1000) -> Linea
     checkpoints = await read_all(database, SQL.cycle_checkpoints, params)
     items = await read_all(database, SQL.cycle_items, params)
     records = await read_all(database, SQL.cycle_records, params)
-    jobs, has_all_jobs = await _jobs(database, params, limit)
+    jobs, has_all_jobs = await _jobs(database, params, limit, has_answers=has_answers)
     ledger = await read_all(database, SQL.cycle_ledger, params)
     slots = await read_all(database, SQL.find_slot, params) if cycle.slot_at else []
     return Lineage(
@@ -281,7 +295,7 @@ async def _cycle(database: Database, row: dict[str, Any]) -> CycleView:
 
 
 async def _jobs(
-    database: Database, params: dict[str, Any], limit: int
+    database: Database, params: dict[str, Any], limit: int, *, has_answers: bool
 ) -> tuple[list[JobView], bool]:
     """The jobs with their receipts, and whether those are all."""
     time = params["cycle_id"][:13]
@@ -301,7 +315,9 @@ async def _jobs(
         JobView(
             **{**row, "url": safe_url(row["url"])},
             held=held.get(row["endpoint_key"]) if row["state"] in _WAITING else None,
-            receipts=receipts[row["job_id"]],
+            receipts=[
+                one if has_answers else without_answer(one) for one in receipts[row["job_id"]]
+            ],
         )
         for row in rows[:limit]
     ]

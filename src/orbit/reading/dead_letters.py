@@ -7,7 +7,7 @@ snapshot of an endpoint has a version for people: its definition's rank in its n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,7 +15,7 @@ from orbit.database.pool import Database
 from orbit.database.queries import array, load
 from orbit.errors import NotFound
 from orbit.execution.snapshots import definition_of
-from orbit.reading.receipts import Receipt, receipt_of, safe_url
+from orbit.reading.receipts import Receipt, receipt_of, safe_url, without_answer
 from orbit.reading.view import (
     LARGEST_ID,
     Page,
@@ -23,7 +23,9 @@ from orbit.reading.view import (
     Row,
     View,
     check_cursor_id,
+    is_within,
     known_id,
+    narrowed,
     position_of,
     read_all,
     read_page,
@@ -114,7 +116,7 @@ class DeadLetterDetail(View):
     decisions: list[Decision]
 
 
-async def dead_letters(
+async def dead_letters(  # noqa: PLR0913 - one for each filter
     database: Database,
     *,
     namespace: str | None = None,
@@ -124,13 +126,15 @@ async def dead_letters(
     state: str | None = None,
     limit: int = 50,
     cursor: str | None = None,
+    within: Sequence[str] | None = None,
 ) -> Page[DeadLetter]:
     """Dead letters newest first; `state` is `open` or `decided`.
 
     Raises RequestInvalid for a cursor that is none.
     """
+    namespaces = narrowed(namespace, within)
+    query = SQL.dead_letter_window if namespaces is None else SQL.dead_letter_window_of_namespaces
     wanted = {
-        "namespace": namespace,
         "endpoint_key": endpoint_key,
         "cause": cause,
         "run_profile_id": run_profile_id,
@@ -141,7 +145,13 @@ async def dead_letters(
     async def scan(after: Position | None, count: int) -> Sequence[Row]:
         before_at, before = after or _LATEST
         return await database.fetch_all(
-            SQL.dead_letter_window, {"before_at": before_at, "before": before, "count": count}
+            query,
+            {
+                "namespaces": namespaces,
+                "before_at": before_at,
+                "before": before,
+                "count": count,
+            },
         )
 
     async def choose(rows: Sequence[Row]) -> Mapping[Position, DeadLetter]:
@@ -160,16 +170,21 @@ async def dead_letters(
 
 
 async def dead_letter_groups(
-    database: Database, namespace: str | None = None
+    database: Database, namespace: str | None = None, within: Sequence[str] | None = None
 ) -> list[DeadLetterGroup]:
     """The open dead letters grouped by namespace, endpoint and cause, the most first."""
-    asked = {"namespace": namespace, "count": MAX_GROUPS}
+    asked = {"namespaces": narrowed(namespace, within), "count": MAX_GROUPS}
     rows = await read_all(database, SQL.dead_letter_groups, asked)
     return [DeadLetterGroup(**row) for row in rows]
 
 
 async def dead_letter(
-    database: Database, job_id: str, current_snapshots: Mapping[str, str]
+    database: Database,
+    job_id: str,
+    current_snapshots: Mapping[str, str],
+    within: Sequence[str] | None = None,
+    *,
+    has_answers: bool = True,
 ) -> DeadLetterDetail:
     """One dead letter. Raises NotFound.
 
@@ -177,7 +192,7 @@ async def dead_letter(
     """
     asked = known_id(job_id, "dead letter")
     row = await database.fetch_one(SQL.dead_letter_namespace, {"job_id": asked})
-    if row is None:
+    if row is None or not is_within(row["namespace"], within):
         raise NotFound(f"there is no dead letter {asked}")
     key = {"namespace": row["namespace"], "job_id": asked}
     ((found, snapshot_id),) = await _read(database, [key])
@@ -187,10 +202,11 @@ async def dead_letter(
         {"namespace": row["namespace"], "job_id": array([asked]), "count": 1001},
     )
     decisions = await read_all(database, SQL.dead_letter_decisions, key)
+    shown = [receipt_of(one) for one in receipts]
     return DeadLetterDetail(
-        found,
+        found if has_answers else withheld(found),
         await _versions(database, found, snapshot_id, current_snapshots.get(found.endpoint_key)),
-        [receipt_of(one) for one in receipts],
+        [one if has_answers else without_answer(one) for one in shown],
         [_decision(one) for one in decisions],
     )
 
@@ -248,6 +264,12 @@ def _dead_letter(row: Mapping[str, Any], receipt: Row | None) -> DeadLetter:
         decision=None if is_open else Decision(**decided),
         last_receipt=receipt_of(receipt) if receipt else None,
     )
+
+
+def withheld(letter: DeadLetter) -> DeadLetter:
+    """The dead letter without the body of the receiver's answer, which may repeat a payload."""
+    receipt = letter.last_receipt
+    return letter if receipt is None else replace(letter, last_receipt=without_answer(receipt))
 
 
 def _decision(row: Row) -> Decision:

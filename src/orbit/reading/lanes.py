@@ -15,7 +15,17 @@ from orbit.database.pool import Database
 from orbit.database.queries import array, load
 from orbit.endpoints import Endpoint
 from orbit.errors import NotFound
-from orbit.reading.view import Page, Position, Row, View, position_of, read_all, read_page
+from orbit.reading.view import (
+    Page,
+    Position,
+    Row,
+    View,
+    is_within,
+    narrowed,
+    position_of,
+    read_all,
+    read_page,
+)
 from orbit.vocabulary import check_key
 
 SQL = load("reading")
@@ -116,19 +126,18 @@ async def lanes(
     endpoint_key: str | None = None,
     limit: int = 50,
     cursor: str | None = None,
+    within: Sequence[str] | None = None,
 ) -> Page[LaneView]:
     """Lanes in the order of their key. Raises RequestInvalid for a cursor that is none."""
-    wanted = {"namespace": namespace, "endpoint_key": endpoint_key}
-    filters = {name: value for name, value in wanted.items() if value is not None}
+    namespaces = narrowed(namespace, within)
 
     async def scan(after: Position | None, count: int) -> Sequence[Row]:
         in_namespace, key = after or ("", "")
-        return await database.fetch_all(
-            SQL.lane_window, {"namespace": in_namespace, "endpoint_key": key, "count": count}
-        )
+        asked = {"namespaces": namespaces, "namespace": in_namespace, "endpoint_key": key}
+        return await database.fetch_all(SQL.lane_window, {**asked, "count": count})
 
     async def choose(rows: Sequence[Row]) -> Mapping[Position, LaneView]:
-        asked = [row for row in rows if all(row[name] == value for name, value in filters.items())]
+        asked = [row for row in rows if endpoint_key in (None, row["endpoint_key"])]
         found = await _states(database, map(_place, asked))
         return {(one["namespace"], one["endpoint_key"]): _view(one) for one in found}
 
@@ -138,12 +147,16 @@ async def lanes(
         choose,
         after=position_of(cursor, check_key, check_key),
         limit=limit,
-        is_filtered=bool(filters),
+        is_filtered=endpoint_key is not None,
     )
 
 
 async def lane(
-    database: Database, namespace: str, endpoint_key: str, endpoint: Endpoint | None
+    database: Database,
+    namespace: str,
+    endpoint_key: str,
+    endpoint: Endpoint | None,
+    within: Sequence[str] | None = None,
 ) -> LaneDetail:
     """One lane, with the limits of `endpoint` as this node knows it. Raises NotFound."""
     try:
@@ -151,7 +164,8 @@ async def lane(
     except ValueError:
         raise NotFound("there is no such lane") from None
     (found,) = await _states(database, [key])
-    if not (found["is_known"] or found["waiting"] or found["in_flight"]):
+    has_jobs = found["is_known"] or found["waiting"] or found["in_flight"]
+    if not (has_jobs and is_within(namespace, within)):
         raise NotFound(f"there is no lane {namespace}/{endpoint_key}: it has had no job")
     changes = await read_all(
         database,
@@ -165,9 +179,10 @@ async def lane(
     )
 
 
-async def waiting_lanes(database: Database) -> list[LaneView]:
+async def waiting_lanes(database: Database, within: Sequence[str] | None = None) -> list[LaneView]:
     """The lanes with jobs to send, up to 200."""
-    rows = await database.fetch_all(SQL.waiting_lanes)
+    asked = {"namespaces": narrowed(None, within)}
+    rows = await database.fetch_all(SQL.waiting_lanes, asked)
     return [_view(row) for row in await _states(database, map(_place, rows))]
 
 

@@ -6,15 +6,19 @@ from its newest end only.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
+from typing import Any
 
 from orbit.database.pool import Database
 from orbit.database.queries import load
 from orbit.database.upgrade import HEAD
+from orbit.reading.halts import HaltedNamespace, halted_namespaces
 from orbit.reading.lanes import LaneView, waiting_lanes
 from orbit.reading.slots import Slot
-from orbit.reading.view import View, read_all
+from orbit.reading.view import View, is_within, narrowed, read_all
 
 SQL = load("reading")
 
@@ -84,10 +88,14 @@ class Store(View):
 
 @dataclass(frozen=True, slots=True)
 class Status(View):
-    """The overview; `lanes` are those with jobs to send."""
+    """The overview; `lanes` are those with jobs to send.
+
+    `audit_contradictions`: where the audit trail is not what this node signed, and why.
+    """
 
     now: datetime
     is_paused: bool
+    halted_namespaces: list[HaltedNamespace]
     revision: str | None
     nodes: list[NodeView]
     cycles: ActiveCycles
@@ -97,6 +105,7 @@ class Status(View):
     open_dead_letters: int
     slots_not_fired: list[Slot]
     schedules: list[Due]
+    audit_contradictions: dict[str, str]
     database: Store
 
 
@@ -106,23 +115,37 @@ async def probe(database: Database) -> str | None:
     return row["schema_revision"] if row else None
 
 
-async def status(database: Database, *, lease_seconds: float, is_paused: bool) -> Status:
-    """What is to be known at a glance."""
+async def status(
+    database: Database,
+    *,
+    lease_seconds: float,
+    is_paused: bool,
+    within: Sequence[str] | None = None,
+    contradictions: Mapping[str, str] = MappingProxyType({}),
+) -> Status:
+    """What is to be known at a glance, of the namespaces that there are for who asks."""
+    asked = {"namespaces": narrowed(None, within)}
     (store,) = await read_all(database, SQL.store)
-    (in_flight,) = await read_all(database, SQL.in_flight)
-    (dead,) = await read_all(database, SQL.open_dead_letters)
+    (in_flight,) = await read_all(database, SQL.in_flight, asked)
+    (dead,) = await read_all(database, SQL.open_dead_letters, asked)
     return Status(
         now=store["now"],
         is_paused=is_paused,
+        halted_namespaces=await halted_namespaces(database, within),
         revision=store["revision"],
         nodes=await _nodes(database, lease_seconds, store["revision"]),
-        cycles=await _active_cycles(database),
-        failed_cycles=await _failed_cycles(database),
-        lanes=await waiting_lanes(database),
+        cycles=await _active_cycles(database, asked),
+        failed_cycles=await _failed_cycles(database, asked),
+        lanes=await waiting_lanes(database, within),
         attempts_in_flight=in_flight["attempts"],
         open_dead_letters=dead["open"],
-        slots_not_fired=[Slot(**row) for row in await read_all(database, SQL.slots_not_fired)],
-        schedules=(await schedules(database))[:100],
+        slots_not_fired=[
+            Slot(**row) for row in await read_all(database, SQL.slots_not_fired, asked)
+        ],
+        schedules=(await schedules(database, within))[:100],
+        audit_contradictions={
+            log: why for log, why in contradictions.items() if is_within(log, within)
+        },
         database=Store(
             store["server_version"],
             store["schema_revision"],
@@ -132,11 +155,12 @@ async def status(database: Database, *, lease_seconds: float, is_paused: bool) -
     )
 
 
-async def schedules(database: Database) -> list[Due]:
+async def schedules(database: Database, within: Sequence[str] | None = None) -> list[Due]:
     """Every schedule, the next due first."""
+    asked = {"namespaces": narrowed(None, within)}
     return [
         Due(row["namespace"], row["run_profile_id"] or None, row["due_at"])
-        for row in await read_all(database, SQL.schedules)
+        for row in await read_all(database, SQL.schedules, asked)
     ]
 
 
@@ -147,15 +171,15 @@ async def _nodes(database: Database, lease_seconds: float, revision: str | None)
     ]
 
 
-async def _active_cycles(database: Database) -> ActiveCycles:
-    (total,) = await read_all(database, SQL.active_cycles)
-    stages = await read_all(database, SQL.active_stages)
+async def _active_cycles(database: Database, asked: Mapping[str, Any]) -> ActiveCycles:
+    (total,) = await read_all(database, SQL.active_cycles, asked)
+    stages = await read_all(database, SQL.active_stages, asked)
     by_stage = {row["stage"] or "accepted": row["cycles"] for row in stages}
     return ActiveCycles(total["active"], total["waiting"], by_stage)
 
 
-async def _failed_cycles(database: Database) -> FailedCycles:
-    rows = await read_all(database, SQL.failed_cycles)
+async def _failed_cycles(database: Database, asked: Mapping[str, Any]) -> FailedCycles:
+    rows = await read_all(database, SQL.failed_cycles, asked)
     count = rows[0]["failed"] if rows else 0
     for row in rows:
         del row["failed"]

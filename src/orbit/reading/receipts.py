@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import codecs
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -21,12 +21,16 @@ STORED_ANSWER_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Answer(View):
-    """The beginning of an answer's body: `text` if it is UTF-8, else `base64`."""
+    """The beginning of an answer's body: `text` if it is UTF-8, else `base64`.
+
+    `is_withheld`: there is a body, which who asks may not see.
+    """
 
     content_type: str | None
     text: str | None
     base64: str | None
     is_truncated: bool
+    is_withheld: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,14 @@ def receipt_of(row: Mapping[str, Any]) -> Receipt:
         started_at=row["started_at"],
         created_at=row["created_at"],
     )
+
+
+def without_answer(receipt: Receipt) -> Receipt:
+    """The receipt as who may not see payloads sees it: an answer may repeat what was sent."""
+    if receipt.answer is None:
+        return receipt
+    kind, is_truncated = receipt.answer.content_type, receipt.answer.is_truncated
+    return replace(receipt, answer=Answer(kind, None, None, is_truncated, is_withheld=True))
 
 
 def answer_of(content: bytes | None, content_type: str | None) -> Answer | None:

@@ -20,7 +20,9 @@ from orbit.reading.view import (
     Row,
     View,
     check_cursor_id,
+    is_within,
     known_id,
+    narrowed,
     position_of,
     read_all,
     read_page,
@@ -74,17 +76,20 @@ async def bulk_requeues(
     state: str | None = None,
     limit: int = 50,
     cursor: str | None = None,
+    within: Sequence[str] | None = None,
 ) -> Page[BulkRequeue]:
     """Bulk requeues newest first. Raises RequestInvalid for a cursor that is none."""
-    wanted = {"namespace": namespace, "state": state}
-    filters = {name: value for name, value in wanted.items() if value is not None}
+    namespaces = narrowed(namespace, within)
+    query = SQL.requeue_window if namespaces is None else SQL.requeue_window_of_namespaces
 
     async def scan(after: Position | None, count: int) -> Sequence[Row]:
         before = after[0] if after else LARGEST_ID
-        return await database.fetch_all(SQL.requeue_window, {"before": before, "count": count})
+        return await database.fetch_all(
+            query, {"namespaces": namespaces, "before": before, "count": count}
+        )
 
     async def choose(rows: Sequence[Row]) -> Mapping[Position, BulkRequeue]:
-        asked = [row for row in rows if all(row[name] == value for name, value in filters.items())]
+        asked = [row for row in rows if state in (None, row["state"])]
         return {(one.batch_id,): one for one in await _read(database, asked)}
 
     return await read_page(
@@ -93,15 +98,17 @@ async def bulk_requeues(
         choose,
         after=position_of(cursor, check_cursor_id),
         limit=limit,
-        is_filtered=bool(filters),
+        is_filtered=state is not None,
     )
 
 
-async def bulk_requeue(database: Database, batch_id: str) -> BulkRequeue:
+async def bulk_requeue(
+    database: Database, batch_id: str, within: Sequence[str] | None = None
+) -> BulkRequeue:
     """One bulk requeue. Raises NotFound."""
     asked = known_id(batch_id, "bulk requeue")
     row = await database.fetch_one(REQUEUE_SQL.find_batch, {"batch_id": asked})
-    if row is None:
+    if row is None or not is_within(row["namespace"], within):
         raise NotFound(f"there is no bulk requeue {asked}")
     (found,) = await _read(database, [{"namespace": row["namespace"], "batch_id": asked}])
     return found

@@ -8,7 +8,16 @@ from datetime import datetime
 
 from orbit.database.pool import Database
 from orbit.database.queries import load
-from orbit.reading.view import Page, Position, Row, View, position_of, read_all, read_page
+from orbit.reading.view import (
+    Page,
+    Position,
+    Row,
+    View,
+    narrowed,
+    position_of,
+    read_all,
+    read_page,
+)
 from orbit.vocabulary import check_key
 
 SQL = load("reading")
@@ -36,17 +45,26 @@ async def slots(
     outcome: str | None = None,
     limit: int = 50,
     cursor: str | None = None,
+    within: Sequence[str] | None = None,
 ) -> Page[Slot]:
     """Slots newest first. Raises RequestInvalid for a cursor that is none."""
-    wanted = {"namespace": namespace, "run_profile_id": run_profile_id, "outcome": outcome}
+    namespaces = narrowed(namespace, within)
+    query = SQL.slot_window if namespaces is None else SQL.slot_window_of_namespaces
+    wanted = {"run_profile_id": run_profile_id, "outcome": outcome}
     filters = {name: value for name, value in wanted.items() if value is not None}
 
     async def scan(after: Position | None, count: int) -> Sequence[Row]:
         slot_at, in_namespace, of = after or _LATEST
         return await read_all(
             database,
-            SQL.slot_window,
-            {"slot_at": slot_at, "namespace": in_namespace, "run_profile_id": of, "count": count},
+            query,
+            {
+                "slot_at": slot_at,
+                "namespace": in_namespace,
+                "namespaces": namespaces,
+                "run_profile_id": of,
+                "count": count,
+            },
         )
 
     async def choose(rows: Sequence[Row]) -> Mapping[Position, Slot]:

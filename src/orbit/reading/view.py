@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from typing import Any, ClassVar, Generic, TypeVar
 
 from orbit.database.pool import Database
+from orbit.database.queries import array
 from orbit.errors import NotFound, RequestInvalid
 
 LARGEST_ID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
@@ -61,6 +62,21 @@ def known_id(text: str, what: str) -> str:
     if not _ID.fullmatch(lowered):
         raise NotFound(f"there is no such {what}")
     return lowered
+
+
+def narrowed(namespace: str | None, within: Sequence[str] | None) -> str | None:
+    """The namespaces to read, for a `namespaces` parameter: None is all of them.
+
+    `within` are those that exist for who asks; any other is one in which there is nothing.
+    """
+    if namespace is None:
+        return None if within is None else array(within)
+    return array([namespace] if within is None or namespace in within else [])
+
+
+def is_within(namespace: str, within: Sequence[str] | None) -> bool:
+    """Whether the namespace is one of those that there are for who asks; None: all."""
+    return within is None or namespace in within
 
 
 async def read_all(
@@ -125,10 +141,19 @@ def position_of(cursor: str | None, *checks: Callable[[str], object]) -> Positio
         if not isinstance(parts, list) or len(parts) != len(checks):
             raise ValueError
         for part, check in zip(parts, checks, strict=True):
+            if not isinstance(part, str) or "\x00" in part:
+                raise ValueError
             check(part)
-    except (ValueError, TypeError, RecursionError, NotFound):
+    except (ValueError, RecursionError, NotFound):
         raise RequestInvalid("cursor: expected a nextCursor of this list") from None
     return tuple(parts)
+
+
+def check_cursor_number(text: str) -> object:
+    """Checks a cursor's part that is a number of up to 18 digits."""
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise ValueError(text)
+    return text
 
 
 def check_cursor_id(text: str) -> object:

@@ -90,7 +90,8 @@ class HeaderInvalid(DeliveryRefused):
 class Delivery:
     """Who sent what, as the headers say; every text matches `ID_PATTERN` or is empty.
 
-    `attempt` counts the sender's sends of this job from 1; 0 means that it did not say.
+    `attempt` counts the sender's sends of this job from 1; 0 means that it did not say. `epoch` is
+    how many halts of the namespace there had been when the sender began with this attempt.
     """
 
     id: str
@@ -100,6 +101,7 @@ class Delivery:
     cycle_run_id: str = ""
     job_id: str = ""
     attempt: int = 0
+    epoch: int = 0
 
 
 def verify_delivery(
@@ -234,7 +236,8 @@ def read_delivery(headers: Mapping[str, str]) -> Delivery:
         run_profile_id=_optional(headers, "Orbit-Run-Profile-Id"),
         cycle_run_id=_optional(headers, "Orbit-Cycle-Run-Id"),
         job_id=_optional(headers, "Orbit-Job-Id"),
-        attempt=_attempt(headers.get("orbit-attempt", "")),
+        attempt=_number(headers, "Orbit-Attempt"),
+        epoch=_number(headers, "Orbit-Epoch"),
     )
 
 
@@ -269,9 +272,10 @@ def _checked(name: str, text: str) -> str:
     return text
 
 
-def _attempt(text: str) -> int:
+def _number(headers: Mapping[str, str], name: str) -> int:
+    text = headers.get(name.lower(), "")
     if not text:
         return 0
     if not (text.isascii() and text.isdigit() and len(text) <= 9):
-        raise HeaderInvalid("Orbit-Attempt: expected a whole number from 1")
+        raise HeaderInvalid(f"{name}: expected a whole number")
     return int(text)

@@ -2,22 +2,27 @@
 
 A lane is a namespace's queue for an endpoint, and has its own room, so that a slow one does not
 hold up the others. The first byte leaves only while the attempt's lease is certainly ours by this
-machine's monotonic clock. An attempt that has not begun is given back, and its number with it. A
-place is free again as soon as its attempt is over; the settlement is committed beside the next.
+machine's monotonic clock, and no halt is known that came after its claim; each further piece only
+while the lease lasts. An attempt that has not begun is given back, and its number with it. A place
+is free again as soon as its attempt is over; the settlement is committed beside the next.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+
+from psycopg.errors import LockNotAvailable
 
 from orbit.clock import Clock
 from orbit.database.pool import TRANSIENT, Database, first_line
 from orbit.errors import SecretUnreadable
+from orbit.execution.cycle import MOST_FENCES
 from orbit.execution.dispatch import (
     CUT_OFF,
     NOT_PREPARED,
@@ -28,9 +33,11 @@ from orbit.execution.dispatch import (
     grain,
 )
 from orbit.execution.http1 import WITHHELD
+from orbit.execution.lapse import Hold
 from orbit.execution.memory import PayloadMemory
 from orbit.execution.snapshots import Snapshot, Snapshots
 from orbit.execution.wire import Outcome, Outgoing, Wire, WireResult, request_headers
+from orbit.governance.fence import Fences
 from orbit.services.base import LAST_WORDS_SECONDS, Service, within
 from orbit.services.places import Places
 from orbit.webhooks import sign
@@ -77,6 +84,7 @@ class Dispatcher(Service):
         wire: Wire,
         memory: PayloadMemory,
         clock: Clock,
+        fences: Fences,
         *,
         concurrency: int,
         lease_seconds: float,
@@ -84,7 +92,7 @@ class Dispatcher(Service):
     ) -> None:
         super().__init__(database)
         self._queue, self._snapshots, self._wire = queue, snapshots, wire
-        self._memory, self._clock = memory, clock
+        self._memory, self._clock, self._fences = memory, clock, fences
         self._lease_seconds, self._poll_seconds = lease_seconds, poll_seconds
         self._sending: dict[tuple[str, int], _Sending] = {}
         self._places: Places[_Sending] = Places(concurrency, queue.endpoint, clock)
@@ -108,7 +116,8 @@ class Dispatcher(Service):
         now = self._clock.monotonic()
         self._begin()  # as lanes come and go, so does what each may take
         rooms = self._places.shares(self._due(now))
-        if rooms and await self._claim(rooms):
+        few = _of_few_namespaces(rooms)
+        if rooms and (await self._claim(few) or len(few) < len(rooms)):
             return _GATHER_SECONDS
         later = [at for at in self._ready_at.values() if at > now]
         self._is_short = len(later) < len(self._ready_at)
@@ -161,7 +170,10 @@ class Dispatcher(Service):
 
     async def _claim(self, rooms: dict[LaneKey, int]) -> int:
         asked_at = self._clock.monotonic()
-        jobs = await self._queue.claim(rooms, self._places.count)
+        try:
+            jobs = await self._queue.claim(rooms, self._places.count)
+        except LockNotAvailable:  # another's claim, or a halt, has stopped in its middle
+            return 0
         self._expect(rooms, {(job.namespace, job.endpoint_key) for job in jobs}, asked_at)
         now = self._clock.now()
         for job in jobs:
@@ -273,9 +285,24 @@ class Dispatcher(Service):
     async def _give_back(self, jobs: Sequence[ClaimedJob]) -> None:
         await self._database.persist(lambda: self._queue.release(jobs))
 
+    async def recall(self) -> None:
+        """Gives back at once what was claimed before a halt and has not begun."""
+        overtaken = [
+            one
+            for one in self._sending.values()
+            if not (one.is_begun or one.is_over)
+            and not self._fences.may_send(one.job.namespace, one.job.epoch)
+        ]
+        self._places.withdraw(overtaken)
+        await self._cancel_unbegun(overtaken)
+
     async def _cancel_and_give_back(self) -> None:
         self._places.clear()
-        unbegun = [one for one in self._sending.values() if not (one.is_begun or one.is_over)]
+        await self._cancel_unbegun(
+            [one for one in self._sending.values() if not (one.is_begun or one.is_over)]
+        )
+
+    async def _cancel_unbegun(self, unbegun: Sequence[_Sending]) -> None:
         tasks = _cancelled(unbegun)
         if tasks:
             await asyncio.wait(tasks, timeout=LAST_WORDS_SECONDS)
@@ -320,10 +347,12 @@ class Dispatcher(Service):
         outgoing = _outgoing(job, snapshot, content, int(self._clock.now().timestamp()))
 
         def may_send() -> bool:
-            sending.is_begun = self._clock.monotonic() < sending.expires
+            is_ours = self._clock.monotonic() < sending.expires
+            sending.is_begun = is_ours and self._fences.may_send(job.namespace, job.epoch)
             return sending.is_begun
 
-        result = await self._wire.send(outgoing, may_send)
+        hold = Hold(may_send, lambda: sending.expires - self._clock.monotonic())
+        result = await self._wire.send(outgoing, hold)
         return None if result.cause == WITHHELD else result
 
     async def _last_words(self, giving_back: asyncio.Task[None]) -> None:
@@ -341,6 +370,12 @@ class Dispatcher(Service):
         error = "the node was told to stop before an answer was seen"
         result = WireResult(Outcome.UNKNOWN, cause=CUT_OFF, error=error)
         await self._settle(sending, result)
+
+
+def _of_few_namespaces(rooms: Mapping[LaneKey, int]) -> dict[LaneKey, int]:
+    """The lanes of so many namespaces as one claim may take the fences of, the first ones."""
+    few = set(itertools.islice(dict.fromkeys(namespace for namespace, _ in rooms), MOST_FENCES))
+    return {lane: room for lane, room in rooms.items() if lane[0] in few}
 
 
 def _tasks(attempts: Collection[_Sending]) -> list[asyncio.Task[None]]:
@@ -373,6 +408,7 @@ def _outgoing(job: ClaimedJob, snapshot: Snapshot, content: bytes, now: int) -> 
     headers["Orbit-Cycle-Run-Id"] = job.cycle_id
     headers["Orbit-Job-Id"] = job.job_id
     headers["Orbit-Attempt"] = str(job.attempt)
+    headers["Orbit-Epoch"] = str(job.epoch)
     headers["traceparent"] = job.traceparent
     return Outgoing(
         snapshot.method,

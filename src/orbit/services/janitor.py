@@ -1,4 +1,4 @@
-"""The janitor: makes time partitions ahead, and drops what retention has let go.
+"""The janitor: makes partitions ahead, drops what retention lets go, ends what drills have left.
 
 Facts go only partition by partition, oldest first, and never what a live cycle or job needs.
 Audit, ledgers and dead letters stay for ever.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from orbit.database.pool import Database
 from orbit.database.queries import load
 from orbit.services.base import Service
+from orbit.services.leftovers import Leftovers
 
 SQL = load("node")
 _REST_SECONDS = 3600.0
@@ -31,9 +32,11 @@ class Janitor(Service):
 
     name = "janitor"
 
-    def __init__(self, database: Database, *, fact_retention_days: int) -> None:
+    def __init__(
+        self, database: Database, *, fact_retention_days: int, leftovers: Leftovers | None = None
+    ) -> None:
         super().__init__(database)
-        self._fact_retention_days = fact_retention_days
+        self._fact_retention_days, self._leftovers = fact_retention_days, leftovers
 
     async def run_once(self) -> float:
         """Partitions ahead, then retention."""
@@ -41,6 +44,8 @@ class Janitor(Service):
         if row is not None and row["made"]:
             self._log.info("partitions_created", count=row["made"])
         await self._database.execute(SQL.forget_nodes)
+        if self._leftovers is not None and (count := await self._leftovers.end_old()):
+            self._log.warning("drills_ended", count=count)
         if self._fact_retention_days:
             await self._retain()
         return _REST_SECONDS

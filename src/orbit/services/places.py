@@ -6,9 +6,10 @@ places, two a third each, and there are always some for a lane that is well. Fre
 to the lane that has the fewest, among these to the one that has waited longest.
 
 A lane that ends many attempts is given jobs ahead: they begin without waiting for the database, and
-the next claim is made while they last. At most twice as many as it ended in the last 30 ms; all
-lanes together half of that, so that they come forward together. Not so where an unknown outcome is
-left to a person, since what is lost with its worker counts as unknown.
+the next claim is made while they last. At most twice as many as it ended in the last 30 ms, four
+times where it is alone; several lanes together half of that, so that they come forward together.
+Not so where an unknown outcome is left to a person, since what is lost with its worker counts as
+unknown.
 """
 
 from __future__ import annotations
@@ -80,6 +81,15 @@ class Places(Generic[Item]):
         """What came of a job is committed, or it is given back, or lost."""
         _take_one(self._held, lane)
 
+    def withdraw(self, items: Collection[Item]) -> None:
+        """These will not begin, if they wait."""
+        for lane, waiting in list(self._waiting.items()):
+            kept = deque(item for item in waiting if item not in items)
+            if kept:
+                self._waiting[lane] = kept
+            else:
+                del self._waiting[lane]
+
     def clear(self) -> None:
         """Nothing that waits will begin."""
         self._waiting.clear()
@@ -120,12 +130,12 @@ class Places(Generic[Item]):
 
     def _most_in_all(self) -> int:
         if self._was_alone:
-            return min(2 * self._pace.total(), 4 * self.count)
+            return min(4 * self._pace.total(), 6 * self.count)
         return min(self._pace.total(), 2 * self.count)
 
     def _most_ahead(self, lane: LaneKey) -> int:
         is_left_to_a_person = self._endpoint(lane[1]).on_unknown == "hold"
-        return 0 if is_left_to_a_person else 2 * self._pace.ended(lane)
+        return 0 if is_left_to_a_person else (4 if self._was_alone else 2) * self._pace.ended(lane)
 
 
 class _Pace:

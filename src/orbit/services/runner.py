@@ -1,8 +1,9 @@
 """The runner: claims due cycles and carries many of them on at once.
 
 It holds what it has claimed until the cycle needs no worker, its lease is lost, or the node
-drains: then it gives the leases back, so that any node goes on at once. A cycle that cannot go on
-here, for want of its code or for an error that nobody expected, is given back with a delay.
+drains: then it gives the leases back, so that any node goes on at once. So it does with a cycle
+of a halted namespace, before its next step. A cycle that cannot go on here, for want of its code
+or for an error that nobody expected, is given back with a delay.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import asyncio
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from orbit.clock import Clock
 from orbit.database.pool import TRANSIENT, Database, first_line
-from orbit.errors import LeaseLost, NotHere, OrbitError, StepFailed
+from orbit.errors import LeaseLost, NamespaceHalted, NotHere, OrbitError, StepFailed
 from orbit.execution.context import ClaimedCycle, Stage
 from orbit.execution.cycle import Orchestrator, claim
 from orbit.execution.recorder import release, renew
+from orbit.execution.tenure import Tenure
 from orbit.services.base import LAST_WORDS_SECONDS, Service, within
 from orbit.vocabulary import printable
 
@@ -24,7 +27,7 @@ _ERROR_CHARACTERS = 500
 
 
 class Runner(Service):
-    """Claims cycles up to its concurrency.
+    """Claims cycles up to its concurrency; a drill's, and nothing else, if `only` names it.
 
     `on_enqueued` is called when a cycle's jobs are queued, so that dispatch begins at once.
     """
@@ -36,16 +39,21 @@ class Runner(Service):
         database: Database,
         orchestrator: Orchestrator,
         node_id: str,
+        tenure: Tenure,
+        clock: Clock,
         *,
         concurrency: int,
         lease_seconds: float,
         poll_seconds: float,
         on_enqueued: Callable[[], None],
+        only: str | None = None,
     ) -> None:
         super().__init__(database)
         self._orchestrator, self._node_id = orchestrator, node_id
+        self._tenure, self._clock = tenure, clock
         self._concurrency, self._lease_seconds = concurrency, lease_seconds
         self._poll_seconds, self._on_enqueued = poll_seconds, on_enqueued
+        self._only = only
         self._running: dict[str, tuple[ClaimedCycle, asyncio.Task[None]]] = {}
 
     async def run_once(self) -> float:
@@ -53,7 +61,11 @@ class Runner(Service):
         room = self._concurrency - len(self._running)
         if room <= 0:
             return self._poll_seconds
-        claimed = await claim(self._database, self._node_id, room, self._lease_seconds)
+        asked_at = self._clock.monotonic()
+        claimed = await claim(
+            self._database, self._node_id, room, self._lease_seconds, only=self._only
+        )
+        self._tenure.hold([cycle.cycle_id for cycle in claimed], asked_at)
         for cycle in claimed:
             if cycle.is_taken_over:
                 self._log.warning("cycle_taken_over", recoveries=cycle.recoveries, **_named(cycle))
@@ -74,8 +86,10 @@ class Runner(Service):
         if not entries:
             return
         cycles = [cycle for cycle, _ in entries]
+        asked_at = self._clock.monotonic()
         async with self._database.connection() as connection:
             held = await renew(connection, self._node_id, cycles, self._lease_seconds)
+        self._tenure.hold(held & self._running.keys(), asked_at)
         for cycle, task in entries:
             if cycle.cycle_id not in held:
                 task.cancel()
@@ -114,6 +128,9 @@ class Runner(Service):
                 self._log.debug("cycle_advanced", stage=outcome.value, **_named(cycle))
         except LeaseLost:
             self._log.warning("lease_lost", **_named(cycle))
+        except NamespaceHalted:
+            self._log.info("cycle_halted", **_named(cycle))
+            await self._database.persist(lambda: self._release([cycle]))
         except TRANSIENT:
             self._log.warning("cycle_interrupted", exc_info=True, **_named(cycle))
         except NotHere as error:
@@ -127,6 +144,7 @@ class Runner(Service):
             entry = self._running.get(cycle.cycle_id)
             if entry is not None and entry[0] is cycle:
                 del self._running[cycle.cycle_id]
+                self._tenure.drop(cycle.cycle_id)
             self.wake()
 
     async def _give_back(self, cycle: ClaimedCycle, error: Exception, delay_seconds: float) -> None:

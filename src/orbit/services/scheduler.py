@@ -9,7 +9,7 @@ minute each node looks whether they are still there and as its own settings want
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -19,6 +19,7 @@ from orbit.clock import Clock, new_id
 from orbit.cron import in_zone
 from orbit.database.pool import Connection, Database
 from orbit.database.queries import array, load
+from orbit.errors import NamespaceHalted
 from orbit.execution.initiation import Accepted, CycleRequest, RevisionReplaced, accept
 from orbit.profiles.bridge import RAW_NAMESPACE, cycle_request, why_not_runnable
 from orbit.profiles.model import RunProfile
@@ -38,6 +39,7 @@ from orbit.services.schedule_rows import Key, definition_of, due_at, jitter_of, 
 from orbit.settings import Settings
 
 SQL = load("slots")
+HALT_SQL = load("halt")
 _SCHEDULES_PER_PASS = 100
 _SLOTS_PER_PAGE = 200
 _MILLISECOND = timedelta(milliseconds=1)
@@ -202,6 +204,8 @@ class Scheduler(Service):
         except RevisionReplaced:
             await self._configuration.refresh()
             return 1
+        except NamespaceHalted:  # just now: the next pass sees it
+            return 1
         fired = sum(request is not None for page in pages for *_, request in page.rows)
         for _, outcome, *_ in (row for page in pages for row in page.rows):
             metrics.slots_decided.labels(outcome.value).inc()
@@ -222,8 +226,9 @@ class Scheduler(Service):
         ]
         if pages:
             busy = await self._busy(connection, pages)
+            halted = await self._halted(connection, pages)
             for page in pages:
-                self._judge(page, busy.get(page.key))
+                self._judge(page, busy.get(page.key), halted.get(page.key[0], ()))
             await self._write(connection, pages)
         return pages
 
@@ -258,10 +263,31 @@ class Scheduler(Service):
         rows = await cursor.fetchall()
         return {(row["namespace"], row["run_profile_id"]): row["cycle_id"] for row in rows}
 
-    def _judge(self, page: _Page, active: str | None) -> None:
-        """What becomes of each slot: the misfire policy's verdict, then what may stop a start."""
+    async def _halted(
+        self, connection: Connection, pages: Sequence[_Page]
+    ) -> dict[str, list[Mapping[str, Any]]]:
+        """The halts that the pages' slots may fall into, by namespace."""
+        slots = [decision.slot_at for page in pages for decision in page.decisions]
+        if not slots:
+            return {}
+        namespaces = sorted({page.key[0] for page in pages})
+        cursor = await connection.execute(
+            HALT_SQL.halts_since, {"namespaces": namespaces, "since": min(slots)}
+        )
+        found: dict[str, list[Mapping[str, Any]]] = {}
+        for row in await cursor.fetchall():
+            found.setdefault(row["namespace"], []).append(row)
+        return found
+
+    def _judge(self, page: _Page, active: str | None, halts: Collection[Mapping[str, Any]]) -> None:
+        """What becomes of each slot: a halt, the misfire policy's verdict, what may stop a start.
+
+        A slot that passed while its namespace was halted is never caught up on.
+        """
         for decision in page.decisions:
-            if decision.outcome is not Verdict.FIRE:
+            if (halt := _halt_of(decision.slot_at, halts)) is not None:
+                page.rows.append((decision, SlotOutcome.HALTED, halt, None))
+            elif decision.outcome is not Verdict.FIRE:
                 outcome = SlotOutcome(decision.outcome.value)
                 page.rows.append((decision, outcome, decision.reason, None))
             elif (stopped := self._stopped(page, decision, active)) is not None:
@@ -351,6 +377,18 @@ class Scheduler(Service):
                 due_at(page.key, page.planned.schedule, page.decided_until) for page in pages
             ),
         }
+
+
+def _halt_of(slot_at: datetime, halts: Iterable[Mapping[str, Any]]) -> str | None:
+    """Why a slot does not fire: its namespace is halted now, or was when the slot passed."""
+    for halt in halts:
+        is_within = halt["halted_at"] <= slot_at and (
+            halt["ended_at"] is None or slot_at < halt["ended_at"]
+        )
+        if halt["is_in_force"] or is_within:
+            verb = "is" if halt["is_in_force"] else "was"
+            return f"namespace {halt['namespace']} {verb} halted (epoch {halt['epoch']})"
+    return None
 
 
 def _rows(

@@ -11,9 +11,14 @@ SET LOCAL lock_timeout = '10s';
 
 -- name: active_cycles
 -- The cycles that a change of the configuration would have to wait for; the first 20 and how
--- many there are in all. cycle_lease holds nothing but active cycles.
+-- many there are in all. cycle_lease holds nothing but active cycles. Those that a halt holds up
+-- are left out, since the change may be what the halt is for, and they keep their revision; so are
+-- drills', which have none.
 SELECT namespace, cycle_id, run_profile_id, count(*) OVER () AS total
-FROM cycle_lease ORDER BY cycle_id LIMIT 20;
+FROM cycle_lease
+WHERE NOT starts_with(namespace, %(drills)s) AND (node_id IS NOT NULL
+    OR namespace NOT IN (SELECT namespace FROM namespace_fence WHERE is_halted))
+ORDER BY cycle_id LIMIT 20;
 
 -- name: insert_revision
 -- A whole configuration, once.

@@ -11,24 +11,28 @@ SELECT pg_advisory_xact_lock_shared(hashtext('orbit.configuration'));
 
 -- name: accept_cycles
 -- Accepts triggers: a cycle exists from here on, and will end. One whose initiation is known
--- already, or whose revision is not in force any more, is left out of the answer. Keys go in in
--- their order, since a session waits for another that inserts the same one.
+-- already, or whose revision is not in force any more, is left out of the answer; so is one of a
+-- halted namespace, but for its name. Keys go in in their order, since a session waits for
+-- another that inserts the same one.
 WITH request AS MATERIALIZED (
-    SELECT * FROM unnest(
+    SELECT request.*, EXISTS (SELECT FROM namespace_fence fence
+        WHERE fence.namespace = request.namespace AND fence.is_halted) AS is_halted
+    FROM unnest(
         %(namespace)s::text[], %(cycle_id)s::uuid[], %(profile_id)s::text[],
         %(run_profile_id)s::text[], %(trigger)s::text[], %(slot_at)s::timestamptz[],
         %(idempotency_key)s::text[], %(revision)s::text[], %(endpoint_keys)s::text[],
         %(value_tags)s::jsonb[], %(traceparent)s::text[], %(rerun_of)s::uuid[],
         %(hash)s::text[], %(context)s::text[], %(request_digest)s::text[],
-        %(is_waiting)s::boolean[]
+        %(is_waiting)s::boolean[], %(asked_by)s::text[]
     ) WITH ORDINALITY AS request (
         namespace, cycle_id, profile_id, run_profile_id, trigger, slot_at, idempotency_key,
         revision, endpoint_keys, value_tags, traceparent, rerun_of, hash, context,
-        request_digest, is_waiting, place)
+        request_digest, is_waiting, asked_by, place)
     WHERE request.revision IS NULL OR request.revision = (SELECT revision FROM config_active)
 ), fresh AS (
     INSERT INTO initiation_key (namespace, run_profile_id, hash, cycle_id, request_digest)
     SELECT namespace, run_profile_id, hash, cycle_id, request_digest FROM request
+    WHERE NOT is_halted
     ORDER BY namespace, run_profile_id, hash, place
     ON CONFLICT DO NOTHING
     RETURNING namespace, cycle_id
@@ -36,10 +40,11 @@ WITH request AS MATERIALIZED (
     SELECT request.* FROM request JOIN fresh USING (namespace, cycle_id)
 ), runs AS (
     INSERT INTO cycle_run (namespace, cycle_id, profile_id, run_profile_id, trigger, slot_at,
-        idempotency_key, revision, endpoint_keys, value_tags, traceparent, rerun_of, node_id)
+        idempotency_key, revision, endpoint_keys, value_tags, traceparent, rerun_of, asked_by,
+        node_id)
     SELECT namespace, cycle_id, profile_id, run_profile_id, trigger, slot_at, idempotency_key,
         revision, string_to_array(endpoint_keys, ','), value_tags, traceparent, rerun_of,
-        %(node_id)s::uuid
+        asked_by, %(node_id)s::uuid
     FROM accepted
 ), initiations AS (
     INSERT INTO initiation (namespace, cycle_id, hash, context)
@@ -50,7 +55,8 @@ WITH request AS MATERIALIZED (
         CASE WHEN is_waiting THEN 'infinity' ELSE orbit_now() END, is_waiting
     FROM accepted
 )
-SELECT cycle_id FROM accepted;
+SELECT cycle_id, false AS is_halted FROM accepted
+UNION ALL SELECT cycle_id, true FROM request WHERE is_halted;
 
 -- name: accept_checkpoints
 -- The checkpoints that a cycle has from its acceptance: its start, and for a re-run the stages
@@ -86,9 +92,11 @@ WHERE namespace = %(namespace)s AND run_profile_id = %(run_profile_id)s AND hash
 -- Which configuration is in force.
 SELECT revision FROM config_active;
 
--- name: claim_cycles
--- Takes due cycles, the longest due of each namespace first, an equal share for each.
--- cycle_lease_due serves the loose scan over namespaces and the claim in each.
+-- name: share_fences
+-- Takes the fences of the namespaces with due cycles, those that wait longest, in key order; for
+-- claim_cycles, which reads the flags after it and keeps to these. No statement of the
+-- transaction then waits long for a lock, since halts wait for who holds a fence. A drill's namespace is taken by
+-- the drill that asks for it only. cycle_lease_due serves the loose scan over namespaces.
 WITH RECURSIVE namespaces AS (
     (SELECT namespace FROM cycle_lease WHERE due_at < 'infinity' ORDER BY namespace LIMIT 1)
     UNION ALL
@@ -98,9 +106,35 @@ WITH RECURSIVE namespaces AS (
         ORDER BY namespace LIMIT 1
     ) next
 ), busy AS MATERIALIZED (
-    SELECT namespace FROM namespaces
-    WHERE EXISTS (SELECT FROM cycle_lease WHERE cycle_lease.namespace = namespaces.namespace
-        AND due_at <= orbit_now() AND due_at < 'infinity')
+    SELECT namespaces.namespace, first.due_at FROM namespaces CROSS JOIN LATERAL (
+        SELECT due_at FROM cycle_lease
+        WHERE cycle_lease.namespace = namespaces.namespace AND due_at <= orbit_now()
+            AND due_at < 'infinity'
+        ORDER BY due_at LIMIT 1
+    ) first
+    WHERE NOT EXISTS (SELECT FROM namespace_fence fence
+            WHERE fence.namespace = namespaces.namespace AND fence.is_halted)
+        AND CASE WHEN %(only)s::text IS NOT NULL THEN namespaces.namespace = %(only)s::text
+            ELSE NOT starts_with(namespaces.namespace, %(drills)s::text) END
+    ORDER BY first.due_at LIMIT LEAST(%(room)s, %(most)s)
+), bounded AS MATERIALIZED (
+    SELECT set_config('lock_timeout', '450ms', true) AS bound
+), fenced AS MATERIALIZED (
+    SELECT namespace, pg_advisory_xact_lock_shared(orbit_fence_key(namespace)) AS taken
+    FROM (SELECT namespace, bound FROM busy CROSS JOIN bounded
+        ORDER BY namespace OFFSET 0) ordered
+)
+SELECT set_config('orbit.fenced', COALESCE(array_agg(namespace)::text, '{}'), true)
+FROM fenced WHERE taken IS NOT NULL;
+
+-- name: claim_cycles
+-- Takes due cycles of the fenced namespaces that are not halted, the longest due of each first,
+-- an equal share for each. To follow share_fences in its transaction. cycle_lease_due serves it.
+WITH busy AS MATERIALIZED (
+    SELECT namespace
+    FROM unnest(current_setting('orbit.fenced', true)::text[]) AS fenced (namespace)
+    WHERE NOT EXISTS (SELECT FROM namespace_fence fence
+        WHERE fence.namespace = fenced.namespace AND fence.is_halted)
 ), due AS MATERIALIZED (
     SELECT lease.* FROM busy CROSS JOIN LATERAL (
         SELECT namespace, cycle_id, due_at, node_id FROM cycle_lease
@@ -125,9 +159,9 @@ SELECT * FROM claimed;
 
 -- name: claimed_cycles
 -- What is known of cycles, with their last checkpoints; OFFSET 0 keeps the look-ups what they
--- are, one by its whole key for each cycle. To follow claim_cycles in its
--- transaction, as a statement of its own: one that locks a lease may have begun before the last
--- owner's commit, and would not see the checkpoint.
+-- are, one by its whole key for each cycle. To follow the transaction of claim_cycles: a statement
+-- that locks a lease may have begun before the last owner's commit, and would not see the
+-- checkpoint; after it only who has the lease writes one.
 SELECT run.namespace, run.cycle_id, run.profile_id, run.run_profile_id, run.slot_at,
     run.idempotency_key, run.revision, run.endpoint_keys, run.traceparent, initiation.context,
     last.stage, last.digest, last.content_type, last.size, payload.content

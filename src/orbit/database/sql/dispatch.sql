@@ -2,8 +2,10 @@
 --
 -- A claim raises the attempt's number and commits before a byte leaves. A lease with a node is
 -- an attempt that may be on the wire; once its time is over it can only be settled as unknown.
--- Locks are taken in the order dispatch_lease, cycle_lease, lane, each by key. A claim begins
--- with its lanes, and waits for no other lock after them.
+-- Locks are taken in the order dispatch_lease, cycle_lease, lane; the last two each by key. Jobs'
+-- leases need no order: who recovers takes those that nobody holds, and else only a job's owner
+-- locks its lease. A claim begins with the fences of its namespaces and its lanes, and waits for no
+-- other lock after them.
 
 -- name: insert_snapshot
 -- An endpoint as it stands now, once per definition.
@@ -21,7 +23,7 @@ SELECT endpoint_key, url, method, secrets_encrypted, timeout_seconds, permanent_
 FROM endpoint_snapshot WHERE namespace = %(namespace)s AND snapshot_id = %(snapshot_id)s;
 
 -- name: busy_lanes
--- Every lane that has a job to send now or later: when the first is due, when the breaker lets
+-- Every lane of namespaces that are not halted, if it has a job to send now or later: when the first is due, when the breaker lets
 -- one through, and the rate's tokens. A loose scan of dispatch_lease_ready: its cost grows with
 -- the lanes, not with the jobs.
 WITH RECURSIVE lanes AS (
@@ -53,7 +55,8 @@ LEFT JOIN LATERAL (
     SELECT * FROM lane WHERE lane.namespace = lanes.namespace
         AND lane.endpoint_key = lanes.endpoint_key OFFSET 0
 ) lane ON true
-WHERE first.due_at < 'infinity';
+WHERE first.due_at < 'infinity' AND NOT EXISTS (SELECT FROM namespace_fence fence
+    WHERE fence.namespace = lanes.namespace AND fence.is_halted);
 
 -- name: insert_lanes
 -- Lanes that had no job before.
@@ -62,6 +65,20 @@ SELECT * FROM unnest(%(namespace)s::text[], %(endpoint_key)s::text[])
     AS lane (namespace, endpoint_key)
 ORDER BY namespace, endpoint_key
 ON CONFLICT DO NOTHING;
+
+-- name: share_fences
+-- Takes the fences of namespaces in key order, and gives their epochs. To be sent before
+-- hold_lanes and claim_jobs, which reads the flags: a halt waits for whoever holds its fence. So
+-- no statement of the transaction waits long for a lock: one frozen claim is not to hold up the
+-- halts of all that others claim for.
+SELECT namespace, COALESCE((SELECT epoch FROM namespace_fence fence
+        WHERE fence.namespace = asked.namespace), 0) AS epoch,
+    pg_advisory_xact_lock_shared(orbit_fence_key(namespace)) AS taken
+FROM (
+    SELECT DISTINCT namespace, bound FROM unnest(%(namespace)s::text[]) AS lane (namespace)
+    CROSS JOIN (SELECT set_config('lock_timeout', '450ms', true) AS bound OFFSET 0) bounded
+    ORDER BY namespace OFFSET 0
+) asked;
 
 -- name: hold_lanes
 -- Locks lanes in key order. To be sent before claim_jobs, as a statement of its own: what that
@@ -74,9 +91,9 @@ FOR NO KEY UPDATE OF lane;
 
 -- name: claim_jobs
 -- Opens the next attempt of due jobs: of each lane as many as the caller has room for and its cap
--- and tokens allow, or one probe of a held lane. Later attempts come first up to their share,
--- which of probes is one in four: a job that always fails cannot keep others from being tried.
--- dispatch_lease_ready and dispatch_lease_taken serve it.
+-- and tokens allow, or one probe of a held lane; an array for each column of what was claimed.
+-- Later attempts come first up to their share, which of probes is one in four: a job that always
+-- fails cannot keep others from being tried. dispatch_lease_ready and dispatch_lease_taken serve it.
 WITH open_lane AS MATERIALIZED (
     SELECT asked.*, lane.probe_at IS NOT NULL AS is_probe, flying.retries,
         CASE WHEN asked.rate IS NOT NULL THEN LEAST(GREATEST(asked.rate, 1),
@@ -99,6 +116,8 @@ WITH open_lane AS MATERIALIZED (
             AND dispatch_lease.namespace = asked.namespace
             AND dispatch_lease.endpoint_key = asked.endpoint_key
     ) flying
+    WHERE NOT EXISTS (SELECT FROM namespace_fence fence
+        WHERE fence.namespace = asked.namespace AND fence.is_halted)
 ), room AS MATERIALIZED (
     SELECT namespace, endpoint_key, cap, rate, is_probe, retries, tokens,
         LEAST(free, floor(tokens)::int) AS jobs
@@ -154,16 +173,25 @@ WITH open_lane AS MATERIALIZED (
         dispatch_lease.is_probe, dispatch_lease.spared,
         extract(epoch FROM orbit_now() - due.due_at)::float8 AS queue_seconds
 )
-SELECT namespace, job_id::text, cycle_id::text, endpoint_key, lease_number, attempt, is_probe,
-    spared, queue_seconds
+SELECT array_agg(namespace) AS namespace, array_agg(job_id::text) AS job_id,
+    array_agg(cycle_id::text) AS cycle_id, array_agg(endpoint_key) AS endpoint_key,
+    array_agg(lease_number) AS lease_number, array_agg(attempt) AS attempt,
+    array_agg(is_probe) AS is_probe, array_agg(spared) AS spared,
+    array_agg(queue_seconds) AS queue_seconds
 FROM claimed;
 
 -- name: claimed_jobs
--- What jobs are, with their bytes if there are few. The bounds leave out the partitions that hold
--- none of them, however many there are; OFFSET 0 keeps the look-ups what they are, one by its
--- whole key for each job, whatever the planner believes of the tables' sizes.
-SELECT job.job_id::text, job.snapshot_id, job.digest, job.content_type, job.size,
-    job.max_attempts, run.profile_id, run.run_profile_id, run.traceparent, payload.content
+-- What jobs are, with their bytes if there are few, one after the other: in one row, since rows
+-- come in pieces that the reader is woken for. The bounds leave out the partitions that hold none,
+-- however many there are; OFFSET 0 keeps the look-ups what they are, one by its whole key for each
+-- job, whatever the planner believes of the tables' sizes.
+SELECT array_agg(job.job_id::text) AS job_id, array_agg(job.snapshot_id) AS snapshot_id,
+    array_agg(job.digest) AS digest, array_agg(job.content_type) AS content_type,
+    array_agg(job.size) AS size, array_agg(job.max_attempts) AS max_attempts,
+    array_agg(run.profile_id) AS profile_id, array_agg(run.run_profile_id) AS run_profile_id,
+    array_agg(run.traceparent) AS traceparent,
+    array_agg(octet_length(payload.content)) AS length,
+    string_agg(payload.content, '') AS contents
 FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[]) AS claimed (namespace, job_id)
 CROSS JOIN LATERAL (
     SELECT * FROM dispatch_job
@@ -251,31 +279,28 @@ FROM expired CROSS JOIN LATERAL (
 -- name: settle_jobs
 -- Moves on the leases that are still their worker's: done (delivered, or dead with its cause)
 -- they go, else they wait for the next attempt. Counts the done ones in their cycles. Locks the
--- jobs' leases in key order, then those of the cycles in key order.
+-- jobs' leases, then those of the cycles in key order: what is retried is counted only because a
+-- change that nobody reads comes last.
 WITH result AS MATERIALIZED (
     SELECT * FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(lease_number)s::int[],
         %(node_id)s::uuid[], %(attempt)s::int[], %(size)s::int[], %(retry_seconds)s::float8[],
         %(cause)s::text[])
         AS result (namespace, job_id, lease_number, node_id, attempt, size, retry_seconds, cause)
-), mine AS MATERIALIZED (
-    SELECT result.* FROM dispatch_lease lease JOIN result
-        ON lease.namespace = result.namespace AND lease.job_id = result.job_id
-        AND lease.lease_number = result.lease_number AND lease.node_id = result.node_id
-    ORDER BY lease.namespace, lease.job_id
-    FOR UPDATE OF lease
 ), done AS (
-    DELETE FROM dispatch_lease USING mine
-    WHERE dispatch_lease.namespace = mine.namespace AND dispatch_lease.job_id = mine.job_id
-        AND mine.retry_seconds IS NULL
-    RETURNING dispatch_lease.namespace, dispatch_lease.job_id, dispatch_lease.cycle_id,
-        dispatch_lease.endpoint_key, dispatch_lease.is_requeued, mine.attempt, mine.size,
-        mine.cause
+    DELETE FROM dispatch_lease lease USING result
+    WHERE lease.namespace = result.namespace AND lease.job_id = result.job_id
+        AND lease.lease_number = result.lease_number AND lease.node_id = result.node_id
+        AND result.retry_seconds IS NULL
+    RETURNING lease.namespace, lease.job_id, lease.cycle_id, lease.endpoint_key,
+        lease.is_requeued, result.attempt, result.size, result.cause
 ), retried AS (
-    UPDATE dispatch_lease SET node_id = NULL, is_retry = true,
-        due_at = orbit_now() + mine.retry_seconds * interval '1 second'
-    FROM mine
-    WHERE dispatch_lease.namespace = mine.namespace AND dispatch_lease.job_id = mine.job_id
-        AND mine.retry_seconds IS NOT NULL
+    UPDATE dispatch_lease lease SET node_id = NULL, is_retry = true,
+        due_at = orbit_now() + result.retry_seconds * interval '1 second'
+    FROM result
+    WHERE lease.namespace = result.namespace AND lease.job_id = result.job_id
+        AND lease.lease_number = result.lease_number AND lease.node_id = result.node_id
+        AND result.retry_seconds IS NOT NULL
+    RETURNING 1
 ), dead AS (
     INSERT INTO dead_letter_dispatch (namespace, job_id, cycle_id, endpoint_key, cause, attempts)
     SELECT namespace, job_id, cycle_id, endpoint_key, cause, attempt FROM done
@@ -288,6 +313,7 @@ WITH result AS MATERIALIZED (
 ), held AS MATERIALIZED (
     SELECT lease.namespace, lease.cycle_id FROM cycle_lease lease
     JOIN counted ON counted.namespace = lease.namespace AND counted.cycle_id = lease.cycle_id
+    WHERE (SELECT count(*) FROM retried) >= 0
     ORDER BY lease.namespace, lease.cycle_id
     FOR NO KEY UPDATE OF lease
 )

@@ -35,6 +35,21 @@ SELECT orbit_create_partitions(orbit_now() + interval '21 days') AS made;
 SELECT orbit_refresh_statistics() AS refreshed;
 
 -- name: drop_partitions
--- The partitions of one fact that are older than its retention.
-SELECT orbit_drop_partitions(%(fact)s::regclass,
-    orbit_now() - %(days)s * interval '1 day') AS dropped;
+-- The partitions of one fact that are older than its retention, and the entry that declares it:
+-- verification takes nothing else for retired. One statement, so that nobody is left holding the
+-- fact's lock while the entry waits for its log's head.
+WITH bounded AS MATERIALIZED (
+    SELECT set_config('lock_timeout', '2s', true) AS milliseconds
+), done AS MATERIALIZED (
+    SELECT orbit_drop_partitions(%(fact)s::regclass, orbit_now() - %(days)s * interval '1 day')
+        AS dropped
+    FROM bounded WHERE milliseconds IS NOT NULL
+), declared AS MATERIALIZED (
+    SELECT orbit_append_audit(ARRAY['*'], ARRAY[format('{"action":"facts.retired",'
+        '"actor":"janitor","detail":{"before":"%%sT00:00:00Z","partitions":%%s,"table":"%%s"},'
+        '"reason":"ORBIT_FACT_RETENTION_DAYS=%%s","subject":"%%s"}',
+        to_char(to_date(right(dropped[cardinality(dropped)], 8), 'YYYYMMDD') + 7, 'YYYY-MM-DD'),
+        cardinality(dropped), %(fact)s::text, %(days)s::int, %(fact)s::text)]) IS NOT NULL AS is_told
+    FROM done WHERE cardinality(dropped) > 0
+)
+SELECT dropped, (SELECT is_told FROM declared) AS is_told FROM done;

@@ -10,16 +10,21 @@ SELECT (SELECT max(version_num) FROM alembic_version) AS schema_revision;
 SELECT namespace, cycle_id, run_profile_id FROM cycle_run
 WHERE cycle_id < %(before)s::uuid ORDER BY cycle_id DESC LIMIT %(count)s;
 
--- name: cycle_window_of_namespace
--- The same in one namespace. The primary key serves it.
-SELECT namespace, cycle_id, run_profile_id FROM cycle_run
-WHERE namespace = %(namespace)s AND cycle_id < %(before)s::uuid
-ORDER BY cycle_id DESC LIMIT %(count)s;
+-- name: cycle_window_of_namespaces
+-- The same in some namespaces. The primary key serves it, once for each.
+SELECT found.* FROM unnest(%(namespaces)s::text[]) AS asked (namespace)
+CROSS JOIN LATERAL (
+    SELECT namespace, cycle_id, run_profile_id FROM cycle_run
+    WHERE cycle_run.namespace = asked.namespace AND cycle_id < %(before)s::uuid
+    ORDER BY cycle_id DESC LIMIT %(count)s
+) found
+ORDER BY found.cycle_id DESC LIMIT %(count)s;
 
 -- name: cycle_window_of_running
 -- The same of active cycles only: those that have a lease.
 SELECT namespace, cycle_id, run_profile_id FROM cycle_lease
-WHERE cycle_id < %(before)s::uuid AND (%(namespace)s::text IS NULL OR namespace = %(namespace)s)
+WHERE cycle_id < %(before)s::uuid
+    AND (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s))
 ORDER BY cycle_id DESC LIMIT %(count)s;
 
 -- name: cycle_summaries
@@ -43,6 +48,10 @@ SELECT run.cycle_id AS cycle_run_id, run.namespace, run.profile_id,
 FROM cycle_run run
 JOIN initiation ON initiation.namespace = run.namespace AND initiation.cycle_id = run.cycle_id
 WHERE run.cycle_id = %(cycle_id)s::uuid;
+
+-- name: cycle_namespace
+-- Which namespace a cycle is in. cycle_run_newest serves it.
+SELECT namespace FROM cycle_run WHERE cycle_id = %(cycle_id)s::uuid;
 
 -- name: cycle_reruns
 -- The cycles that were started in place of a failed one: they are younger than it.
@@ -114,6 +123,20 @@ WHERE (slot_at, namespace, run_profile_id)
     < (%(slot_at)s::timestamptz, %(namespace)s, %(run_profile_id)s)
 ORDER BY slot_at DESC, namespace DESC, run_profile_id DESC LIMIT %(count)s;
 
+-- name: slot_window_of_namespaces
+-- The same in some namespaces. schedule_slot_of_namespace serves it, once for each.
+SELECT found.* FROM unnest(%(namespaces)s::text[]) AS asked (namespace)
+CROSS JOIN LATERAL (
+    SELECT namespace, run_profile_id, slot_at, outcome, reason, cycle_id AS cycle_run_id,
+        decided_at
+    FROM schedule_slot slot
+    WHERE slot.namespace = asked.namespace AND slot_at <= %(slot_at)s::timestamptz
+        AND (slot_at, slot.namespace, run_profile_id)
+            < (%(slot_at)s::timestamptz, %(namespace)s, %(run_profile_id)s)
+    ORDER BY slot_at DESC, run_profile_id DESC LIMIT %(count)s
+) found
+ORDER BY found.slot_at DESC, found.namespace DESC, found.run_profile_id DESC LIMIT %(count)s;
+
 -- name: last_slots
 -- The last slot of each given schedule. The primary key serves it.
 SELECT asked.namespace, asked.run_profile_id, last.slot_at, last.outcome, last.reason,
@@ -129,6 +152,7 @@ CROSS JOIN LATERAL (
 -- name: schedules
 -- Every schedule, and when its next slot is to be decided.
 SELECT namespace, run_profile_id, NULLIF(due_at, 'infinity') AS due_at FROM schedule
+WHERE (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s))
 ORDER BY schedule.due_at, namespace, run_profile_id;
 
 -- name: dead_letter_window
@@ -148,6 +172,29 @@ LEFT JOIN LATERAL (
 WHERE (dead.created_at, dead.job_id) < (%(before_at)s::timestamptz, %(before)s::uuid)
 ORDER BY dead.created_at DESC, dead.job_id DESC LIMIT %(count)s;
 
+-- name: dead_letter_window_of_namespaces
+-- The same in some namespaces. dead_letter_dispatch_of_namespace serves it, once for each.
+SELECT dead.namespace, dead.job_id, dead.cycle_id, dead.endpoint_key, dead.cause,
+    dead.created_at, decided.decision IS NULL AS is_open,
+    (SELECT NULLIF(run_profile_id, '') FROM cycle_run
+        WHERE cycle_run.namespace = dead.namespace
+            AND cycle_run.cycle_id = dead.cycle_id) AS run_profile_id
+FROM unnest(%(namespaces)s::text[]) AS asked (namespace)
+CROSS JOIN LATERAL (
+    SELECT namespace, job_id, cycle_id, endpoint_key, cause, created_at
+    FROM dead_letter_dispatch letter
+    WHERE letter.namespace = asked.namespace
+        AND (created_at, job_id) < (%(before_at)s::timestamptz, %(before)s::uuid)
+    ORDER BY created_at DESC, job_id DESC LIMIT %(count)s
+) dead
+LEFT JOIN LATERAL (
+    SELECT decision FROM dead_letter_decision
+    WHERE dead_letter_decision.namespace = dead.namespace
+        AND dead_letter_decision.job_id = dead.job_id
+    LIMIT 1
+) decided ON true
+ORDER BY dead.created_at DESC, dead.job_id DESC LIMIT %(count)s;
+
 -- name: dead_letter_groups
 -- The open dead letters by namespace, endpoint and cause, the most first. It reads them all.
 SELECT dead.namespace, dead.endpoint_key, dead.cause, count(*)::int AS open,
@@ -156,7 +203,7 @@ SELECT dead.namespace, dead.endpoint_key, dead.cause, count(*)::int AS open,
             AND receipt.outcome = 'unknown'))::int AS may_have_arrived,
     min(dead.created_at) AS oldest_at, max(dead.created_at) AS newest_at
 FROM dead_letter_dispatch dead
-WHERE (%(namespace)s::text IS NULL OR dead.namespace = %(namespace)s)
+WHERE (%(namespaces)s::text[] IS NULL OR dead.namespace = ANY (%(namespaces)s))
     AND NOT EXISTS (SELECT FROM dead_letter_decision decision
         WHERE decision.namespace = dead.namespace AND decision.job_id = dead.job_id)
 GROUP BY dead.namespace, dead.endpoint_key, dead.cause
@@ -211,6 +258,19 @@ LEFT JOIN requeue_batch_end ended
     ON ended.namespace = batch.namespace AND ended.batch_id = batch.batch_id
 WHERE batch.batch_id < %(before)s::uuid ORDER BY batch.batch_id DESC LIMIT %(count)s;
 
+-- name: requeue_window_of_namespaces
+-- The same in some namespaces. The primary key serves it, once for each.
+SELECT batch.namespace, batch.batch_id, COALESCE(ended.state, 'running') AS state
+FROM unnest(%(namespaces)s::text[]) AS asked (namespace)
+CROSS JOIN LATERAL (
+    SELECT namespace, batch_id FROM requeue_batch
+    WHERE requeue_batch.namespace = asked.namespace AND batch_id < %(before)s::uuid
+    ORDER BY batch_id DESC LIMIT %(count)s
+) batch
+LEFT JOIN requeue_batch_end ended
+    ON ended.namespace = batch.namespace AND ended.batch_id = batch.batch_id
+ORDER BY batch.batch_id DESC LIMIT %(count)s;
+
 -- name: requeue_batches
 -- Given bulk requeues, newest first, how far they are, and how many jobs those that have ended
 -- had; the jobs of the others are counted by requeues.tally. The primary keys serve it.
@@ -250,12 +310,16 @@ FROM node ORDER BY started_at LIMIT 200;
 -- name: active_cycles
 -- How many cycles are active, counted up to 10,000.
 SELECT count(*)::int AS active, count(*) FILTER (WHERE is_waiting)::int AS waiting
-FROM (SELECT is_waiting FROM cycle_lease LIMIT 10000) live;
+FROM (SELECT is_waiting FROM cycle_lease
+    WHERE (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s))
+    LIMIT 10000) live;
 
 -- name: active_stages
 -- The stages at which up to 1,000 active cycles are. The primary keys serve it.
 SELECT last.stage, count(*)::int AS cycles
-FROM (SELECT namespace, cycle_id FROM cycle_lease LIMIT 1000) live
+FROM (SELECT namespace, cycle_id FROM cycle_lease
+    WHERE (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s))
+    LIMIT 1000) live
 LEFT JOIN LATERAL (
     SELECT stage FROM cycle_checkpoint checkpoint
     WHERE checkpoint.namespace = live.namespace AND checkpoint.cycle_id = live.cycle_id
@@ -264,7 +328,8 @@ LEFT JOIN LATERAL (
 GROUP BY last.stage;
 
 -- name: waiting_lanes
--- The lanes with jobs to send, up to 200: a loose scan of dispatch_lease_ready.
+-- The lanes with jobs to send, up to 200 in the namespaces asked for: a loose scan of
+-- dispatch_lease_ready.
 WITH RECURSIVE lanes AS (
     (SELECT namespace, endpoint_key FROM dispatch_lease WHERE node_id IS NULL
     ORDER BY namespace, endpoint_key LIMIT 1)
@@ -276,12 +341,14 @@ WITH RECURSIVE lanes AS (
         ORDER BY namespace, endpoint_key LIMIT 1
     ) next
 )
-SELECT namespace, endpoint_key FROM lanes LIMIT 200;
+SELECT namespace, endpoint_key FROM lanes
+WHERE (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s)) LIMIT 200;
 
 -- name: lane_window
 -- The lanes after one, in the order of their key. The primary key serves it.
 SELECT namespace, endpoint_key FROM lane
 WHERE (namespace, endpoint_key) > (%(namespace)s, %(endpoint_key)s)
+    AND (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s))
 ORDER BY namespace, endpoint_key LIMIT %(count)s;
 
 -- name: lane_states
@@ -370,7 +437,9 @@ SELECT (SELECT count(probe_at) FROM (SELECT probe_at FROM lane LIMIT 10000) lane
 -- name: in_flight
 -- How many attempts are on the wire, counted up to 10,000. dispatch_lease_taken serves it.
 SELECT count(*)::int AS attempts
-FROM (SELECT FROM dispatch_lease WHERE node_id IS NOT NULL LIMIT 10000) taken;
+FROM (SELECT FROM dispatch_lease WHERE node_id IS NOT NULL
+    AND (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s))
+    LIMIT 10000) taken;
 
 -- name: unreadable_jobs
 -- Of up to 100,000 jobs under way those whose snapshot is encrypted under none of the given keys,
@@ -390,7 +459,9 @@ GROUP BY lease.endpoint_key, fingerprint ORDER BY lease.endpoint_key, fingerprin
 -- name: open_dead_letters
 -- How many of the newest 5,000 dead letters nobody has decided on.
 SELECT count(*)::int AS open FROM (
-    SELECT namespace, job_id FROM dead_letter_dispatch ORDER BY job_id DESC LIMIT 5000
+    SELECT namespace, job_id FROM dead_letter_dispatch
+    WHERE (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s))
+    ORDER BY job_id DESC LIMIT 5000
 ) dead
 WHERE NOT EXISTS (SELECT FROM dead_letter_decision decision
     WHERE decision.namespace = dead.namespace AND decision.job_id = dead.job_id);
@@ -404,6 +475,7 @@ SELECT recent.cycle_id AS cycle_run_id, recent.namespace,
 FROM (
     SELECT namespace, cycle_id, run_profile_id FROM cycle_run
     WHERE cycle_id >= orbit_first_id(orbit_now() - interval '24 hours')
+        AND (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s))
     ORDER BY cycle_id DESC LIMIT 1000
 ) recent
 CROSS JOIN LATERAL (
@@ -419,7 +491,8 @@ ORDER BY recent.cycle_id DESC LIMIT 5;
 SELECT * FROM (
     SELECT namespace, NULLIF(run_profile_id, '') AS run_profile_id, slot_at, outcome, reason,
         cycle_id AS cycle_run_id, decided_at
-    FROM schedule_slot ORDER BY slot_at DESC LIMIT 1000
+    FROM schedule_slot WHERE (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s))
+    ORDER BY slot_at DESC LIMIT 1000
 ) recent
 WHERE outcome <> 'fired' LIMIT 20;
 
@@ -445,3 +518,32 @@ SELECT DISTINCT ON (run_profile_id) namespace, run_profile_id, cycle_id FROM (
     ORDER BY cycle_id DESC LIMIT 5000
 ) recent
 WHERE run_profile_id <> '' ORDER BY run_profile_id, cycle_id DESC;
+
+-- name: halted_namespaces
+-- The namespaces that are halted, with why. namespace_fence_halted serves it.
+SELECT status.namespace, status.epoch, status.halted_at, status.until_at, status.reason,
+    status.actor, status.resume_asked_by
+FROM namespace_status status
+JOIN namespace_fence fence ON fence.namespace = status.namespace
+WHERE fence.is_halted
+    AND (%(namespaces)s::text[] IS NULL OR fence.namespace = ANY (%(namespaces)s))
+ORDER BY status.namespace LIMIT 200;
+
+-- name: namespace_state
+-- One namespace, if it was ever halted.
+SELECT namespace, state, epoch, halted_at, until_at, reason, actor, resume_asked_by,
+    resume_asked_at, resumed_at
+FROM namespace_status WHERE namespace = %(namespace)s;
+
+-- name: namespace_halts
+-- A namespace's halts before an epoch, newest first, each with how it ended.
+SELECT halt.epoch, halt.created_at AS halted_at, halt.reason, halt.actor, halt.until_at,
+    asked.actor AS resume_asked_by, resumed.created_at AS resumed_at, resumed.cause AS ended_by,
+    resumed.actor AS resumed_by, resumed.reason AS resume_reason
+FROM namespace_halt halt
+LEFT JOIN namespace_resume asked ON asked.namespace = halt.namespace
+    AND asked.epoch = halt.epoch AND asked.step = 'asked'
+LEFT JOIN namespace_resume resumed ON resumed.namespace = halt.namespace
+    AND resumed.epoch = halt.epoch AND resumed.step = 'resumed'
+WHERE halt.namespace = %(namespace)s AND halt.epoch < %(before)s::bigint
+ORDER BY halt.epoch DESC LIMIT %(count)s;

@@ -3,7 +3,7 @@
 --
 -- To be run in one transaction, in this order: what may change leases or drop facts is locked out
 -- first (configuration, partitions, then requeue_lease, dispatch_lease and cycle_lease, as
--- everywhere).
+-- everywhere). Fences are not: a namespace can be halted at any time.
 -- These statements read whole tables; they are for a bad day, not for every day.
 
 -- name: prepare
@@ -118,6 +118,13 @@ WHERE cycle_lease.namespace = counted.namespace AND cycle_lease.cycle_id = count
 -- The cycles whose jobs are all done: nobody else would end them.
 SELECT namespace, cycle_id FROM cycle_lease WHERE outstanding = 0 ORDER BY namespace, cycle_id;
 
+-- name: rebuild_heads
+-- Forgets heads of the audit trail that do not name their log's last entry; the next act makes
+-- them anew from it. Entries that were cut off do not come back: verification says so.
+DELETE FROM audit_head head
+WHERE (head.seq, head.hash) IS DISTINCT FROM (SELECT (entry.seq, entry.hash)
+    FROM audit_trail_entry entry WHERE entry.log = head.log ORDER BY entry.seq DESC LIMIT 1);
+
 -- name: rebuild_requeues
 -- A bulk requeue that has not ended goes on from its first dead letter: those that it brought
 -- back are decided. Its canaries are looked at again.
@@ -133,3 +140,20 @@ WHERE NOT EXISTS (SELECT FROM requeue_batch_end ended
     AND NOT EXISTS (SELECT FROM requeue_lease lease
         WHERE lease.namespace = batch.namespace AND lease.batch_id = batch.batch_id)
 ORDER BY batch.namespace, batch.batch_id;
+
+-- name: rebuild_fences
+-- A namespace is halted if its last halt has not ended, until when the longest of the halts
+-- since the last end said.
+INSERT INTO namespace_fence (namespace, epoch, is_halted, until_at)
+SELECT last.namespace, last.epoch, last.is_halted, CASE WHEN last.is_halted THEN (
+    SELECT CASE WHEN bool_and(halt.until_at IS NOT NULL) THEN max(halt.until_at) END
+    FROM namespace_halt halt WHERE halt.namespace = last.namespace AND halt.epoch > COALESCE(
+        (SELECT max(resumed.epoch) FROM namespace_resume resumed
+        WHERE resumed.namespace = last.namespace AND resumed.step = 'resumed'), 0)) END
+FROM (
+    SELECT halt.namespace, max(halt.epoch) AS epoch, NOT EXISTS (
+        SELECT FROM namespace_resume resumed WHERE resumed.namespace = halt.namespace
+            AND resumed.step = 'resumed' AND resumed.epoch = max(halt.epoch)) AS is_halted
+    FROM namespace_halt halt GROUP BY halt.namespace
+) last
+ON CONFLICT DO NOTHING;

@@ -21,10 +21,12 @@ SELECT namespace, batch_id, orbit_now(), CASE WHEN canary > 0 THEN 'canary' ELSE
 FROM batch;
 
 -- name: claim_batch
--- The batch that is due first, for a lease length, with how far it is. One whose worker is gone
--- is due again by itself. requeue_lease_due serves it.
+-- The batch that is due first, for a lease length, with how far it is; of a halted namespace
+-- none. One whose worker is gone is due again by itself. requeue_lease_due serves it.
 WITH due AS (
     SELECT namespace, batch_id FROM requeue_lease WHERE due_at <= orbit_now()
+        AND NOT EXISTS (SELECT FROM namespace_fence fence
+            WHERE fence.namespace = requeue_lease.namespace AND fence.is_halted)
     ORDER BY due_at LIMIT 1 FOR UPDATE SKIP LOCKED
 ), claimed AS (
     UPDATE requeue_lease lease SET lease_number = lease.lease_number + 1,
@@ -35,15 +37,18 @@ WITH due AS (
         lease.after_job_id, lease.watched_from, lease.is_exhausted, lease.stepped_at
 )
 SELECT namespace, batch_id, batch.endpoint_key, batch.cause, batch.run_profile_id, batch.since_at,
-    batch.until_at, batch.reason, batch.snapshot, batch.canary, batch.rate, batch.is_stopping,
-    batch.size_limit, claimed.lease_number, claimed.phase, claimed.requeued, claimed.after_job_id,
+    batch.until_at, batch.reason, batch.asked_by, batch.snapshot, batch.canary, batch.rate,
+    batch.is_stopping, batch.size_limit, claimed.lease_number, claimed.phase, claimed.requeued, claimed.after_job_id,
     claimed.watched_from, claimed.is_exhausted,
     extract(epoch FROM orbit_now() - claimed.stepped_at)::float8 AS elapsed_seconds
 FROM claimed JOIN requeue_batch batch USING (namespace, batch_id);
 
 -- name: next_due
--- In how many seconds the next step is due. requeue_lease_due serves it.
+-- In how many seconds the next step is due, of namespaces that are not halted.
+-- requeue_lease_due serves it.
 SELECT extract(epoch FROM due_at - orbit_now())::float8 AS seconds FROM requeue_lease
+WHERE NOT EXISTS (SELECT FROM namespace_fence fence
+    WHERE fence.namespace = requeue_lease.namespace AND fence.is_halted)
 ORDER BY due_at LIMIT 1;
 
 -- name: tally

@@ -1,0 +1,1 @@
+"""The audit trail: entries chained by hash, sealed facts, checkpoints, and their verification."""

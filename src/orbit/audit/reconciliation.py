@@ -1,0 +1,141 @@
+"""Reconciliation: every governed change has its entry, and every entry its change.
+
+What is governed is declared here, a line each: the statement that reads the changes (log, key,
+instant), and the action that an entry about one has. A change from before the trail began has no
+entry; how many of those there were stands in the trail's first one. Counts, so that a change that
+is dated back shows too. What entries say comes from the walk along them, so it was hashed. Re-runs
+that retention dropped are left out of both.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from psycopg import Connection
+from psycopg.rows import TupleRow, tuple_row
+
+from orbit.audit.retirement import Retirement
+from orbit.audit.trail import INSTALLATION, SQL
+from orbit.audit.walk import Told
+
+
+@dataclass(frozen=True, slots=True)
+class Governed:
+    """A kind of change: the table it is in, the action of its entry, and how it is read."""
+
+    table: str
+    action: str
+    changes: bytes
+
+
+_RERUN = "cycle.rerun"
+GOVERNED = (
+    Governed("cycle_run", _RERUN, SQL.reruns),
+    Governed("config_activation", "configuration.activated", SQL.activations),
+    Governed("dead_letter_decision", "dead_letter.requeued", SQL.requeue_decisions),
+    Governed("dead_letter_decision", "dead_letter.discarded", SQL.discard_decisions),
+    Governed("requeue_batch", "requeue.begun", SQL.begun_requeues),
+    Governed("requeue_batch_end", "requeue.cancelled", SQL.cancelled_requeues),
+    Governed("namespace_halt", "halt", SQL.halts),
+    Governed("namespace_resume", "resume.asked", SQL.asked_resumptions),
+    Governed("namespace_resume", "resume", SQL.resumptions),
+    Governed("namespace_resume", "resume.until", SQL.timed_resumptions),
+    Governed("governance_setting", "setting", SQL.made_settings),
+    Governed("access_key", "key.created", SQL.created_keys),
+    Governed("access_key_end", "key.rotated", SQL.rotated_keys),
+    Governed("access_key_end", "key.revoked", SQL.revoked_keys),
+)
+
+
+ACTIONS = frozenset(kind.action for kind in GOVERNED)
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A change without its entry (no `seq`), or an entry without its change."""
+
+    log: str
+    seq: int | None
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """When the trail began, and how many governed changes and undated facts there were then."""
+
+    at: datetime
+    changes: Mapping[str, int]
+    undated: Mapping[str, int]
+
+
+def beginning(told: Told) -> Beginning:
+    """What the trail's first entry says. Raises KeyError, ValueError or TypeError."""
+    counts = dict(told.act.get("detail", {}))
+    undated = counts.pop("undated", {})
+    return Beginning(datetime.fromisoformat(told.at), counts, undated)
+
+
+def reconcile(
+    connection: Connection[TupleRow],
+    told: Mapping[str, Sequence[Told]],
+    begun: Beginning | None,
+    retirement: Retirement,
+    log: str | None = None,
+) -> Iterator[Mismatch]:
+    """Every mismatch, in all logs or one; `told` has the entries that were asked for, by log."""
+    declared: dict[tuple[str, str, str], int] = {}
+    for name, seq, action, subject in _declared(told):
+        if (action, name, subject) in declared:
+            yield Mismatch(name, seq, f"{action}: a second entry about {subject}")
+        declared[action, name, subject] = seq
+    old: Counter[str] = Counter()
+    for kind in GOVERNED:
+        for name, subject, at in _fetch(connection, kind.changes, {"log": log}):
+            if declared.pop((kind.action, name, subject), 0):
+                continue
+            if begun is not None and at < begun.at:
+                old[kind.table] += 1
+            else:
+                what = f"{kind.table} {subject} has no entry {kind.action}"
+                yield Mismatch(name, None, what)
+    for (action, name, subject), seq in declared.items():
+        if action != _RERUN or not retirement.covers("cycle_run", subject):
+            yield Mismatch(name, seq, f"{action}: what it is about ({subject}) is not there")
+    if log is None:
+        yield from _dated_back(old, begun.changes if begun else {}, retirement)
+
+
+def _dated_back(
+    old: Counter[str], before: Mapping[str, int], retirement: Retirement
+) -> Iterator[Mismatch]:
+    for table in sorted(old.keys() | before.keys()):
+        is_fewer = old[table] < before.get(table, 0) and table in retirement.before
+        if old[table] != before.get(table, 0) and not is_fewer:
+            yield Mismatch(
+                INSTALLATION,
+                1,
+                f"{table} had {before.get(table, 0)} changes when the trail began, "
+                f"and has {old[table]} of that time now",
+            )
+
+
+def _declared(told: Mapping[str, Sequence[Told]]) -> Iterator[tuple[str, int, str, str]]:
+    """What entries say was changed: log, number, action and key, one for each of several."""
+    for log, entries in told.items():
+        for entry in entries:
+            if entry.act["action"] not in ACTIONS:
+                continue
+            detail = entry.act.get("detail") or {}
+            for subject in detail.get("subjects", [entry.act.get("subject")]):
+                yield log, entry.seq, entry.act["action"], str(subject)
+
+
+def _fetch(
+    connection: Connection[TupleRow], query: bytes, params: dict[str, Any]
+) -> list[tuple[Any, ...]]:
+    with connection.cursor(row_factory=tuple_row) as cursor:
+        return cursor.execute(query, params).fetchall()

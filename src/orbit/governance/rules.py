@@ -1,0 +1,71 @@
+"""The rules of a namespace, kept as facts: the newest version of a setting is in force.
+
+A namespace without a setting of its own follows that of all, "*". A rule that guards the end of
+a halt is not loosened while it guards one: that would be the way around it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from orbit.audit import trail
+from orbit.audit.trail import Act
+from orbit.database.pool import Connection, Database
+from orbit.database.queries import load
+from orbit.errors import NamespaceHalted
+from orbit.vocabulary import is_drill
+
+if TYPE_CHECKING:
+    from orbit.governance.halt import Order
+
+SQL = load("halt")
+ALL = "*"
+TWO_PERSON_RESUME = "two_person_resume"
+
+
+async def needs_two_persons(connection: Connection, namespace: str) -> bool:
+    """Whether a halt of the namespace ends only when two persons agree; a drill's never."""
+    if is_drill(namespace):
+        return False
+    asked = {"namespace": namespace, "setting": TWO_PERSON_RESUME}
+    row = await (await connection.execute(SQL.setting, asked)).fetchone()
+    return row is not None and row["value"] is True
+
+
+async def set_two_persons(
+    database: Database, node_id: str, order: Order, *, is_wanted: bool
+) -> None:
+    """Makes the rule of a namespace, or of all ("*").
+
+    Raises NamespaceHalted if it would loosen a halt in force.
+    """
+    async with database.apart() as connection, connection.transaction():
+        await _write(connection, node_id, order, is_wanted=is_wanted)
+
+
+async def _write(connection: Connection, node_id: str, order: Order, *, is_wanted: bool) -> None:
+    await connection.execute(SQL.bound_locks)
+    await connection.execute(SQL.hold_settings)
+    if not is_wanted:
+        cursor = await connection.execute(SQL.hold_halted, {"namespace": order.namespace})
+        if (row := await cursor.fetchone()) is not None:
+            raise NamespaceHalted(
+                f"namespace {row['namespace']} is halted: how it may resume is not loosened now",
+                namespace=row["namespace"],
+            )
+    row = {
+        "namespace": order.namespace,
+        "setting": TWO_PERSON_RESUME,
+        "value": json.dumps(is_wanted),
+        "reason": order.reason,
+        "actor": order.actor,
+        "actor_id": order.actor_id,
+        "node_id": node_id,
+    }
+    made = await (await connection.execute(SQL.insert_setting, row)).fetchone()
+    assert made is not None
+    subject = f"{TWO_PERSON_RESUME}/{made['version']}"
+    detail = {"value": is_wanted}
+    act = Act(order.namespace, "setting", order.actor, order.reason, subject, detail)
+    await trail.append(connection, act)

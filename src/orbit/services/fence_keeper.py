@@ -1,0 +1,57 @@
+"""The fence keeper: hears of halts, and ends those whose time is over.
+
+Every node that works looks once a poll length, at the halted namespaces only. What it hears is
+handed on at once: what was claimed before a halt and has not begun is given back. The proof of a
+halt does not rest on it (`governance/halt`). That a halt ends at its time does: while no node is
+up, nobody ends it, and nothing is sent either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from psycopg.errors import LockNotAvailable
+
+from orbit.database.pool import Database
+from orbit.database.queries import load
+from orbit.governance.fence import Fences
+from orbit.governance.halt import Brake
+from orbit.services.base import Service
+
+SQL = load("halt")
+
+
+class FenceKeeper(Service):
+    """Keeps a node's fences; `on_halted` is called when a halt was heard of."""
+
+    name = "fence_keeper"
+
+    def __init__(
+        self,
+        database: Database,
+        fences: Fences,
+        brake: Brake,
+        *,
+        poll_seconds: float,
+        on_halted: Callable[[], Awaitable[None]],
+    ) -> None:
+        super().__init__(database)
+        self._fences, self._brake = fences, brake
+        self._poll_seconds, self._on_halted = poll_seconds, on_halted
+
+    async def run_once(self) -> float:
+        """One look; rests for a poll length, or until woken by a change made here."""
+        rows = await self._database.fetch_all(SQL.halted)
+        if self._fences.learn(rows):
+            await self._on_halted()
+        for row in rows:
+            if row["is_over"]:
+                await self._end(row["namespace"])
+        return self._poll_seconds
+
+    async def _end(self, namespace: str) -> None:
+        """One that cannot be ended now keeps no other from its end."""
+        try:
+            await self._brake.resume_by_time(namespace)
+        except LockNotAvailable:
+            self._log.warning("halt_not_ended", namespace=namespace, reason="another is at it")

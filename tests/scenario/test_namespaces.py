@@ -1,0 +1,399 @@
+"""No key reaches out of its namespaces: by id, by filter, by reference, by crafted names.
+
+`sea` is the namespace of the bound keys; `secret-moon` is the one that must not exist for them. A
+foreign thing gets the very answer of a thing that there isn't.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+from aiohttp import web
+
+from orbit.api.access import declared_scopes
+from orbit.api.application import create_application
+from orbit.app import Node
+from orbit.governance.halt import Order
+from orbit.reading.view import cursor_of
+from tests.scenario.access import asking, key_of
+from tests.scenario.conftest import (
+    Arrival,
+    Configure,
+    Facts,
+    MakeNode,
+    Receiver,
+    ended,
+    policy,
+    profile,
+    run_profile,
+    until,
+)
+
+LISTS = ("/cycles", "/slots", "/dead-letters", "/dead-letters/requeues", "/lanes")
+UNKNOWN = "01890000-0000-7000-8000-000000000000"
+OWN, FOREIGN = "sea", "secret-moon"
+PAYLOAD = "payload-that-a-viewer-may-not-see"
+_SLOT = (
+    b"INSERT INTO schedule_slot (namespace, run_profile_id, slot_at, outcome, reason, node_id)"
+    b" VALUES (%s, %s, orbit_now(), 'missed', 'why', %s)"
+)
+TOKEN = "token-that-nobody-may-see"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A node where both namespaces have had everything, and the ids of the foreign ones."""
+
+    node: Node
+    cycle_id: str
+    job_id: str
+    batch_id: str
+    own_cycle_id: str
+    own_job_id: str
+    own_batch_id: str
+    foreign_key_id: str
+
+
+@pytest.fixture
+async def scene(make_node: MakeNode, configure: Configure, receiver: Receiver) -> Scene:
+    """Both namespaces: a run profile with a slot, a dead letter, a bulk requeue, a key."""
+
+    async def echo(arrival: Arrival) -> web.Response:
+        return web.Response(status=500, body=arrival.body)
+
+    receiver.answers = {"/sea-out": echo, "/secret-moon-out": echo, "/default": echo}
+    configure(
+        *(
+            run_profile(
+                f"{name}-daily",
+                profile_id=f"{name}-profile",
+                namespace=name,
+                distribution_targets=[f"{name}-out"],
+                execution_policy=policy(schedule="0 6 * * *"),
+            )
+            for name in (OWN, FOREIGN)
+        ),
+        profiles=[profile(f"{name}-profile") for name in (OWN, FOREIGN)],
+    )
+    node = await make_node(
+        auth="on",
+        max_dispatch_retries=0,
+        dispatch_endpoints=(
+            receiver.endpoint("sea-out", token=TOKEN),
+            receiver.endpoint("secret-moon-out", token=TOKEN),
+            receiver.endpoint("default-endpoint", "/default", token=TOKEN),
+        ),
+    )
+    found = [await _everything(node, name) for name in (FOREIGN, OWN)]
+    key = await key_of(node, "admin", namespaces=[FOREIGN])
+    return Scene(node, *found[0], *found[1], key.key_id)
+
+
+async def _everything(node: Node, namespace: str) -> tuple[str, str, str]:
+    """A cycle whose job is dead, and a bulk requeue of an older one that has ended; their ids."""
+    async with asking(node, await key_of(node, "admin")) as admin:
+        body = {
+            "namespace": namespace,
+            "payload": PAYLOAD,
+            "endpointKeys": [f"{namespace}-out"],
+        }
+        await _dead(admin, node, body)
+        asked = {"namespace": namespace, "reason": "x", "canary": 1, "limit": 1}
+        answer = await admin.post("/dead-letters/requeue", json=asked)
+        batch_id = answer.json()["batchId"]
+        cycle_id, job_id = await _dead(admin, node, body)
+        await admin.post("/run-profiles/trigger", json={"runProfileIds": [f"{namespace}-daily"]})
+
+        async def is_over() -> bool:
+            answer = await admin.get(f"/dead-letters/requeues/{batch_id}")
+            return bool(answer.json()["state"] != "running")
+
+        await until(is_over, "the end of the bulk requeue")
+        await node.database.execute(_SLOT, [namespace, f"{namespace}-daily", node.node_id])
+        return cycle_id, job_id, batch_id
+
+
+async def _dead(admin: httpx.AsyncClient, node: Node, body: dict[str, Any]) -> tuple[str, str]:
+    """A new cycle and its one job, which is dead."""
+    cycle_id = (await admin.post("/cycles/trigger", json=body)).json()["cycleRunId"]
+    await ended(node, cycle_id)
+    (job,) = (await admin.get(f"/cycles/{cycle_id}")).json()["jobs"]
+
+    async def is_dead() -> bool:
+        return (await admin.get(f"/dead-letters/{job['jobId']}")).status_code == 200
+
+    await until(is_dead, "the dead letter")
+    return cycle_id, job["jobId"]
+
+
+def shown(answer: httpx.Response, *ids: str) -> tuple[int, str]:
+    """An answer's status and text, without the ids that were asked for."""
+    text = answer.text
+    for one in ids:
+        text = text.replace(one, "ID")
+    return answer.status_code, text
+
+
+async def test_a_foreign_id_is_as_good_as_none(scene: Scene, facts: Facts) -> None:
+    """Each route with an id answers 404, word for word as for an id that nothing has."""
+    calls: list[tuple[str, str, str, Any]] = [
+        ("GET", "/cycles/{}", scene.cycle_id, None),
+        ("POST", "/cycles/{}/rerun", scene.cycle_id, {"force": True}),
+        ("GET", "/dead-letters/{}", scene.job_id, None),
+        ("POST", "/dead-letters/{}/requeue", scene.job_id, {"reason": "x", "force": True}),
+        ("POST", "/dead-letters/{}/discard", scene.job_id, {"reason": "x"}),
+        ("GET", "/dead-letters/requeues/{}", scene.batch_id, None),
+        ("POST", "/dead-letters/requeues/{}/cancel", scene.batch_id, {"reason": "x"}),
+        ("POST", "/keys/{}/rotate", scene.foreign_key_id, {}),
+        ("POST", "/keys/{}/revoke", scene.foreign_key_id, {}),
+    ]
+    counts = "SELECT (SELECT count(*) FROM dispatch_job), (SELECT count(*) FROM cycle_run) AS runs"
+    decisions = "SELECT FROM dead_letter_decision WHERE namespace = %s"
+    before, decided = facts(counts), len(facts(decisions, FOREIGN))
+    async with asking(scene.node, await key_of(scene.node, "admin", namespaces=[OWN])) as api:
+        for method, path, foreign, body in calls:
+            unknown = UNKNOWN if "-" in foreign else "0" * 16
+            answers = [
+                await api.request(method, path.format(one), json=body) for one in (foreign, unknown)
+            ]
+            assert answers[0].status_code == 404, (path, answers[0].text)
+            assert shown(answers[0], foreign) == shown(answers[1], unknown), path
+            assert [*answers[0].headers] == [*answers[1].headers]
+        lanes = [await api.get(f"/lanes/{one}/{one}-out") for one in (FOREIGN, "nowhere-atall")]
+        assert shown(lanes[0], FOREIGN) == shown(lanes[1], "nowhere-atall")
+        for path, own in (
+            ("/cycles/{}", scene.own_cycle_id),
+            ("/dead-letters/{}", scene.own_job_id),
+            ("/dead-letters/requeues/{}", scene.own_batch_id),
+            ("/lanes/{}", "sea/sea-out"),
+        ):
+            assert (await api.get(path.format(own))).status_code == 200, path
+    assert facts(counts) == before
+    assert len(facts(decisions, FOREIGN)) == decided
+    assert facts("SELECT FROM access_key_end") == []
+
+
+async def test_a_foreign_namespace_is_as_good_as_none(scene: Scene, facts: Facts) -> None:
+    """In a filter it is empty, in a body not found: as a name that nobody uses."""
+    before = facts("SELECT count(*) AS n FROM cycle_run")
+    async with asking(scene.node, await key_of(scene.node, "admin", namespaces=[OWN])) as api:
+        for path in (*LISTS, "/audit"):
+            answers = [
+                await api.get(path, params={"namespace": one}) for one in (FOREIGN, "unused")
+            ]
+            assert answers[0].json() == {"items": [], "nextCursor": None}, path
+            assert shown(answers[0]) == shown(answers[1])
+        running = await api.get("/cycles", params={"namespace": FOREIGN, "state": "running"})
+        assert running.json()["items"] == []
+        groups = await api.get("/dead-letters/groups", params={"namespace": FOREIGN})
+        assert groups.json()["items"] == []
+        for path, body in (
+            ("/cycles/trigger", {"payload": 1}),
+            ("/dead-letters/requeue", {"reason": "x"}),
+            ("/dead-letters/requeue", {"isDryRun": True}),
+            ("/dead-letters/requeue", {"reason": "x", "rate": 1}),
+        ):
+            answers = [
+                await api.post(path, json={**body, "namespace": one}) for one in (FOREIGN, "unused")
+            ]
+            assert answers[0].status_code == 404
+            assert shown(answers[0], FOREIGN) == shown(answers[1], "unused"), path
+        for namespaces in ([FOREIGN], ["unused"], ["*"], [OWN, FOREIGN]):
+            wanted = {"name": "x", "scopes": ["viewer"], "namespaces": namespaces}
+            assert (await api.post("/keys", json=wanted)).status_code == 404, namespaces
+    assert facts("SELECT count(*) AS n FROM cycle_run") == before
+
+
+async def test_what_a_reference_names_must_be_ones_own(scene: Scene, receiver: Receiver) -> None:
+    """A foreign endpoint or run profile is unknown, and no message tells of others."""
+    before = len(receiver.at("/secret-moon-out"))
+    async with asking(scene.node, await key_of(scene.node, "operator", namespaces=[OWN])) as api:
+        answers = [
+            await api.post("/cycles/trigger", json={"namespace": OWN, "endpointKeys": [one]})
+            for one in ("secret-moon-out", "unused-out")
+        ]
+        assert answers[0].status_code == 400
+        assert shown(answers[0], "secret-moon-out") == shown(answers[1], "unused-out")
+        named = [
+            await api.post("/run-profiles/trigger", json={"runProfileIds": [one]})
+            for one in ("secret-moon-daily", "unused-daily")
+        ]
+        assert named[0].status_code == 404
+        assert shown(named[0], "secret-moon-daily") == shown(named[1], "unused-daily")
+        every = (await api.post("/run-profiles/trigger")).json()["items"]
+        assert [one["runProfileId"] for one in every] == ["sea-daily"]
+        body = {"namespace": OWN, "endpointKeys": ["sea-out", "default-endpoint"]}
+        assert (await api.post("/cycles/trigger", json=body)).status_code == 202
+    assert len(receiver.at("/secret-moon-out")) == before
+
+
+async def test_a_run_profile_that_moved_takes_no_payload_along(
+    scene: Scene, configure: Configure, facts: Facts
+) -> None:
+    """A failed cycle isn't run again in the namespace that its run profile is in by now."""
+    node = scene.node
+    configure(
+        run_profile(
+            "sea-daily",
+            profile_id="nova",
+            namespace=OWN,
+            distribution_targets=["sea-out"],
+            execution_policy=policy(tier1=["tests.scenario.test_namespaces:broken"]),
+        ),
+        profiles=[profile("nova")],
+    )
+    async with asking(node, await key_of(node, "admin")) as admin:
+
+        async def is_reloaded() -> bool:
+            return (await admin.post("/config/reload")).status_code == 200
+
+        await until(is_reloaded, "the reload")
+        (started,) = (await admin.post("/run-profiles/trigger")).json()["items"]
+        cycle_id = started["cycleRunId"]
+        assert (await ended(node, cycle_id))["state"] == "failed"
+        configure(
+            run_profile(
+                "sea-daily",
+                profile_id="nova",
+                namespace=FOREIGN,
+                distribution_targets=["secret-moon-out"],
+            ),
+            profiles=[profile("nova")],
+        )
+        await until(is_reloaded, "the reload")
+        answer = await admin.post(f"/cycles/{cycle_id}/rerun")
+        assert (answer.status_code, answer.json()["code"]) == (409, "not_rerunnable")
+    assert facts("SELECT FROM cycle_run WHERE rerun_of IS NOT NULL") == []
+
+
+async def test_nothing_tells_of_a_foreign_namespace(scene: Scene) -> None:
+    """Whatever a bound key may get, whole, has no name, id or count of the other namespace."""
+    node = scene.node
+    traces = ["secret-moon", scene.cycle_id, scene.job_id, scene.batch_id, scene.foreign_key_id]
+    async with asking(node, await key_of(node, "admin", namespaces=[OWN])) as api:
+        seen = 0
+        for method, path in declared_scopes(create_application(node)):
+            if method != "GET" or "{" in path or path == "/session/open":
+                continue
+            answer = await api.get(path)
+            assert not [one for one in traces if one in answer.text], (path, answer.text)
+            seen += answer.status_code == 200
+        assert seen >= 15
+        status = (await api.get("/status")).json()
+        assert [one["namespace"] for one in status["schedules"]] == [OWN]
+        assert status["openDeadLetters"] <= 3
+        assert [one["namespace"] for one in status["slotsNotFired"]] == [OWN]
+
+
+async def test_no_page_and_no_cursor_tells_of_a_foreign_namespace(scene: Scene) -> None:
+    """Pages are full as if the others weren't there, and cursors name own things only."""
+    node = scene.node
+    async with asking(node, await key_of(node, "viewer", namespaces=[OWN])) as api:
+        for path in (*LISTS, "/audit"):
+            whole = (await api.get(path)).json()["items"]
+            assert whole, path
+            found, cursor = [], None
+            while True:
+                params: dict[str, Any] = {"limit": 1} | ({"cursor": cursor} if cursor else {})
+                page = (await api.get(path, params=params)).json()
+                found += page["items"]
+                cursor = page["nextCursor"]
+                if cursor is None:
+                    break
+                assert len(page["items"]) == 1, path
+                assert "secret" not in _decoded(cursor)
+            assert [_named(one) for one in found] == [_named(one) for one in whole]
+        crafted = cursor_of((FOREIGN, "a"))
+        for one in (await api.get("/lanes", params={"cursor": crafted})).json()["items"]:
+            assert one["namespace"] == OWN
+
+
+async def test_the_brake_of_a_foreign_namespace_is_not_there(scene: Scene, facts: Facts) -> None:
+    """Neither shown nor pulled nor let go, and its halt shows nowhere; nor is the rule of all."""
+    node = scene.node
+    await node.brake.halt(Order(FOREIGN, "ann", "key-1", "secret-reason"))
+    async with asking(node, await key_of(node, "admin", namespaces=[OWN])) as api:
+        for one in (FOREIGN, "unused", "*"):
+            path = f"/governance/namespaces/{one}"
+            rule = {"twoPersonResume": False, "reason": "x"}
+            for answer in (
+                await api.get(path),
+                await api.post(f"{path}/halt"),
+                await api.post(f"{path}/resume", json={"reason": "x"}),
+                await api.post(f"{path}/settings", json=rule),
+            ):
+                assert answer.status_code == 404, (one, answer.text)
+                assert "secret-reason" not in answer.text
+        assert (await api.get("/status")).json()["haltedNamespaces"] == []
+        path = f"/governance/namespaces/{OWN}"
+        assert (await api.post(f"{path}/halt")).json()["inForce"] is True
+        assert (await api.get(path)).json()["state"] == "halted"
+        (shown_one,) = (await api.get("/status")).json()["haltedNamespaces"]
+        assert shown_one["namespace"] == OWN
+    halts = facts("SELECT namespace FROM namespace_halt ORDER BY namespace")
+    assert [row["namespace"] for row in halts] == [OWN, FOREIGN]
+    assert facts("SELECT FROM namespace_resume") == []
+    assert facts("SELECT FROM governance_setting") == []
+
+
+async def test_an_export_has_no_foreign_log(scene: Scene) -> None:
+    """Without a name it is one's own log; of several one is named, and `*` is everybody's."""
+    node = scene.node
+    async with asking(node, await key_of(node, "viewer", namespaces=[OWN])) as api:
+        lines = [json.loads(one) for one in (await api.get("/audit/export")).text.splitlines()]
+        assert {one["log"] for one in lines if one["kind"] in {"entry", "fact"}} == {OWN}
+        for one in (FOREIGN, "unused", "*"):
+            answer = await api.get("/audit/export", params={"namespace": one})
+            assert answer.status_code == 404, one
+    both = await key_of(node, "viewer", namespaces=[OWN, FOREIGN])
+    async with asking(node, both) as api:
+        assert (await api.get("/audit/export")).status_code == 400
+        answer = await api.get("/audit/export", params={"namespace": FOREIGN})
+        assert answer.status_code == 200
+        logs = {one["namespace"] for one in (await api.get("/audit")).json()["items"]}
+        assert logs == {OWN, FOREIGN}
+
+
+async def test_a_viewer_sees_neither_tokens_nor_payloads(scene: Scene) -> None:
+    """A receiver that repeats what it got does not show it to who may only look."""
+    node = scene.node
+    paths = (
+        f"/cycles/{scene.own_cycle_id}",
+        "/dead-letters",
+        f"/dead-letters/{scene.own_job_id}",
+        "/profiles",
+        "/run-profiles",
+        "/status",
+        "/config",
+        "/lanes/sea/sea-out",
+    )
+    async with asking(node, await key_of(node, "viewer", namespaces=[OWN])) as api:
+        for path in paths:
+            answer = await api.get(path)
+            assert answer.status_code == 200, path
+            assert PAYLOAD not in answer.text, path
+            assert TOKEN not in answer.text, path
+        (job,) = (await api.get(paths[0])).json()["jobs"]
+        assert job["receipts"][0]["answer"]["isWithheld"] is True
+    async with asking(node, await key_of(node, "operator", namespaces=[OWN])) as api:
+        (job,) = (await api.get(paths[0])).json()["jobs"]
+        assert job["receipts"][0]["answer"]["text"] == PAYLOAD
+
+
+def broken(payload: Any, context: Any) -> Any:
+    """A step that fails."""
+    raise ValueError("no")
+
+
+def _decoded(cursor: str) -> str:
+    return base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
+
+
+def _named(item: dict[str, Any]) -> list[Any]:
+    names = ("cycleRunId", "jobId", "batchId", "slotAt", "endpointKey", "seq")
+    return [item.get(name) for name in names]
