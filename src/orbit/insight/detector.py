@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from orbit.insight.latency import LatencyScale
 from orbit.insight.signals import (
     DETECTOR_VERSION,
     INSUFFICIENT_DATA,
+    LATENCY,
     NO_DATA,
     BaselineKind,
     NoData,
@@ -46,7 +48,6 @@ SILENT_ROUNDS = 50
 SILENT_AFTER = 10
 """So many values that were due and did not come, in a row, are an alarm."""
 KEPT_REVISIONS = 4
-LATENCY = "latency"
 _GRID = float(2**20)
 
 
@@ -80,6 +81,7 @@ class Detector:
         self._scales: dict[StreamKey, LatencyScale] = {}
         self._groups: dict[str, _Group] = {}
         self._revisions: dict[tuple[str, str], list[StreamKey]] = {}
+        self._changed: set[StreamKey] = set()
         self.position = 0
 
     def observe(self, observation: Observation) -> tuple[Signal | NoData, ...]:
@@ -129,32 +131,34 @@ class Detector:
 
     def state(self) -> bytes:
         """All of it as canonical JSON: the same observations, the same bytes."""
-        return canonical_json(
-            {
-                "version": DETECTOR_VERSION,
-                "baseline": self._size,
-                "position": self.position,
-                "streams": [
-                    [key.profile_id, key.revision, key.metric, stream.state()]
-                    for key, stream in self._streams.items()
-                ],
-                "scales": [
-                    [key.profile_id, key.revision, key.metric, scale.state()]
-                    for key, scale in self._scales.items()
-                ],
-                "groups": [
-                    [
-                        metric,
-                        group.turn,
-                        [
-                            [name, key.revision, group.turns[name]]
-                            for name, key in group.heard.items()
-                        ],
-                    ]
-                    for metric, group in self._groups.items()
-                ],
-            }
-        )
+        streams = [
+            [key.profile_id, key.revision, key.metric, self.stream_state(key)]
+            for key in self.stream_keys()
+        ]
+        return canonical_json({**self.head(), "streams": streams})
+
+    def head(self) -> dict[str, Any]:
+        """What of the state belongs to no stream: version, position, who is heard in which turn."""
+        return {
+            "version": DETECTOR_VERSION,
+            "baseline": self._size,
+            "position": self.position,
+            "groups": [
+                [
+                    metric,
+                    group.turn,
+                    [[name, key.revision, group.turns[name]] for name, key in group.heard.items()],
+                ]
+                for metric, group in self._groups.items()
+            ],
+        }
+
+    def stream_state(self, key: StreamKey) -> dict[str, Any] | None:
+        """What of the state belongs to one stream; None for one that is not (or no longer) kept."""
+        stream, scale = self._streams.get(key), self._scales.get(key)
+        if stream is None:
+            return None
+        return stream.state() | ({"scale": scale.state()} if scale else {})
 
     @classmethod
     def restored(cls, state: bytes) -> Detector:
@@ -163,26 +167,41 @@ class Detector:
         Raises RequestInvalid for another detector version: rebuild from telemetry then.
         """
         given: dict[str, Any] = json.loads(state)
-        if given["version"] != DETECTOR_VERSION:
+        streams = ((StreamKey(*names), one) for *names, one in given["streams"])
+        return cls.assembled(given, streams)
+
+    @classmethod
+    def assembled(
+        cls, head: Mapping[str, Any], streams: Iterable[tuple[StreamKey, Mapping[str, Any]]]
+    ) -> Detector:
+        """The detector of a `head()` and the `stream_state()` of each stream, in any order.
+
+        Raises RequestInvalid for another detector version.
+        """
+        if head["version"] != DETECTOR_VERSION:
             raise RequestInvalid(
-                f"state of detector version {given['version']}; this is {DETECTOR_VERSION}: "
+                f"state of detector version {head['version']}; this is {DETECTOR_VERSION}: "
                 "rebuild it from telemetry"
             )
-        made = cls(given["baseline"])
-        made.position = given["position"]
-        for profile_id, revision, metric, one in given["streams"]:
-            key = StreamKey(profile_id, revision, metric)
+        made = cls(head["baseline"])
+        made.position = head["position"]
+        for key, one in streams:
             made._streams[key] = Stream.restored(one)
-            made._revisions.setdefault((profile_id, metric), []).append(key)
-        for profile_id, revision, metric, one in given["scales"]:
-            made._scales[StreamKey(profile_id, revision, metric)] = LatencyScale.restored(one)
-        for metric, turn, heard in given["groups"]:
+            made._revisions.setdefault((key.profile_id, key.metric), []).append(key)
+            if "scale" in one:
+                made._scales[key] = LatencyScale.restored(one["scale"])
+        for metric, turn, heard in head["groups"]:
             group = made._groups[metric] = _Group({}, {}, turn)
             for name, revision, heard_at in heard:
                 key = group.heard[name] = StreamKey(name, revision, metric)
                 group.turns[name] = heard_at
                 _count_in(group, made._streams[key], 1)
         return made
+
+    def changed(self) -> frozenset[StreamKey]:
+        """The streams that were heard or let go since this was last asked."""
+        found, self._changed = frozenset(self._changed), set()
+        return found
 
     def _check(self, position: int, stream: Stream | None) -> None:
         if position < self.position or (stream and position <= stream.last_position):
@@ -197,6 +216,7 @@ class Detector:
         if stream is None:
             stream = self._streams[key] = Stream(self._size, position)
             self._keep_revisions(key)
+        self._changed.add(key)
         stream.last_position = position
         return stream
 
@@ -249,6 +269,7 @@ class Detector:
             _count_in(group, self._streams[oldest], -1)
             del group.heard[added.profile_id], group.turns[added.profile_id]
         known.remove(oldest)
+        self._changed.add(oldest)
         del self._streams[oldest]
         self._scales.pop(oldest, None)
 

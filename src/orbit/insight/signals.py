@@ -14,7 +14,11 @@ from typing import Any
 DETECTOR_VERSION = 1
 """Raised by every change that gives other numbers for the same observations."""
 
-RATES = frozenset({"delivered", "latency"})
+DELIVERED = "delivered"
+LATENCY = "latency"
+CYCLES = "cycles"
+"""No stream is kept of it: the alarm that a profile's cycles stay away is of this metric."""
+RATES = frozenset({DELIVERED, LATENCY})
 """Metrics that are shares of yes and no; any other metric is a score."""
 
 
@@ -160,4 +164,12 @@ def missing(missed: int) -> str:
     return (
         f"The last {missed} cycles brought no value. Look whether whoever reports it still runs; "
         "until values come, nothing can be said of this stream."
+    )
+
+
+def stopped(turns: int) -> str:
+    """What a person might look at when a profile's cycles stay away."""
+    return (
+        f"No cycle of this profile ended in {turns} turns of its namespace, ten times as long as "
+        "ever before. Unless it was stopped on purpose, look at its schedule and who triggers it."
     )

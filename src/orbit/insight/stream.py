@@ -11,7 +11,7 @@ finite numbers in [0, 1]; positions are its caller's business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,7 +189,7 @@ class Stream:
         }
 
     @classmethod
-    def restored(cls, state: dict[str, Any]) -> Stream:
+    def restored(cls, state: Mapping[str, Any]) -> Stream:
         """The stream whose `state()` this is."""
         first, chapter, last, claimed, missed_since = state["positions"]
         made = cls(state["size"], first)
