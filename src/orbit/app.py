@@ -48,6 +48,7 @@ from orbit.governance.halt import Brake
 from orbit.governance.keys import Grant, Keys
 from orbit.governance.refusals import Refusals
 from orbit.governance.sessions import Sessions
+from orbit.insight.keeping import SignalKeeper
 from orbit.profiles.bridge import Bridge
 from orbit.profiles.orchestration import Orchestration
 from orbit.profiles.revision import Configuration
@@ -182,6 +183,7 @@ class Node:
         self.scheduler: Scheduler | None = None
         self.requeuer: Requeuer | None = None
         self.keeper: FenceKeeper | None = None
+        self.signals: SignalKeeper | None = None  # where there is telemetry to read
         self.signer: Signer | None = None  # of a node that was started
         self._notary: Notary | None = None
 

@@ -34,6 +34,7 @@ from orbit.cli import (
     running,
     scaffold,
     schema,
+    signals,
     status,
     triggering,
 )
@@ -70,6 +71,7 @@ app.command("validate")(configuring.validate)
 app.command("profiles")(configuring.profiles)
 app.command("plan")(planning.plan)
 app.command("doctor")(checkup.doctor)
+app.command("signals")(signals.signals)
 app.add_typer(insight.app, name="insight")
 app.add_typer(auditing.app, name="audit")
 app.add_typer(schema.app, name="db")

@@ -145,6 +145,19 @@ class Standing:
     missed: int
 
 
+def alarm_level(said: Signal | NoData, *, is_strong: bool) -> str:
+    """How loud it is: `none` (stable), `notice` (better), `warning`, `critical` (much worse)."""
+    match said.name:
+        case SignalName.STABLE:
+            return "none"
+        case SignalName.ELEVATED:
+            return "notice"
+        case SignalName.LOW if is_strong:
+            return "critical"
+        case _:
+            return "warning"
+
+
 def recommend(name: SignalName, recent: float, baseline: Baseline, ratio: float | None) -> str:
     """What a person might look at first, in plain words."""
     against = f"The last ten came to {recent:.2f}, the baseline to {baseline.mean:.2f}."
