@@ -29,10 +29,7 @@ def signals(
     """Show a profile's signals, newest first. Nothing is changed by them."""
     path = f"/profiles/{profile}/signals"
     with connected(settings(), patience_seconds=_PATIENCE_SECONDS) as api:
-        if is_computing:
-            answer = api.post(path)
-        else:
-            answer = paged(api, path, limit, namespace=namespace)
+        answer = api.post(path) if is_computing else paged(api, path, limit, namespace=namespace)
     if is_json:
         print_json(answer)
     elif is_computing:

@@ -10,7 +10,6 @@ is said again has the same id and is not recorded again.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,12 +66,11 @@ class SignalKeeper:
 
     async def feed(self, namespace: str, most_batches: int | None = None) -> Fed:
         """Feeds the events that there are; ends at a batch that is not full, or at the bound."""
-        events = signals = 0
-        for number in itertools.count(1):
+        fed = await self.feed_batch(namespace)
+        events, signals, batches = fed.events, fed.signals, 1
+        while not fed.is_up_to_date and batches != most_batches:
             fed = await self.feed_batch(namespace)
-            events, signals = events + fed.events, signals + fed.signals
-            if fed.is_up_to_date or number == most_batches:
-                break
+            events, signals, batches = events + fed.events, signals + fed.signals, batches + 1
         return Fed(events, signals, fed.position, fed.is_up_to_date)
 
     async def feed_batch(self, namespace: str) -> Fed:

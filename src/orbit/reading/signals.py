@@ -28,8 +28,10 @@ _HIGHEST = (str(2**62), "g")
 
 @dataclass(frozen=True, slots=True)
 class SignalBaseline(View):
-    """What a stream was compared with: `kind` is `peers` or `own-history`; `low`..`high` is no
-    change, margin included, and was fixed when the first `observations` cycles were there.
+    """What a stream was compared with: `kind` is `peers` or `own-history`.
+
+    Means from `low` to `high` count as no change, margin included; fixed when the first
+    `observations` cycles were there.
     """
 
     kind: str
@@ -73,7 +75,7 @@ class SignalView(View):
     computed_at: datetime
 
 
-async def signals(  # noqa: PLR0913 - one for each filter
+async def signals(
     database: Database,
     profile_id: str,
     *,
@@ -118,7 +120,7 @@ def _place(row: Row) -> Position:
 
 
 def _check_signal_id(text: str) -> object:
-    if len(text) != 32:  # noqa: PLR2004 - digits
+    if len(text) != 32:
         raise ValueError(text)
     return int(text, 16)
 
