@@ -14,7 +14,7 @@ from orbit.insight.feeding import Event
 from orbit.insight.keeping import SignalKeeper
 from tests.database.test_signals import Recorded
 from tests.scenario.access import asking, key_of
-from tests.scenario.conftest import Configure, MakeNode, profile, run_profile
+from tests.scenario.conftest import Configure, MakeNode, Receiver, profile, run_profile
 from tests.unit.test_insight_feeding import fleet
 
 
@@ -25,14 +25,14 @@ def events() -> Sequence[Event]:
 
 
 @pytest.fixture
-async def node(make_node: MakeNode, configure: Configure) -> Node:
+async def node(make_node: MakeNode, configure: Configure, receiver: Receiver) -> Node:
     """A node with p0 and p1 in one namespace and p2 in another."""
     places = {"p0": "sea", "p1": "sea", "p2": "air"}
     configure(
         *(run_profile(f"{one}-daily", profile_id=one, namespace=at) for one, at in places.items()),
         profiles=[profile(one) for one in places],
     )
-    return await make_node(auth="on")
+    return await make_node(auth="on", dispatch_endpoints=(receiver.endpoint("out"),))
 
 
 async def pages(api: httpx.AsyncClient, path: str, **params: Any) -> list[dict[str, Any]]:
