@@ -28,7 +28,7 @@ class Told:
 def ended(position: int, profile: str, share: float, revision: str = "r1") -> Told:
     """A cycle of ten jobs that ended."""
     delivered = round(10 * share)
-    facts = {"jobs": 10, "delivered": delivered, "duration_seconds": 1.5, "revision": revision}
+    facts = {"jobs": 10, "delivered": delivered, "durationSeconds": 1.5, "revision": revision}
     return Told(position, FINISHED, profile, f"run-{position}", facts)
 
 
@@ -56,7 +56,7 @@ def fleet(seed: int, profiles: int, rounds: int) -> list[Told]:
                 run = f"run-{position}"
                 for item in range(random.randint(1, 3)):
                     value = random.choice([0.5, 0.75, 0.8, 3.0])
-                    given = scored(len(events) + 1, name, run, value, item_id=f"i{item}")
+                    given = scored(len(events) + 1, name, run, value, itemId=f"i{item}")
                     events.append(given)
             if random.random() < 0.05:
                 events.append(Told(len(events) + 1, "delivery_confirmed", name, None))
@@ -117,10 +117,10 @@ def test_what_is_no_score_is_passed_over(value: Any) -> None:
 def test_parts_of_a_cycle_count_once_as_their_mean() -> None:
     """Scores of items wait for the next cycle's; a whole cycle's counts at once, and once."""
     feed, key = Feed(50), StreamKey("nova", "r1", "clicks")
-    list(feed.take([ended(1, "nova", 1.0), scored(2, "nova", "a", 0.25, item_id="1")]))
-    list(feed.take([scored(3, "nova", "a", 0.75, item_id="2")]))
+    list(feed.take([ended(1, "nova", 1.0), scored(2, "nova", "a", 0.25, itemId="1")]))
+    list(feed.take([scored(3, "nova", "a", 0.75, itemId="2")]))
     assert feed.detector.stream_state(key) is None
-    list(feed.take([scored(4, "nova", "b", 1.0, item_id="3"), scored(5, "nova", "c", 0.0)]))
+    list(feed.take([scored(4, "nova", "b", 1.0, itemId="3"), scored(5, "nova", "c", 0.0)]))
     list(feed.take([scored(6, "nova", "d", 0.125), scored(7, "nova", "e", 0.875)]))
     list(feed.take([scored(8, "nova", "e", 0.875)]))
     state = feed.detector.stream_state(key)

@@ -189,7 +189,7 @@ class Feed:
             yield from self._observe(event, profile_id, heard.revision, DELIVERED, delivered / jobs)
         elif event.event_type == FAILED:
             yield from self._observe(event, profile_id, heard.revision, DELIVERED, 0.0)
-        seconds = _number(facts.get("duration_seconds"))
+        seconds = _number(facts.get("durationSeconds"))
         if event.event_type == FINISHED and seconds is not None:
             yield from self._observe(event, profile_id, heard.revision, LATENCY, seconds)
         for metric, one in heard.reported.items():
@@ -207,7 +207,7 @@ class Feed:
         one = heard.reported.setdefault(metric, _Reported())
         one.values += 1
         one.longest, one.since = max(one.longest, one.since), 0
-        is_part = bool(facts.get("item_id") or facts.get("job_id"))
+        is_part = bool(facts.get("itemId") or facts.get("jobId"))
         ready: tuple[str, float] | None = None
         if event.run_id is None or event.run_id != one.run_id:
             if one.parts:
