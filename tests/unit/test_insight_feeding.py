@@ -32,7 +32,7 @@ def ended(position: int, profile: str, share: float, revision: str = "r1") -> To
     return Told(position, FINISHED, profile, f"run-{position}", facts)
 
 
-def scored(position: int, profile: str, run: str, value: Any, **more: str) -> Told:
+def scored(position: int, profile: str, run: str, value: Any, **more: str | int) -> Told:
     """A score that was reported."""
     return Told(position, OUTCOME, profile, run, {"metric": "clicks", "value": value, **more})
 
@@ -56,7 +56,7 @@ def fleet(seed: int, profiles: int, rounds: int) -> list[Told]:
                 run = f"run-{position}"
                 for item in range(random.randint(1, 3)):
                     value = random.choice([0.5, 0.75, 0.8, 3.0])
-                    given = scored(len(events) + 1, name, run, value, itemId=f"i{item}")
+                    given = scored(len(events) + 1, name, run, value, itemIndex=item)
                     events.append(given)
             if random.random() < 0.05:
                 events.append(Told(len(events) + 1, "delivery_confirmed", name, None))
@@ -110,17 +110,19 @@ def test_what_is_no_score_is_passed_over(value: Any) -> None:
     feed, key = Feed(50), StreamKey("nova", "r1", "clicks")
     list(feed.take([ended(1, "nova", 1.0), scored(2, "nova", "a", value)]))
     assert feed.detector.stream_state(key) is None
-    list(feed.take([scored(3, "nova", "b", 0.5)]))
+    list(feed.take([scored(3, "nova", "b", 0.5, unit="EUR")]))
+    assert feed.detector.stream_state(key) is None
+    list(feed.take([scored(4, "nova", "c", 0.5)]))
     assert feed.detector.standing(key).needed == 49
 
 
 def test_parts_of_a_cycle_count_once_as_their_mean() -> None:
     """Scores of items wait for the next cycle's; a whole cycle's counts at once, and once."""
     feed, key = Feed(50), StreamKey("nova", "r1", "clicks")
-    list(feed.take([ended(1, "nova", 1.0), scored(2, "nova", "a", 0.25, itemId="1")]))
-    list(feed.take([scored(3, "nova", "a", 0.75, itemId="2")]))
+    list(feed.take([ended(1, "nova", 1.0), scored(2, "nova", "a", 0.25, itemIndex=0)]))
+    list(feed.take([scored(3, "nova", "a", 0.75, jobId="2")]))
     assert feed.detector.stream_state(key) is None
-    list(feed.take([scored(4, "nova", "b", 1.0, itemId="3"), scored(5, "nova", "c", 0.0)]))
+    list(feed.take([scored(4, "nova", "b", 1.0, itemIndex=3), scored(5, "nova", "c", 0.0)]))
     list(feed.take([scored(6, "nova", "d", 0.125), scored(7, "nova", "e", 0.875)]))
     list(feed.take([scored(8, "nova", "e", 0.875)]))
     state = feed.detector.stream_state(key)

@@ -3,8 +3,8 @@
 A cycle that ended says what share was delivered and how long it took; one that failed with no job
 delivered nothing. A reported outcome is one observation for each cycle and metric: a score for
 the whole cycle counts at once and once, scores for items and jobs count as their mean when the
-next cycle is reported on. Scores outside [0, 1] are figures, not scores, and are passed over, as
-is whatever else is no number.
+next cycle is reported on. What has a unit or lies outside [0, 1] is a figure, not a score, and is
+passed over, as is whatever else is no number.
 
 Data that stay away are an alarm. Two clocks, neither of the wall: a metric is silent when ten
 more cycles of its profile have ended without a value than ever before; a profile is silent when
@@ -202,12 +202,12 @@ class Feed:
         metric, value = _text(facts.get("metric")), _number(facts.get("value"))
         if not metric or metric in (DELIVERED, LATENCY, CYCLES) or value is None or value > 1:
             return
-        if heard is None:
-            return  # nothing that is known of here ran: its cycle was before what is kept
+        if heard is None or facts.get("unit") is not None:
+            return  # a figure, or of a cycle from before what is kept
         one = heard.reported.setdefault(metric, _Reported())
         one.values += 1
         one.longest, one.since = max(one.longest, one.since), 0
-        is_part = bool(facts.get("itemId") or facts.get("jobId"))
+        is_part = facts.get("itemIndex") is not None or facts.get("jobId") is not None
         ready: tuple[str, float] | None = None
         if event.run_id is None or event.run_id != one.run_id:
             if one.parts:
