@@ -63,7 +63,9 @@ from orbit.services.requeuer import Requeuer
 from orbit.services.runner import Runner
 from orbit.services.scheduler import Scheduler
 from orbit.services.sealer import Sealer
+from orbit.services.sequencer import Sequencer
 from orbit.settings import Settings
+from orbit.telemetry.retention import Retention
 from orbit.vault import Vault, load_or_create_key_file
 
 NODE_SQL = load("node")
@@ -238,6 +240,11 @@ class Node:
             self.database,
             fact_retention_days=self.settings.fact_retention_days,
             leftovers=self.leftovers(),
+            telemetry=Retention(
+                self.settings.telemetry_retention_days,
+                self.settings.telemetry_hard_limit_days,
+                self.settings.telemetry_cold_archive_enabled,
+            ),
         )
         await janitor.run_once()
         if await self.configuration.propose(documents):
@@ -252,6 +259,7 @@ class Node:
             self.dispatcher,
             self.requeuer,
             self._sealer,
+            self._sequencer,
             self._notary,
         )
         for service in (self._heartbeat, janitor, *services):
@@ -315,6 +323,7 @@ class Node:
             "janitor": self._janitor,
             "keeper": self.keeper,
             "sealer": self._sealer,
+            "sequencer": self._sequencer,
             "notary": self._notary,
         }
         await _all_ended(
@@ -365,6 +374,7 @@ class Node:
                 self._wake_runner,
             )
         self._sealer = Sealer(database, self.node_id)
+        self._sequencer = Sequencer(database, self.node_id)
         if self.signer is not None:
             seconds = settings.audit_checkpoint_seconds
             self._notary = Notary(database, self.signer, seconds=seconds)

@@ -65,3 +65,14 @@ audit_contradictions = Gauge(
 
 ProcessCollector(registry=REGISTRY)
 GCCollector(registry=REGISTRY)
+events_sequenced = Counter(
+    "orbit_telemetry_events_sequenced",
+    "Events that this node, leading, gave their positions.",
+    registry=REGISTRY,
+)
+sequencing_lag_seconds = Histogram(
+    "orbit_telemetry_sequencing_lag_seconds",
+    "How long the oldest event of a pass had waited for its position.",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60),
+    registry=REGISTRY,
+)

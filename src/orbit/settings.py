@@ -285,6 +285,12 @@ class Settings(BaseSettings):
     telemetry_retention_days: int = _knob(
         30, "Days that telemetry is kept; 0: for ever.", 0, 36_500
     )
+    telemetry_hard_limit_days: int = _knob(
+        0,
+        "Days after which telemetry goes even if a stored consumer has not read it; 0: never.",
+        0,
+        36_500,
+    )
     telemetry_cold_archive_enabled: bool = _knob(False, "Archive telemetry before it is removed.")
     fact_retention_days: int = _knob(
         0, "Days that cycles, jobs and receipts are kept; 0: for ever.", 0, 36_500

@@ -11,6 +11,9 @@ from psycopg import Connection, sql
 from orbit.database.embedded import APPLICATION_ROLE
 
 LEASES = {
+    "telemetry_consumer",
+    "telemetry_pending",
+    "telemetry_sequencer",
     "node",
     "config_active",
     "schedule",
@@ -31,6 +34,9 @@ LEASES = {
 BOOKKEEPING = {"alembic_version"}
 # What belongs to the installation: keys are for namespaces, they are not in one.
 OF_ALL = {
+    "telemetry_archive",
+    "telemetry_consumer",
+    "telemetry_sequencer",
     "config_revision",
     "config_activation",
     "config_active",

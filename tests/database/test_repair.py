@@ -22,7 +22,18 @@ from orbit.execution.recorder import Checkpoint, Recorder, StageResult
 from orbit.payload import Payload
 
 _NOTHING = dict.fromkeys(
-    ("configuration", "jobs", "cycles", "recounted", "ended", "requeues", "fences", "heads"), 0
+    (
+        "configuration",
+        "jobs",
+        "cycles",
+        "recounted",
+        "ended",
+        "requeues",
+        "fences",
+        "heads",
+        "events",
+    ),
+    0,
 )
 _ITEM = Payload(b"an item")
 

@@ -55,7 +55,8 @@ async def served(
 
 
 def _hasty(description: dict[str, Any]) -> dict[str, Any]:
-    """The description with drills that watch for a moment only."""
+    """The description with drills that watch for a moment only, and without the endless stream."""
+    del description["paths"]["/telemetry/stream"]
     drill = description["paths"]["/governance/drills/halt"]["post"]
     schema = drill["requestBody"]["content"]["application/json"]["schema"]
     schema["properties"]["watchSeconds"]["maximum"] = 0.1

@@ -148,6 +148,22 @@ def actor_of(request: Request) -> Actor:
     return actor
 
 
+async def actor_again(request: Request) -> Actor | None:
+    """Who asked, looked at anew, for an answer that takes long; None: the key is good no more."""
+    actor, node = actor_of(request), request.app.state.node
+    if actor.key_id is None:
+        return actor
+    try:
+        given = request.headers.getlist("authorization")
+        if given:
+            found = await node.authentication.by_key(_bearer(given), client_of(request))
+        else:
+            found = await node.authentication.by_session(session_secret(request) or "")
+    except TooManyFailures:
+        return None
+    return found if isinstance(found, Actor) else None
+
+
 def check_namespace(actor: Actor, namespace: str) -> None:
     """Raises NotFound for a namespace that is not there for the actor."""
     if not actor.sees(namespace):

@@ -20,8 +20,10 @@ from orbit.api.routes_governance import governance_router
 from orbit.api.routes_keys import keys_router
 from orbit.api.routes_lanes import lanes_router
 from orbit.api.routes_node import node_router
+from orbit.api.routes_outcomes import outcomes_router
 from orbit.api.routes_session import session_router
 from orbit.api.routes_signals import signals_router
+from orbit.api.routes_telemetry import telemetry_router
 from orbit.app import Node
 from orbit.governance.actor import Actor
 
@@ -66,6 +68,8 @@ def create_application(
         governance_router(node, bodies),
         drills_router(node, bodies),
         audit_router(node),
+        telemetry_router(node),
+        outcomes_router(node, bodies),
         keys_router(node, bodies),
         session_router(node),
         docs_router(application),

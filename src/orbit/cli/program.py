@@ -36,6 +36,7 @@ from orbit.cli import (
     schema,
     signals,
     status,
+    telemetry,
     triggering,
 )
 from orbit.cli.outcome import ExitCode, report
@@ -74,6 +75,7 @@ app.command("doctor")(checkup.doctor)
 app.command("signals")(signals.signals)
 app.add_typer(insight.app, name="insight")
 app.add_typer(auditing.app, name="audit")
+app.add_typer(telemetry.app, name="telemetry")
 app.add_typer(schema.app, name="db")
 app.command("receiver")(running.receiver)
 

@@ -39,7 +39,8 @@ async def repair(database: Database, note: Note | None = None) -> dict[str, int]
     Returns what was rebuilt: `configuration` (0 or 1), `jobs`, `cycles`; and of the cycles that
     wait for their jobs, how many were `recounted` and how many were complete, so `ended`. Last,
     bulk `requeues` that have not ended, `fences` of namespaces that were ever halted, and how many
-    wrong `heads` of the audit trail were forgotten.
+    wrong `heads` of the audit trail were forgotten, and how many batches of `events` had neither a
+    position nor a row that asks for one.
     Raises one of pool.TRANSIENT if a lock cannot be had within 10 s; then nothing has changed.
     """
     for remaining in reversed(range(_TRIES)):
@@ -59,6 +60,7 @@ async def _rebuild(database: Database, note: Note | None) -> dict[str, int]:
             CONFIGURATION_SQL.lock_configuration,
             SQL.lock_partitions,
             SQL.lock_leases,
+            SQL.lock_sequencer,
         ):
             await connection.execute(lock)
         stride = {"stride": _STRIDE}
@@ -71,6 +73,7 @@ async def _rebuild(database: Database, note: Note | None) -> dict[str, int]:
             "requeues": (await connection.execute(SQL.rebuild_requeues, stride)).rowcount,
             "fences": (await connection.execute(SQL.rebuild_fences)).rowcount,
             "heads": (await connection.execute(SQL.rebuild_heads)).rowcount,
+            "events": (await connection.execute(SQL.rebuild_pending)).rowcount,
         }
         if note is not None and any(rebuilt.values()):
             await note(connection, rebuilt)

@@ -152,6 +152,8 @@ class Settlement:
     move: NextMove
     is_lane_well: bool | None
     is_unspared: bool = False
+    profile_id: str | None = None
+    run_profile_id: str = ""
 
     @property
     def is_done(self) -> bool:
@@ -334,6 +336,8 @@ class DispatchQueue:
                 move=move,
                 is_lane_well=_is_lane_well(result, is_final=is_final, is_probe=job.is_probe),
                 is_unspared=is_unspared,
+                profile_id=job.profile_id,
+                run_profile_id=job.run_profile_id,
             )
         )
         return move
@@ -456,6 +460,8 @@ _LOST = (
     "is_probe",
     "digest",
     "size",
+    "profile_id",
+    "run_profile_id",
 )
 _TOLD = ("namespace", "endpoint_key", "failures", "hold_seconds")
 _LANE_RESULT = ("attempts", "failures", "last_failures", "has_success", "has_probe_failed")
@@ -515,6 +521,9 @@ def _rows(settlements: Sequence[Settlement]) -> dict[str, Any]:
     return {
         "namespace": array(s.namespace for s in settlements),
         "job_id": array(s.job_id for s in settlements),
+        "cycle_id": array(s.cycle_id for s in settlements),
+        "profile_id": array(s.profile_id for s in settlements),
+        "run_profile_id": array(s.run_profile_id for s in settlements),
         "lease_number": array(s.lease_number for s in settlements),
         "node_id": array(s.node_id for s in settlements),
         "attempt": array(s.attempt for s in settlements),

@@ -211,6 +211,8 @@ def _columns(node_id: str, rows: Sequence[_Row], **columns: Callable[[Any], Any]
         "namespace": array([cycle.namespace for cycle, _ in rows]),
         "cycle_id": array([cycle.cycle_id for cycle, _ in rows]),
         "lease_number": array([cycle.lease_number for cycle, _ in rows]),
+        "profile_id": array([cycle.profile_id for cycle, _ in rows]),
+        "run_profile_id": array([cycle.run_profile_id for cycle, _ in rows]),
     }
     for name, value in columns.items():
         named[name] = array([value(row) for _, row in rows])

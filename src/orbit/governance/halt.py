@@ -38,6 +38,8 @@ from orbit.errors import HaltedAnew, NotHalted, RequestInvalid, SecondPersonRequ
 from orbit.governance.in_flight import Flight, Look, listed, look, with_outcomes
 from orbit.governance.rules import needs_two_persons
 from orbit.governance.turns import Turns
+from orbit.telemetry.catalogue import EventType
+from orbit.telemetry.emission import Event, emit
 
 SQL = load("halt")
 _LEAST_SECONDS = 2.0  # for the fence, however short the wait
@@ -286,6 +288,8 @@ class Brake:
         await connection.execute(SQL.insert_halt, asked | {"epoch": row["epoch"]})
         detail = {"epoch": row["epoch"], "until": until.isoformat() if until else None}
         subject = _subject(row["epoch"])
+        halted = Event(order.namespace, EventType.NAMESPACE_HALTED, {"epoch": row["epoch"]})
+        await emit(connection, halted)
         act = Act(order.namespace, "halt", order.actor, order.reason, subject, detail)
         await trail.append(connection, act)
         return row
@@ -382,6 +386,8 @@ class Brake:
     ) -> None:
         await connection.execute(SQL.lower_fence, {"namespace": order.namespace})
         await self._write_resume(connection, order, epoch, "resumed", cause)
+        told = {"epoch": epoch, "cause": cause}
+        await emit(connection, Event(order.namespace, EventType.NAMESPACE_RESUMED, told))
         action = "resume" if cause == "person" else "resume.until"
         await trail.append(connection, _act(order, action, epoch, second_to))
 

@@ -20,6 +20,8 @@ from orbit.database.pool import Connection, Database
 from orbit.database.queries import load
 from orbit.errors import CyclesActive, DatabaseUnavailable
 from orbit.profiles.model import Documents, document_body, documents_from_body
+from orbit.telemetry.catalogue import EventType
+from orbit.telemetry.emission import Event, emit
 from orbit.vocabulary import DRILL_PREFIX
 
 SQL = load("configuration")
@@ -145,6 +147,8 @@ class Configuration:
         await connection.execute(SQL.insert_revision, row)
         await connection.execute(SQL.insert_activation, row)
         await connection.execute(SQL.activate, row)
+        told = {"revision": new.revision}
+        await emit(connection, Event(INSTALLATION, EventType.CONFIGURATION_ACTIVATED, told))
         act = Act(
             INSTALLATION,
             "configuration.activated",

@@ -1,18 +1,23 @@
 """The janitor: makes partitions ahead, drops what retention lets go, ends what drills have left.
 
 Facts go only partition by partition, oldest first, and never what a live cycle or job needs.
-Audit, ledgers and dead letters stay for ever.
+Audit, ledgers and dead letters stay for ever. Telemetry has its own rules: `telemetry/retention`.
 """
 
 from __future__ import annotations
 
-from orbit.database.pool import Database
+from psycopg.errors import LockNotAvailable, ObjectInUse
+
+from orbit.database.pool import Database, first_line
 from orbit.database.queries import load
+from orbit.errors import VerificationImpossible
 from orbit.services.base import Service
 from orbit.services.leftovers import Leftovers
+from orbit.telemetry.retention import Retention, retain
 
 SQL = load("node")
 _REST_SECONDS = 3600.0
+KEEPS_ALL = Retention(0)
 
 # What a cycle and its jobs leave behind; the database refuses to drop of any other fact.
 RETAINED_FACTS = (
@@ -33,9 +38,15 @@ class Janitor(Service):
     name = "janitor"
 
     def __init__(
-        self, database: Database, *, fact_retention_days: int, leftovers: Leftovers | None = None
+        self,
+        database: Database,
+        *,
+        fact_retention_days: int,
+        leftovers: Leftovers | None = None,
+        telemetry: Retention = KEEPS_ALL,
     ) -> None:
         super().__init__(database)
+        self._telemetry = telemetry
         self._fact_retention_days, self._leftovers = fact_retention_days, leftovers
 
     async def run_once(self) -> float:
@@ -48,7 +59,20 @@ class Janitor(Service):
             self._log.warning("drills_ended", count=count)
         if self._fact_retention_days:
             await self._retain()
+        await self._retain_telemetry()
         return _REST_SECONDS
+
+    async def _retain_telemetry(self) -> None:
+        try:
+            dropped = await retain(self._database, self._telemetry)
+        except VerificationImpossible as error:
+            self._log.error("telemetry_kept", error=str(error))
+            return
+        except (LockNotAvailable, ObjectInUse) as error:  # somebody reads: better the next time
+            self._log.info("telemetry_kept", error=first_line(error))
+            return
+        if dropped:
+            self._log.info("telemetry_dropped", weeks=dropped)
 
     async def _retain(self) -> None:
         for fact in RETAINED_FACTS:

@@ -54,6 +54,19 @@ WITH request AS MATERIALIZED (
     SELECT namespace, cycle_id, run_profile_id,
         CASE WHEN is_waiting THEN 'infinity' ELSE orbit_now() END, is_waiting
     FROM accepted
+), batch AS MATERIALIZED (
+    SELECT orbit_new_batch() AS batch_id FROM accepted LIMIT 1
+), told AS (
+    INSERT INTO telemetry_event (namespace, batch_id, ordinal, event_type, profile_id,
+        run_profile_id, run_id, metadata)
+    SELECT namespace, batch_id, row_number() OVER (PARTITION BY namespace ORDER BY place),
+        'execution_started', profile_id, run_profile_id, cycle_id,
+        jsonb_build_object('trigger', trigger, 'revision', revision, 'rerunOf', rerun_of)
+    FROM accepted CROSS JOIN batch
+    RETURNING namespace, batch_id
+), pending AS (
+    INSERT INTO telemetry_pending (namespace, batch_id, events)
+    SELECT namespace, batch_id, count(*) FROM told GROUP BY namespace, batch_id
 )
 SELECT cycle_id, false AS is_halted FROM accepted
 UNION ALL SELECT cycle_id, true FROM request WHERE is_halted;
@@ -266,18 +279,38 @@ WHERE lease.node_id = %(node_id)s
 ON CONFLICT DO NOTHING;
 
 -- name: insert_checkpoints
--- Marks stages as done.
-INSERT INTO cycle_checkpoint (namespace, cycle_id, stage, digest, content_type, size, detail,
-    lease_number, node_id)
-SELECT done.namespace, done.cycle_id, done.stage, done.digest, done.content_type, done.size,
-    done.detail, done.lease_number, lease.node_id
-FROM unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(lease_number)s::int[],
-    %(stage)s::text[], %(digest)s::text[], %(content_type)s::text[], %(size)s::int[],
-    %(detail)s::jsonb[])
-    AS done (namespace, cycle_id, lease_number, stage, digest, content_type, size, detail)
-JOIN cycle_lease lease USING (namespace, cycle_id, lease_number)
-WHERE lease.node_id = %(node_id)s
-ON CONFLICT DO NOTHING;
+-- Marks stages as done, and tells of them; of the last ones, what ends the cycle tells.
+WITH done AS MATERIALIZED (
+    SELECT * FROM unnest(%(namespace)s::text[], %(cycle_id)s::uuid[], %(lease_number)s::int[],
+        %(stage)s::text[], %(digest)s::text[], %(content_type)s::text[], %(size)s::int[],
+        %(detail)s::jsonb[], %(profile_id)s::text[], %(run_profile_id)s::text[])
+        AS done (namespace, cycle_id, lease_number, stage, digest, content_type, size, detail,
+            profile_id, run_profile_id)
+), written AS (
+    INSERT INTO cycle_checkpoint (namespace, cycle_id, stage, digest, content_type, size, detail,
+        lease_number, node_id)
+    SELECT done.namespace, done.cycle_id, done.stage, done.digest, done.content_type, done.size,
+        done.detail, done.lease_number, lease.node_id
+    FROM done JOIN cycle_lease lease USING (namespace, cycle_id, lease_number)
+    WHERE lease.node_id = %(node_id)s
+    ON CONFLICT DO NOTHING
+    RETURNING namespace, cycle_id, stage
+), batch AS MATERIALIZED (
+    SELECT orbit_new_batch() AS batch_id
+), told AS (
+    INSERT INTO telemetry_event (namespace, batch_id, ordinal, event_type, profile_id,
+        run_profile_id, run_id, metadata)
+    SELECT namespace, batch_id, row_number() OVER (PARTITION BY namespace
+            ORDER BY cycle_id, orbit_stage_number(stage)),
+        'stage_completed', profile_id, run_profile_id, cycle_id,
+        jsonb_build_object('stage', stage, 'size', size)
+    FROM done CROSS JOIN batch
+    WHERE stage NOT IN ('cycle_finished', 'cycle_failed') AND ((namespace, cycle_id, stage)
+        IN (SELECT namespace, cycle_id, stage FROM written)) IS TRUE
+    RETURNING namespace, batch_id
+)
+INSERT INTO telemetry_pending (namespace, batch_id, events)
+SELECT namespace, batch_id, count(*) FROM told GROUP BY namespace, batch_id;
 
 -- name: insert_records
 -- What each call of a step took and came to.
@@ -356,18 +389,34 @@ WITH ended AS (
         AND cycle_lease.lease_number = ending.lease_number
         AND cycle_lease.node_id = %(node_id)s
     RETURNING cycle_lease.namespace, cycle_lease.cycle_id, ending.state, ending.items
+), run AS MATERIALIZED (
+    SELECT ended.namespace, ended.cycle_id, ended.state, ended.items, run.profile_id,
+        run.run_profile_id, run.value_tags, run.revision,
+        extract(epoch FROM orbit_now() - run.created_at)::float8 AS wall_seconds
+    FROM ended CROSS JOIN LATERAL (
+        SELECT * FROM cycle_run run
+        WHERE run.namespace = ended.namespace AND run.cycle_id = ended.cycle_id OFFSET 0
+    ) run
+), batch AS MATERIALIZED (
+    SELECT orbit_new_batch() AS batch_id FROM run LIMIT 1
+), told AS (
+    INSERT INTO telemetry_event (namespace, batch_id, ordinal, event_type, profile_id,
+        run_profile_id, run_id, metadata)
+    SELECT namespace, batch_id, row_number() OVER (PARTITION BY namespace ORDER BY cycle_id),
+        'execution_' || state, profile_id, run_profile_id, cycle_id,
+        jsonb_build_object('items', items, 'jobs', 0, 'delivered', 0, 'dead', 0, 'attempts', 0,
+            'unknown', 0, 'bytes', 0, 'durationSeconds', wall_seconds, 'revision', revision)
+    FROM run CROSS JOIN batch
+    RETURNING namespace, batch_id
+), pending AS (
+    INSERT INTO telemetry_pending (namespace, batch_id, events)
+    SELECT namespace, batch_id, count(*) FROM told GROUP BY namespace, batch_id
 )
 INSERT INTO value_ledger_entry (namespace, cycle_id, profile_id, run_profile_id, state, tags,
     items, jobs, delivered, dead_lettered, attempts, bytes, wall_seconds)
-SELECT ended.namespace, ended.cycle_id, run.profile_id, run.run_profile_id, ended.state,
-    run.value_tags, ended.items, 0, 0, 0, 0, 0,
-    extract(epoch FROM orbit_now() - run.created_at)
-FROM ended
-CROSS JOIN LATERAL (
-    SELECT * FROM cycle_run run
-    WHERE run.namespace = ended.namespace AND run.cycle_id = ended.cycle_id OFFSET 0
-) run
-WHERE run.profile_id IS NOT NULL
+SELECT namespace, cycle_id, profile_id, run_profile_id, state, value_tags, items, 0, 0, 0, 0, 0,
+    wall_seconds
+FROM run WHERE profile_id IS NOT NULL
 ON CONFLICT DO NOTHING;
 
 -- name: end_dispatched
@@ -386,20 +435,36 @@ WITH ended AS (
         'attempts', ended.attempts, 'bytes', ended.bytes), ended.lease_number, %(node_id)s::uuid
     FROM ended CROSS JOIN (VALUES ('dispatch_complete'), ('cycle_finished')) AS last (stage)
     ON CONFLICT DO NOTHING
-), ledger AS (
-    INSERT INTO value_ledger_entry (namespace, cycle_id, profile_id, run_profile_id, state,
-        tags, items, jobs, delivered, dead_lettered, attempts, bytes, wall_seconds)
-    SELECT ended.namespace, ended.cycle_id, run.profile_id, run.run_profile_id, 'finished',
-        run.value_tags, ended.items, ended.jobs, ended.delivered, ended.dead_lettered,
-        ended.attempts, ended.bytes, extract(epoch FROM orbit_now() - run.created_at)
-    FROM ended
-    CROSS JOIN LATERAL (
+), run AS MATERIALIZED (
+    SELECT ended.*, run.profile_id, run.value_tags, run.revision,
+        extract(epoch FROM orbit_now() - run.created_at)::float8 AS wall_seconds
+    FROM ended CROSS JOIN LATERAL (
         SELECT * FROM cycle_run run
         WHERE run.namespace = ended.namespace AND run.cycle_id = ended.cycle_id
             AND run.cycle_id BETWEEN %(first)s::uuid AND %(last)s::uuid OFFSET 0
     ) run
-    WHERE run.profile_id IS NOT NULL
+), ledger AS (
+    INSERT INTO value_ledger_entry (namespace, cycle_id, profile_id, run_profile_id, state,
+        tags, items, jobs, delivered, dead_lettered, attempts, bytes, wall_seconds)
+    SELECT namespace, cycle_id, profile_id, run_profile_id, 'finished', value_tags, items, jobs,
+        delivered, dead_lettered, attempts, bytes, wall_seconds
+    FROM run WHERE profile_id IS NOT NULL
     ON CONFLICT DO NOTHING
+), batch AS MATERIALIZED (
+    SELECT orbit_new_batch() AS batch_id FROM run LIMIT 1
+), told AS (
+    INSERT INTO telemetry_event (namespace, batch_id, ordinal, event_type, profile_id,
+        run_profile_id, run_id, metadata)
+    SELECT namespace, batch_id, row_number() OVER (PARTITION BY namespace ORDER BY cycle_id),
+        'execution_finished', profile_id, run_profile_id, cycle_id,
+        jsonb_build_object('items', items, 'jobs', jobs, 'delivered', delivered,
+            'dead', dead_lettered, 'attempts', attempts, 'unknown', unknown, 'bytes', bytes,
+            'durationSeconds', wall_seconds, 'revision', revision)
+    FROM run CROSS JOIN batch
+    RETURNING namespace, batch_id
+), pending AS (
+    INSERT INTO telemetry_pending (namespace, batch_id, events)
+    SELECT namespace, batch_id, count(*) FROM told GROUP BY namespace, batch_id
 )
 SELECT namespace, cycle_id FROM ended;
 

@@ -95,10 +95,28 @@ WITH asked AS MATERIALIZED (
     FROM decided
     JOIN asked USING (namespace, job_id)
     JOIN dispatch_job old ON old.namespace = decided.namespace AND old.job_id = decided.job_id
-    RETURNING namespace, job_id, endpoint_key, cycle_id
+    RETURNING namespace, job_id, endpoint_key, cycle_id, requeued_from
 ), lease AS (
     INSERT INTO dispatch_lease (namespace, job_id, endpoint_key, cycle_id, due_at, is_requeued)
     SELECT namespace, job_id, endpoint_key, cycle_id, orbit_now(), true FROM job
+), batch AS MATERIALIZED (
+    SELECT orbit_new_batch() AS batch_id FROM job LIMIT 1
+), told AS (
+    INSERT INTO telemetry_event (namespace, batch_id, ordinal, event_type, profile_id,
+        run_profile_id, run_id, metadata)
+    SELECT job.namespace, batch.batch_id, row_number() OVER (PARTITION BY job.namespace),
+        'requeued', run.profile_id, run.run_profile_id, job.cycle_id,
+        jsonb_build_object('jobId', job.requeued_from, 'newJobId', job.job_id,
+            'endpointKey', job.endpoint_key)
+    FROM job CROSS JOIN batch
+    LEFT JOIN LATERAL (
+        SELECT profile_id, run_profile_id FROM cycle_run
+        WHERE cycle_run.namespace = job.namespace AND cycle_run.cycle_id = job.cycle_id OFFSET 0
+    ) run ON true
+    RETURNING namespace, batch_id
+), pending AS (
+    INSERT INTO telemetry_pending (namespace, batch_id, events)
+    SELECT namespace, batch_id, count(*) FROM told GROUP BY namespace, batch_id
 )
 SELECT namespace, job_id, new_job_id FROM decided;
 

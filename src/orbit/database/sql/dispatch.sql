@@ -266,7 +266,8 @@ WITH RECURSIVE lanes AS (
     ) late LIMIT %(limit)s
 )
 SELECT expired.*, job.digest, job.size, job.max_attempts,
-    COALESCE(snapshot.on_unknown, 'retry') AS on_unknown
+    COALESCE(snapshot.on_unknown, 'retry') AS on_unknown, run.profile_id,
+    COALESCE(run.run_profile_id, '') AS run_profile_id
 FROM expired CROSS JOIN LATERAL (
     SELECT digest, size, max_attempts, snapshot_id FROM dispatch_job job
     WHERE job.namespace = expired.namespace AND job.job_id = expired.job_id OFFSET 0
@@ -274,7 +275,10 @@ FROM expired CROSS JOIN LATERAL (
     SELECT on_unknown FROM endpoint_snapshot snapshot
     WHERE snapshot.namespace = expired.namespace AND snapshot.snapshot_id = job.snapshot_id
     OFFSET 0
-) snapshot ON true;
+) snapshot ON true LEFT JOIN LATERAL (
+    SELECT profile_id, run_profile_id FROM cycle_run run
+    WHERE run.namespace = expired.namespace AND run.cycle_id = expired.cycle_id OFFSET 0
+) run ON true;
 
 -- name: settle_jobs
 -- Moves on the leases that are still their worker's: done (delivered, or dead with its cause)
@@ -284,18 +288,22 @@ FROM expired CROSS JOIN LATERAL (
 WITH result AS MATERIALIZED (
     SELECT * FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(lease_number)s::int[],
         %(node_id)s::uuid[], %(attempt)s::int[], %(size)s::int[], %(retry_seconds)s::float8[],
-        %(cause)s::text[])
-        AS result (namespace, job_id, lease_number, node_id, attempt, size, retry_seconds, cause)
+        %(cause)s::text[], %(outcome)s::text[], %(profile_id)s::text[],
+        %(run_profile_id)s::text[])
+        AS result (namespace, job_id, lease_number, node_id, attempt, size, retry_seconds, cause,
+            outcome, profile_id, run_profile_id)
 ), done AS (
     DELETE FROM dispatch_lease lease USING result
     WHERE lease.namespace = result.namespace AND lease.job_id = result.job_id
         AND lease.lease_number = result.lease_number AND lease.node_id = result.node_id
         AND result.retry_seconds IS NULL
     RETURNING lease.namespace, lease.job_id, lease.cycle_id, lease.endpoint_key,
-        lease.is_requeued, result.attempt, result.size, result.cause
+        lease.is_requeued, result.attempt, result.size, result.cause, result.profile_id,
+        result.run_profile_id, lease.unknown + (result.outcome = 'unknown')::int AS unknown
 ), retried AS (
     UPDATE dispatch_lease lease SET node_id = NULL, is_retry = true,
-        due_at = orbit_now() + result.retry_seconds * interval '1 second'
+        due_at = orbit_now() + result.retry_seconds * interval '1 second',
+        unknown = lease.unknown + (result.outcome = 'unknown')::int
     FROM result
     WHERE lease.namespace = result.namespace AND lease.job_id = result.job_id
         AND lease.lease_number = result.lease_number AND lease.node_id = result.node_id
@@ -306,9 +314,25 @@ WITH result AS MATERIALIZED (
     SELECT namespace, job_id, cycle_id, endpoint_key, cause, attempt FROM done
     WHERE cause IS NOT NULL
     ON CONFLICT DO NOTHING
+    RETURNING namespace, job_id
+), batch AS MATERIALIZED (
+    SELECT orbit_new_batch() AS batch_id FROM dead LIMIT 1
+), told AS (
+    INSERT INTO telemetry_event (namespace, batch_id, ordinal, event_type, profile_id,
+        run_profile_id, run_id, metadata)
+    SELECT namespace, batch_id, row_number() OVER (PARTITION BY namespace), 'dead_lettered',
+        profile_id, run_profile_id, cycle_id, jsonb_build_object('jobId', job_id,
+            'endpointKey', endpoint_key, 'attempts', attempt)
+    FROM done CROSS JOIN batch
+    WHERE ((namespace, job_id) IN (SELECT namespace, job_id FROM dead)) IS TRUE
+    RETURNING namespace, batch_id
+), pending AS (
+    INSERT INTO telemetry_pending (namespace, batch_id, events)
+    SELECT namespace, batch_id, count(*) FROM told GROUP BY namespace, batch_id
 ), counted AS MATERIALIZED (
     SELECT namespace, cycle_id, count(*)::int AS jobs, count(cause)::int AS dead,
-        sum(attempt)::int AS attempts, sum(attempt::bigint * size)::bigint AS bytes
+        sum(attempt)::int AS attempts, sum(attempt::bigint * size)::bigint AS bytes,
+        sum(unknown)::int AS unknown
     FROM done WHERE NOT is_requeued GROUP BY namespace, cycle_id
 ), held AS MATERIALIZED (
     SELECT lease.namespace, lease.cycle_id FROM cycle_lease lease
@@ -321,7 +345,8 @@ UPDATE cycle_lease SET outstanding = outstanding - counted.jobs,
     delivered = delivered + counted.jobs - counted.dead,
     dead_lettered = dead_lettered + counted.dead,
     attempts = cycle_lease.attempts + counted.attempts,
-    bytes = cycle_lease.bytes + counted.bytes
+    bytes = cycle_lease.bytes + counted.bytes,
+    unknown = cycle_lease.unknown + counted.unknown
 FROM held JOIN counted ON counted.namespace = held.namespace AND counted.cycle_id = held.cycle_id
 WHERE cycle_lease.namespace = held.namespace AND cycle_lease.cycle_id = held.cycle_id;
 
@@ -335,8 +360,9 @@ WHERE dispatch_lease.namespace = result.namespace AND dispatch_lease.job_id = re
 
 -- name: insert_receipts
 -- What became of attempts. A receipt that exists stays: an attempt has one end. To follow
--- settle_jobs, whose locks keep two sessions from writing the same receipt at once. Adds what
--- was written to the lanes' tallies, in key order.
+-- settle_jobs, whose locks keep two sessions from writing the same receipt at once. Tells of what
+-- was written, and adds it to the lanes' tallies, in key order. "IN … IS TRUE" is looked up in a
+-- hash; a join of the two would compare each with each, since sessions plan without hash joins.
 WITH receipt AS MATERIALIZED (
     SELECT * FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(attempt)s::int[],
         %(endpoint_key)s::text[], %(outcome)s::text[], %(status)s::int[], %(error)s::text[],
@@ -344,17 +370,39 @@ WITH receipt AS MATERIALIZED (
         %(connect_seconds)s::float8[], %(first_byte_seconds)s::float8[],
         %(total_seconds)s::float8[], %(answer)b::bytea[], %(answer_content_type)s::text[],
         %(is_probe)s::boolean[], %(is_reused)s::boolean[], %(lease_number)s::int[],
-        %(node_id)s::uuid[], %(started_at)s::timestamptz[])
+        %(node_id)s::uuid[], %(started_at)s::timestamptz[], %(cycle_id)s::uuid[],
+        %(profile_id)s::text[], %(run_profile_id)s::text[])
         AS receipt (namespace, job_id, attempt, endpoint_key, outcome, status, error, digest, size,
             queue_seconds, connect_seconds, first_byte_seconds, total_seconds, answer,
-            answer_content_type, is_probe, is_reused, lease_number, node_id, started_at)
+            answer_content_type, is_probe, is_reused, lease_number, node_id, started_at, cycle_id,
+            profile_id, run_profile_id)
 ), written AS (
     INSERT INTO delivery_receipt (namespace, job_id, attempt, endpoint_key, outcome, status,
         error, digest, size, queue_seconds, connect_seconds, first_byte_seconds, total_seconds,
         answer, answer_content_type, is_probe, is_reused, lease_number, node_id, started_at)
-    SELECT * FROM receipt
+    SELECT namespace, job_id, attempt, endpoint_key, outcome, status,
+        error, digest, size, queue_seconds, connect_seconds, first_byte_seconds, total_seconds,
+        answer, answer_content_type, is_probe, is_reused, lease_number, node_id, started_at
+    FROM receipt
     ON CONFLICT DO NOTHING
-    RETURNING namespace, endpoint_key, outcome
+    RETURNING namespace, job_id, attempt, endpoint_key, outcome
+), batch AS MATERIALIZED (
+    SELECT orbit_new_batch() AS batch_id
+), told AS (
+    INSERT INTO telemetry_event (namespace, batch_id, ordinal, event_type, profile_id,
+        run_profile_id, run_id, metadata)
+    SELECT namespace, batch_id, row_number() OVER (PARTITION BY namespace),
+        CASE outcome WHEN 'delivered' THEN 'delivery_confirmed' ELSE 'delivery_' || outcome END,
+        profile_id, run_profile_id, cycle_id, jsonb_build_object('jobId', job_id,
+            'attempt', attempt, 'endpointKey', endpoint_key, 'status', status,
+            'seconds', total_seconds)
+    FROM receipt CROSS JOIN batch
+    WHERE ((namespace, job_id, attempt)
+        IN (SELECT namespace, job_id, attempt FROM written)) IS TRUE
+    RETURNING namespace, batch_id
+), pending AS (
+    INSERT INTO telemetry_pending (namespace, batch_id, events)
+    SELECT namespace, batch_id, count(*) FROM told GROUP BY namespace, batch_id
 )
 INSERT INTO lane_tally (namespace, endpoint_key, part, delivered, failed, not_sent, unknown)
 SELECT namespace, endpoint_key, %(part)s,
@@ -423,6 +471,18 @@ WITH result AS MATERIALIZED (
             ELSE orbit_now() + next_hold_seconds * interval '1 second' END
     FROM judged
     WHERE lane.namespace = judged.namespace AND lane.endpoint_key = judged.endpoint_key
+), batch AS MATERIALIZED (
+    SELECT orbit_new_batch() AS batch_id FROM judged WHERE change IS NOT NULL LIMIT 1
+), told AS (
+    INSERT INTO telemetry_event (namespace, batch_id, ordinal, event_type, metadata)
+    SELECT namespace, batch_id, row_number() OVER (PARTITION BY namespace), 'lane_' || change,
+        jsonb_build_object('endpointKey', endpoint_key, 'failures', failures, 'holdSeconds',
+            CASE WHEN change <> 'closed' THEN next_hold_seconds END)
+    FROM judged CROSS JOIN batch WHERE change IS NOT NULL
+    RETURNING namespace, batch_id
+), pending AS (
+    INSERT INTO telemetry_pending (namespace, batch_id, events)
+    SELECT namespace, batch_id, count(*) FROM told GROUP BY namespace, batch_id
 )
 INSERT INTO lane_change (namespace, endpoint_key, change, failures, window_attempts,
     window_failures, hold_seconds, node_id)

@@ -157,3 +157,19 @@ FROM (
     FROM namespace_halt halt GROUP BY halt.namespace
 ) last
 ON CONFLICT DO NOTHING;
+
+-- name: lock_sequencer
+-- Lets nobody number until the transaction ends: to be sent before rebuild_pending, which would
+-- otherwise bring back what is numbered meanwhile.
+SELECT FROM telemetry_sequencer FOR UPDATE;
+
+-- name: rebuild_pending
+-- Events that have no position get their pending rows back; positions are given after the last.
+INSERT INTO telemetry_pending (batch_id, namespace, events)
+SELECT event.batch_id, event.namespace, count(*)
+FROM telemetry_event event
+WHERE NOT EXISTS (SELECT FROM telemetry_batch batch
+    WHERE batch.namespace = event.namespace AND batch.batch_id = event.batch_id)
+GROUP BY event.batch_id, event.namespace
+ORDER BY event.batch_id, event.namespace
+ON CONFLICT DO NOTHING;

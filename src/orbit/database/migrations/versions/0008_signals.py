@@ -7,7 +7,7 @@ from pathlib import Path
 from orbit.database.upgrade import run_script
 
 revision = "0008"
-down_revision = "0006"
+down_revision = "0007"
 branch_labels = None
 depends_on = None
 

@@ -1,0 +1,281 @@
+-- Telemetry: events written, numbered, read by position.
+
+-- name: emit
+-- Events, and their pending batches, one for each namespace. Locks nothing that others wait for.
+WITH event AS MATERIALIZED (
+    SELECT * FROM unnest(%(namespace)s::text[], %(event_type)s::text[], %(metadata)s::jsonb[],
+        %(profile_id)s::text[], %(run_profile_id)s::text[], %(run_id)s::uuid[]) WITH ORDINALITY
+        AS event (namespace, event_type, metadata, profile_id, run_profile_id, run_id, place)
+), batch AS MATERIALIZED (
+    SELECT orbit_new_batch() AS batch_id
+), told AS (
+    INSERT INTO telemetry_event (namespace, batch_id, ordinal, event_type, profile_id,
+        run_profile_id, run_id, metadata)
+    SELECT namespace, batch_id, row_number() OVER (PARTITION BY namespace ORDER BY place),
+        event_type, profile_id, run_profile_id, run_id, metadata
+    FROM event CROSS JOIN batch
+    RETURNING namespace, batch_id
+)
+INSERT INTO telemetry_pending (namespace, batch_id, events)
+SELECT namespace, batch_id, count(*) FROM told GROUP BY namespace, batch_id;
+
+-- name: look
+-- Who leads, and whether there is something to number. telemetry_pending_oldest serves it.
+SELECT node_id IS NOT DISTINCT FROM %(node_id)s::uuid AS is_mine, due_at <= orbit_now() AS is_free,
+    due_at < orbit_now() + %(lease_seconds)s * interval '0.5 second' AS is_due,
+    EXISTS (SELECT FROM telemetry_pending) AS has_pending,
+    GREATEST(0.05, CASE WHEN due_at = '-infinity' THEN 0
+        ELSE extract(epoch FROM due_at - orbit_now()) END)::float8 AS wait_seconds
+FROM telemetry_sequencer;
+
+-- name: ensure_sequencer
+-- The sequencer's row, should it be lost; the last position is found in the batches.
+INSERT INTO telemetry_sequencer DEFAULT VALUES ON CONFLICT DO NOTHING;
+
+-- name: lead
+-- Takes the sequencer's row if it is free or ours, and locks it until the transaction's end.
+-- Passed over if another is at it.
+UPDATE telemetry_sequencer SET node_id = %(node_id)s::uuid,
+    due_at = orbit_now() + %(lease_seconds)s * interval '1 second'
+WHERE singleton = (SELECT singleton FROM telemetry_sequencer
+    WHERE node_id = %(node_id)s::uuid OR due_at <= orbit_now() FOR UPDATE SKIP LOCKED);
+
+-- name: number_batches
+-- Gives the oldest pending batches their positions, if this very transaction leads: to follow
+-- lead, which has locked the row. telemetry_pending_oldest and telemetry_batch_by_position serve it.
+WITH leader AS MATERIALIZED (
+    SELECT GREATEST(last_position, COALESCE((SELECT last_position FROM telemetry_batch
+        ORDER BY last_position DESC LIMIT 1), 0)) AS last_position
+    FROM telemetry_sequencer
+    WHERE node_id = %(node_id)s::uuid AND xmin = pg_current_xact_id()::xid
+), chosen AS MATERIALIZED (
+    SELECT namespace, batch_id FROM telemetry_pending WHERE EXISTS (SELECT FROM leader)
+    ORDER BY batch_id, namespace LIMIT %(count)s
+), taken AS (
+    DELETE FROM telemetry_pending USING chosen
+    WHERE telemetry_pending.namespace = chosen.namespace
+        AND telemetry_pending.batch_id = chosen.batch_id
+    RETURNING telemetry_pending.namespace, telemetry_pending.batch_id, events
+), placed AS MATERIALIZED (
+    SELECT taken.namespace, batch_id, events, leader.last_position
+        + sum(events) OVER (ORDER BY batch_id, taken.namespace) AS last_position
+    FROM taken CROSS JOIN leader
+), numbered AS (
+    INSERT INTO telemetry_batch (namespace, batch_id, events, last_position)
+    SELECT namespace, batch_id, events, last_position FROM placed
+), moved AS (
+    UPDATE telemetry_sequencer SET last_position = (SELECT max(last_position) FROM placed)
+    WHERE EXISTS (SELECT FROM placed)
+)
+SELECT count(*)::int AS batches, COALESCE(sum(events), 0)::int AS events,
+    GREATEST(0, COALESCE(extract(epoch FROM orbit_now() - orbit_id_time(
+        (SELECT batch_id FROM placed ORDER BY batch_id LIMIT 1))), 0))::float8 AS lag_seconds
+FROM placed;
+
+-- name: bounds
+-- The first position there is, and the last one given.
+SELECT COALESCE((SELECT last_position - events + 1 FROM telemetry_batch
+        ORDER BY last_position LIMIT 1), 1) AS first_position,
+    GREATEST((SELECT last_position FROM telemetry_sequencer), COALESCE((SELECT last_position
+        FROM telemetry_batch ORDER BY last_position DESC LIMIT 1), 0)) AS last_position;
+
+-- name: window
+-- What follows a position, as CloudEvents in their order: the whole answer, or frames of a stream.
+-- Batches are taken until there are enough events. telemetry_batch_by_position serves it.
+WITH next AS MATERIALIZED (
+    SELECT namespace, batch_id, events, last_position FROM telemetry_batch
+    WHERE last_position > %(after)s::bigint ORDER BY last_position LIMIT %(count)s
+), batch AS MATERIALIZED (
+    SELECT * FROM (
+        SELECT next.*, sum(LEAST(events, last_position - %(after)s::bigint)) OVER (ORDER BY last_position)
+            - LEAST(events, last_position - %(after)s::bigint) AS before
+        FROM next
+    ) counted WHERE before < %(count)s
+), chosen AS MATERIALIZED (
+    SELECT last_position - events + ordinal AS position, event.* FROM batch CROSS JOIN LATERAL (
+        SELECT ordinal, namespace AS of, batch_id AS id, event_type, occurred_at, profile_id,
+            run_profile_id, run_id, metadata
+        FROM telemetry_event
+        WHERE telemetry_event.namespace = batch.namespace
+            AND telemetry_event.batch_id = batch.batch_id
+            AND ordinal > batch.events - (batch.last_position - %(after)s::bigint)
+        OFFSET 0
+    ) event
+    ORDER BY position LIMIT %(count)s
+), shown AS MATERIALIZED (
+    SELECT position, json_build_object('specversion', '1.0', 'id', id || '-' || ordinal,
+        'source', '/namespaces/' || of, 'type', 'orbit.' || event_type || '.v1',
+        'time', to_char(occurred_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
+        'subject', COALESCE(run_id::text, of), 'datacontenttype', 'application/json',
+        'position', position, 'data', metadata || jsonb_build_object('namespace', of,
+            'profileId', profile_id, 'runProfileId', run_profile_id, 'runId', run_id))::text
+        AS line
+    FROM chosen
+)
+SELECT count(*)::int AS events, max(position) AS last_position,
+    CASE WHEN %(is_stream)s THEN string_agg('id: ' || position || E'\ndata: ' || line || E'\n\n',
+        '' ORDER BY position) ELSE '[' || string_agg(line, ',' ORDER BY position) || ']' END AS text
+FROM shown;
+
+-- name: window_of_namespaces
+-- What follows a position, as CloudEvents in their order: the whole answer, or frames of a stream.
+-- Of some namespaces only. telemetry_batch_of_namespace serves it.
+WITH next AS MATERIALIZED (
+    SELECT batch.* FROM unnest(%(namespaces)s::text[]) AS wanted (namespace)
+    CROSS JOIN LATERAL (
+        SELECT namespace, batch_id, events, last_position FROM telemetry_batch
+        WHERE telemetry_batch.namespace = wanted.namespace AND last_position > %(after)s::bigint
+        ORDER BY last_position LIMIT %(count)s
+    ) batch
+    ORDER BY last_position LIMIT %(count)s
+), batch AS MATERIALIZED (
+    SELECT * FROM (
+        SELECT next.*, sum(LEAST(events, last_position - %(after)s::bigint)) OVER (ORDER BY last_position)
+            - LEAST(events, last_position - %(after)s::bigint) AS before
+        FROM next
+    ) counted WHERE before < %(count)s
+), chosen AS MATERIALIZED (
+    SELECT last_position - events + ordinal AS position, event.* FROM batch CROSS JOIN LATERAL (
+        SELECT ordinal, namespace AS of, batch_id AS id, event_type, occurred_at, profile_id,
+            run_profile_id, run_id, metadata
+        FROM telemetry_event
+        WHERE telemetry_event.namespace = batch.namespace
+            AND telemetry_event.batch_id = batch.batch_id
+            AND ordinal > batch.events - (batch.last_position - %(after)s::bigint)
+        OFFSET 0
+    ) event
+    ORDER BY position LIMIT %(count)s
+), shown AS MATERIALIZED (
+    SELECT position, json_build_object('specversion', '1.0', 'id', id || '-' || ordinal,
+        'source', '/namespaces/' || of, 'type', 'orbit.' || event_type || '.v1',
+        'time', to_char(occurred_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
+        'subject', COALESCE(run_id::text, of), 'datacontenttype', 'application/json',
+        'position', position, 'data', metadata || jsonb_build_object('namespace', of,
+            'profileId', profile_id, 'runProfileId', run_profile_id, 'runId', run_id))::text
+        AS line
+    FROM chosen
+)
+SELECT count(*)::int AS events, max(position) AS last_position,
+    CASE WHEN %(is_stream)s THEN string_agg('id: ' || position || E'\ndata: ' || line || E'\n\n',
+        '' ORDER BY position) ELSE '[' || string_agg(line, ',' ORDER BY position) || ']' END AS text
+FROM shown;
+
+-- name: outcome_subject
+-- What an outcome is of: a cycle, one of its items, or a job, in the namespace. By their keys.
+SELECT run.cycle_id, run.profile_id, run.run_profile_id,
+    COALESCE(job.item_index, %(item_index)s::int) AS item_index
+FROM (SELECT %(namespace)s::text AS namespace, %(run_id)s::uuid AS run_id,
+    %(job_id)s::uuid AS job_id) asked
+LEFT JOIN dispatch_job job ON job.namespace = asked.namespace AND job.job_id = asked.job_id
+JOIN cycle_run run ON run.namespace = asked.namespace
+    AND run.cycle_id = COALESCE(asked.run_id, job.cycle_id)
+WHERE %(item_index)s::int IS NULL OR EXISTS (SELECT FROM normalized_item item
+    WHERE item.namespace = run.namespace AND item.cycle_id = run.cycle_id
+        AND item.item_index = %(item_index)s::int);
+
+-- name: insert_outcome
+-- An outcome's key; no row if it was reported before.
+INSERT INTO outcome_key (namespace, outcome_id, digest)
+VALUES (%(namespace)s, %(outcome_id)s, %(digest)s) ON CONFLICT DO NOTHING;
+
+-- name: known_outcome
+-- What was said under an outcome's id.
+SELECT digest FROM outcome_key WHERE namespace = %(namespace)s AND outcome_id = %(outcome_id)s;
+
+-- name: weeks
+-- The weeks that have events' partitions and ended so many days ago, the oldest first.
+SELECT to_char(week, 'YYYY-MM-DD') AS week,
+    week + 7 <= (orbit_now() AT TIME ZONE 'UTC')::date - %(hard_days)s::int
+        AND %(hard_days)s::int > 0 AS is_over_limit
+FROM (SELECT to_date(right(child.relname, 8), 'YYYYMMDD') AS week
+    FROM pg_inherits JOIN pg_class child ON child.oid = inhrelid
+    WHERE inhparent = 'telemetry_event'::regclass) partition
+WHERE week + 7 <= (orbit_now() AT TIME ZONE 'UTC')::date - %(days)s::int
+ORDER BY week;
+
+-- name: week_size
+-- How many numbered events a week has, with its last position; and those archived of it.
+SELECT COALESCE(sum(events), 0)::bigint AS events, COALESCE(max(last_position), 0) AS last_position,
+    (SELECT COALESCE(sum(archive.events), 0)::bigint FROM telemetry_archive archive
+        WHERE archive.week = %(week)s::date) AS archived,
+    (SELECT COALESCE(max(archive.last_position), 0) FROM telemetry_archive archive
+        WHERE archive.week = %(week)s::date) AS archived_until,
+    (SELECT COALESCE(max(archive.chunk), 0) FROM telemetry_archive archive
+        WHERE archive.week = %(week)s::date) AS chunks
+FROM telemetry_batch
+WHERE batch_id >= orbit_first_id(%(week)s::date::timestamp AT TIME ZONE 'UTC')
+    AND batch_id < orbit_first_id((%(week)s::date + 7)::timestamp AT TIME ZONE 'UTC');
+
+-- name: week_lines
+-- A week's events after a position, whole batches, about `count` of them, as JSON lines.
+WITH next AS MATERIALIZED (
+    SELECT namespace, batch_id, events, last_position FROM telemetry_batch
+    WHERE last_position > %(after)s::bigint
+        AND batch_id >= orbit_first_id(%(week)s::date::timestamp AT TIME ZONE 'UTC')
+        AND batch_id < orbit_first_id((%(week)s::date + 7)::timestamp AT TIME ZONE 'UTC')
+    ORDER BY last_position LIMIT %(count)s
+), batch AS MATERIALIZED (
+    SELECT * FROM (SELECT next.*, sum(events) OVER (ORDER BY last_position) - events AS before
+        FROM next) counted WHERE before < %(count)s
+), line AS MATERIALIZED (
+    SELECT position, json_build_object('position', position, 'namespace', of,
+        'id', id || '-' || ordinal, 'type', event_type, 'time',
+        to_char(occurred_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
+        'profileId', profile_id, 'runProfileId', run_profile_id, 'runId', run_id,
+        'metadata', metadata)::text AS line
+    FROM (
+        SELECT last_position - events + ordinal AS position, event.*
+        FROM batch CROSS JOIN LATERAL (
+            SELECT ordinal, namespace AS of, batch_id AS id, event_type, occurred_at, profile_id,
+                run_profile_id, run_id, metadata
+            FROM telemetry_event
+            WHERE telemetry_event.namespace = batch.namespace
+                AND telemetry_event.batch_id = batch.batch_id
+            OFFSET 0
+        ) event
+    ) placed
+)
+SELECT count(*)::int AS events, min(position) AS first_position, max(position) AS last_position,
+    string_agg(line, E'\n' ORDER BY position) AS text
+FROM line;
+
+-- name: insert_archive
+-- A chunk of a week; one that is there stays.
+INSERT INTO telemetry_archive (week, chunk, first_position, last_position, events, sha256, content)
+VALUES (%(week)s::date, %(chunk)s, %(first_position)s, %(last_position)s, %(events)s,
+    %(sha256)b, %(content)b) ON CONFLICT DO NOTHING;
+
+-- name: archive_chunk
+-- A chunk as it is stored.
+SELECT events, sha256, content FROM telemetry_archive
+WHERE week = %(week)s::date AND chunk = %(chunk)s;
+
+-- name: archives
+-- The archived weeks.
+SELECT to_char(week, 'YYYY-MM-DD') AS week, count(*)::int AS chunks,
+    sum(events)::bigint AS events, min(first_position) AS first_position,
+    max(last_position) AS last_position, sum(octet_length(content))::bigint AS bytes
+FROM telemetry_archive GROUP BY telemetry_archive.week ORDER BY telemetry_archive.week;
+
+-- name: behind
+-- The stored consumers that have not read up to a position.
+SELECT name FROM telemetry_consumer WHERE position < %(position)s ORDER BY name;
+
+-- name: drop_week
+-- Drops a week's events; the database refuses while somebody has yet to read them.
+SELECT orbit_drop_telemetry(%(week)s::date, %(is_forced)s) AS last_position;
+
+-- name: move_consumer
+-- Keeps a consumer's place, which never goes back by this.
+INSERT INTO telemetry_consumer AS kept (name, position) VALUES (%(name)s, %(position)s)
+ON CONFLICT (name) DO UPDATE SET position = GREATEST(kept.position, EXCLUDED.position),
+    moved_at = orbit_now()
+RETURNING position;
+
+-- name: consumer
+-- A consumer's place.
+SELECT position FROM telemetry_consumer WHERE name = %(name)s;
+
+-- name: forget_consumer
+-- Lets a consumer go: nothing is kept for it any more.
+DELETE FROM telemetry_consumer WHERE name = %(name)s;

@@ -1,0 +1,1 @@
+"""Telemetry: what happened, as events in an order that a reader can keep a place in."""

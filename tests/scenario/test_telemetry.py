@@ -1,0 +1,219 @@
+"""Telemetry over the API: replayed, streamed, bounded to namespaces; outcomes reported once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from orbit.api import streams
+from orbit.api.application import create_application
+from orbit.app import Node
+from orbit.governance.actor import actor_here
+from orbit.payload import Payload
+from orbit.telemetry.catalogue import EventType
+from orbit.telemetry.emission import Event, emit
+from tests.scenario.access import asking, bearer, key_of
+from tests.scenario.conftest import MakeNode, send, until
+
+
+async def tell(node: Node, count: int, namespace: str = "brand-a") -> int:
+    """Emits events, and waits until they have their positions; the last one."""
+    async with node.database.transaction() as connection:
+        one = Event(namespace, EventType.OUTCOME_REPORTED, {"metric": "m" * 200, "value": 1})
+        await emit(connection, *[one] * count)
+
+    async def numbered() -> Any:
+        row = await node.database.fetch_one(
+            b"SELECT NOT EXISTS (SELECT FROM telemetry_pending)"
+            b" AS is_done, last_position FROM telemetry_sequencer"
+        )
+        return row["last_position"] if row and row["is_done"] else None
+
+    return int(await until(numbered, "the positions"))
+
+
+@asynccontextmanager
+async def serving(node: Node) -> AsyncIterator[int]:
+    """The node's API on a socket; its port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(create_application(node), log_level="error", lifespan="off")
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    yield listener.getsockname()[1]
+    server.force_exit = server.should_exit = True
+    await task
+
+
+async def frames(lines: AsyncIterator[str], count: int) -> list[tuple[int, dict[str, Any]]]:
+    """So many frames of a stream: id and event."""
+    found: list[tuple[int, dict[str, Any]]] = []
+    position = 0
+    async for line in lines:
+        name, _, text = line.partition(": ")
+        if name == "id":
+            position = int(text)
+        elif name == "data":
+            found.append((position, json.loads(text)))
+            if len(found) == count:
+                return found
+    return found
+
+
+async def test_a_replay_pages_through_everything_once(make_node: MakeNode) -> None:
+    """Pages of any size give the same dense positions, as CloudEvents."""
+    node = await make_node()
+    last = await tell(node, 25)
+    async with asking(node) as client:
+        found: list[dict[str, Any]] = []
+        after = 0
+        while after < last:
+            page = (await client.get("/telemetry", params={"after": after, "limit": 4})).json()
+            found += page["items"]
+            after = page["position"]
+    assert [one["position"] for one in found] == list(range(1, last + 1))
+    assert len({one["id"] for one in found}) == last
+    needed = {"specversion", "id", "source", "type", "time", "data", "position"}
+    assert all(needed <= one.keys() for one in found)
+
+
+async def test_a_bounded_key_sees_its_namespaces_only(make_node: MakeNode) -> None:
+    """Neither a page nor a named namespace shows what does not exist for the key."""
+    node = await make_node(auth="on")
+    await tell(node, 3, "brand-a")
+    await tell(node, 5, "brand-b")
+    key = await key_of(node, "viewer", namespaces=["brand-b"])
+    async with asking(node, key) as client:
+        own = (await client.get("/telemetry")).json()["items"]
+        other = (await client.get("/telemetry", params={"namespace": "brand-a"})).json()["items"]
+    assert [one["source"] for one in own] == ["/namespaces/brand-b"] * 5
+    assert other == []
+
+
+async def test_a_stream_goes_on_after_the_last_event_id(make_node: MakeNode) -> None:
+    """What was sent before comes once, what happens later comes by itself."""
+    node = await make_node()
+    last = await tell(node, 5)
+    async with (
+        serving(node) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client,
+        client.stream("GET", "/telemetry/stream", headers={"Last-Event-ID": "2"}) as answer,
+    ):
+        lines = answer.aiter_lines()
+        before = await frames(lines, last - 2)
+        later = await tell(node, 2)
+        after = await frames(lines, 2)
+    assert [position for position, _ in before] == list(range(3, last + 1))
+    assert [position for position, _ in after] == [later - 1, later]
+    assert all(position == event["position"] for position, event in before + after)
+
+
+async def test_a_revoked_key_ends_its_stream(make_node: MakeNode) -> None:
+    """A stream is over soon after its key."""
+    node = await make_node(auth="on")
+    key = await key_of(node, "viewer")
+    last = await tell(node, 1)
+    async with (
+        serving(node) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client,
+        client.stream("GET", "/telemetry/stream?after=0", headers=bearer(key)) as answer,
+    ):
+        lines = answer.aiter_lines()
+        assert answer.status_code == 200
+        assert len(await frames(lines, last)) == last
+        await node.keys.revoke(actor_here(), key.key_id, None)
+        async with asyncio.timeout(10):
+            assert await frames(lines, 1_000_000) == []
+
+
+async def test_a_slow_client_is_dropped(
+    make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who takes nothing is cut off before the end, and the stream's place is free again."""
+    monkeypatch.setattr(streams, "_TAKING_SECONDS", 0.5)
+    monkeypatch.setattr(streams, "MOST_STREAMS", 1)
+    node = await make_node()
+    await tell(node, 40_000)
+    async with (
+        serving(node) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client,
+    ):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        writer.write(b"GET /telemetry/stream?after=0 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await reader.readline()
+
+        async def refused() -> bool:
+            async with client.stream("GET", "/telemetry/stream?after=0") as answer:
+                return answer.status_code == 429
+
+        await until(refused, "the one place taken")
+
+        async def taken() -> bool:
+            return not await refused()
+
+        await until(taken, "the place free again")
+        writer.close()
+
+
+async def test_an_outcome_is_told_once(make_node: MakeNode) -> None:
+    """The same report again changes nothing, another under its id is refused."""
+    node = await make_node()
+    cycle = await send(node, Payload(b"{}", "application/json"))
+    body = {
+        "namespace": cycle["namespace"],
+        "outcomeId": "o-1",
+        "metric": "quality",
+        "value": 0.75,
+        "runId": cycle["cycle_id"],
+    }
+    async with asking(node) as client:
+        answers = [(await client.post("/outcomes", json=body)).json() for _ in range(2)]
+        other = await client.post("/outcomes", json=body | {"value": 0.5})
+        await tell(node, 1)
+        items = (await client.get("/telemetry", params={"limit": 5000})).json()["items"]
+    told = [one["data"] for one in items if one["data"].get("metric") == "quality"]
+    assert [one["isNew"] for one in answers] == [True, False]
+    assert other.json()["code"] == "idempotency_key_reused"
+    assert [(one["value"], one["runId"]) for one in told] == [(0.75, cycle["cycle_id"])]
+
+
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [
+        ({"value": 1.5}, "request_invalid"),
+        ({"value": -0.1}, "request_invalid"),
+        ({"jobId": "00000000-0000-7000-8000-000000000001"}, "request_invalid"),
+        ({"itemIndex": 7}, "not_found"),
+        ({"namespace": "another"}, "not_found"),
+    ],
+)
+async def test_an_outcome_that_is_none_is_refused(
+    make_node: MakeNode, given: dict[str, Any], code: str
+) -> None:
+    """Scores out of range, and what an outcome cannot be of, are refused and leave no event."""
+    node = await make_node()
+    cycle = await send(node, Payload(b"{}", "application/json"))
+    body = {
+        "namespace": cycle["namespace"],
+        "outcomeId": "o-1",
+        "metric": "quality",
+        "value": 0.5,
+        "runId": cycle["cycle_id"],
+    }
+    async with asking(node) as client:
+        answer = await client.post("/outcomes", json=body | given)
+        huge = await client.post(
+            "/outcomes",
+            content=json.dumps(body).replace("0.5", "1e999"),
+            headers={"Content-Type": "application/json"},
+        )
+    assert answer.json()["code"] == code
+    assert huge.json()["code"] == "request_invalid"
+    assert await node.database.fetch_all(b"SELECT FROM outcome_key") == []
