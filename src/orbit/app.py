@@ -289,7 +289,11 @@ class Node:
         if settings.database_url is None:
             token = await asyncio.to_thread(local_key.load_or_create, settings.data_dir)
             grant = Grant("admin of this folder", (Scope.ADMIN,), (EVERYWHERE,))
-            await self.keys.adopt(token, grant, f"orbit on {self.name}")
+            maker = f"orbit on {self.name}"
+            if not await self.keys.adopt(token, grant, maker):
+                token = await asyncio.to_thread(local_key.replace, settings.data_dir, token)
+                await self.keys.adopt(token, grant, maker)
+                log.warning("admin_key_replaced", folder=str(settings.data_dir))
         if settings.is_loopback or "api" not in self.roles or await self.keys.has_any():
             return
         raise SettingInvalid(

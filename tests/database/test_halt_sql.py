@@ -492,7 +492,8 @@ async def test_the_rule_is_not_loosened_under_a_halt(worker: Worker, brake: Brak
     await set_rule(worker.database, worker.node_id, order(space="*"), is_wanted=True)
     await brake.resume(order())
     await brake.resume(order(BEN))
-    await set_rule(worker.database, worker.node_id, order(), is_wanted=False)
+    for space in (SPACE, "*"):
+        await set_rule(worker.database, worker.node_id, order(space=space), is_wanted=False)
     await brake.halt(order())
     assert not (await brake.resume(order())).is_halted
 

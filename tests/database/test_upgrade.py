@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from alembic import command
 from alembic.script import ScriptDirectory
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
@@ -233,6 +234,25 @@ def test_an_older_schema_is_refused_with_the_way_forward(
     words = f"schema is 0000, this program needs {upgrade.HEAD}: run `orbit db upgrade`"
     with pytest.raises(SchemaMismatch, match=words):
         upgrade.require_current(empty)
+
+
+def test_the_audit_trail_tells_of_an_upgrade(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who did it, from which revision to which: of a database as an earlier release left it."""
+
+    def run_to_requeues(wrapped: object) -> None:
+        config = upgrade._config()
+        config.attributes["connection"] = wrapped
+        command.upgrade(config, "0003")
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(upgrade, "_run_migrations", run_to_requeues)
+        upgrade.upgrade(empty)
+    assert upgrade.upgrade(empty, by="ann").revision == "0003"
+    with psycopg.connect(empty) as connection:
+        query = "SELECT action, actor, detail FROM audit_trail ORDER BY seq"
+        begun, upgraded = connection.execute(query).fetchall()
+    assert begun[0] == "trail.begun"
+    assert upgraded == ("schema.upgraded", "ann", {"from": "0003", "to": upgrade.HEAD})
 
 
 def test_the_offline_script_makes_the_same_schema(

@@ -155,3 +155,23 @@ def test_the_demo_works_with_keys(tmp_path: Path) -> None:
     assert content["cycles"]
     assert "admin.key" not in json.dumps(content)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_embedded_key_that_was_revoked_is_replaced_at_the_next_start(tmp_path: Path) -> None:
+    """Else every verb in the folder would be refused for ever; the old key stays refused."""
+    project = Project(tmp_path / "project", {"PORT": str(free_port())})
+    write_project(project.folder)
+    path = project.folder / ".orbit" / "admin.key"
+    with project.running("up"):
+        wait_for(lambda: answers(f"{_url(project)}/ready"), "the node")
+        old = path.read_text().strip()
+        key_id = project.json("keys", "list")["items"][0]["keyId"]
+        project.ok("keys", "revoke", key_id, "--reason", "seen by others")
+        assert _status(project, old) == 401
+    with project.running("up"):
+        wait_for(lambda: answers(f"{_url(project)}/ready"), "the node")
+        new = path.read_text().strip()
+        assert new != old
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert [_status(project, one) for one in (old, new)] == [401, 200]
+        assert len(project.json("keys", "list")["items"]) == 2

@@ -98,6 +98,8 @@ def fuzz(
     return found
 
 
+# The node, in this process, draws random delays while cases are made.
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 @pytest.mark.parametrize("who", ["nobody", "viewer", "admin"])
 async def test_no_input_breaks_the_api_or_tells_a_secret(
     served: tuple[Node, str, dict[str, Any]], who: str

@@ -232,6 +232,22 @@ async def test_nothing_is_requeued_into_a_halt(node: Node) -> None:
         await node.dead_letters.requeue_many(Selection("brand"), "again", limit=10)
 
 
+async def test_a_namespace_does_not_loosen_the_rule_of_all(make_node: MakeNode) -> None:
+    """Its admin says that one person is enough; where all need two, a halt still needs two."""
+    node = await make_node(auth="on")
+    path, why = "/governance/namespaces", {"reason": "mended"}
+    async with asking(node, await key_of(node, "admin")) as everywhere:
+        rule = why | {"twoPersonResume": True}
+        assert (await everywhere.post(f"{path}/*/settings", json=rule)).status_code == 200
+    async with asking(node, await key_of(node, "admin", namespaces=["brand"])) as own:
+        rule = why | {"twoPersonResume": False}
+        answer = await own.post(f"{path}/brand/settings", json=rule)
+        assert answer.json()["twoPersonResume"] is True
+        assert (await own.post(f"{path}/brand/halt")).status_code == 200
+        asked = (await own.post(f"{path}/brand/resume", json=why)).json()
+        assert (asked["state"], asked["askedBy"] is None) == ("halted", False)
+
+
 async def test_two_persons_have_two_keys(
     make_node: MakeNode, receiver: Receiver, facts: Facts, dsn: str
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import Field
 
-from orbit.api.access import actor_of, require
+from orbit.api.access import actor_of, require, sees_payloads
 from orbit.api.bodies import Bodies, Body, Key, PageFilter, Reason, body_schema, idempotency_key
 from orbit.api.routes_cycles import answered, trigger_kind
 from orbit.app import Node
@@ -114,8 +114,9 @@ def configuration_router(node: Node, bodies: Bodies) -> APIRouter:
     async def listed_run_profiles(request: Request) -> Page[RunProfileView]:
         await node.configuration.refresh()
         documents = node.configuration.active.documents
-        shown = visible(documents, actor_of(request).within)
-        return Page(await run_profiles(node.database, shown))
+        actor = actor_of(request)
+        shown, has_options = visible(documents, actor.within), sees_payloads(actor)
+        return Page(await run_profiles(node.database, shown, has_options=has_options))
 
     @router.post(
         "/run-profiles/trigger",

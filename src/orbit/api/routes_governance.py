@@ -94,7 +94,7 @@ class ResumeAnswer(View):
 
 @dataclass(frozen=True, slots=True)
 class SettingsView(View):
-    """A namespace's rules."""
+    """A namespace's rules, as they are in force: its own and those of all."""
 
     namespace: str
     two_person_resume: bool
@@ -167,11 +167,12 @@ def _add_rules(router: APIRouter, node: Node, bodies: Bodies) -> None:
     async def settings(
         request: Request, namespace: Name, body: SettingsBody = read_settings
     ) -> SettingsView:
-        """`*` is all namespaces without a setting of their own. 409 while that loosens a halt."""
+        """Needed where the namespace's or that of all (`*`) says so. 409 if it loosens a halt."""
         order = _order(request, namespace, body.reason, is_all_allowed=True)
         check_reason(order.reason)
-        await set_two_persons(node.database, node.node_id, order, is_wanted=body.two_person_resume)
-        return SettingsView(namespace, body.two_person_resume)
+        is_wanted = body.two_person_resume
+        is_needed = await set_two_persons(node.database, node.node_id, order, is_wanted=is_wanted)
+        return SettingsView(namespace, is_needed)
 
 
 def _order(

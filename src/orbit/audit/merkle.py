@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import sha256
 
+HASH_BYTES = 32
+
 
 def leaf_hash(content: bytes) -> bytes:
     """The 32 bytes that stand for a leaf."""

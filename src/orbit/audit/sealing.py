@@ -14,24 +14,17 @@ lowest; facts that have numbers are passed over.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
-from orbit.audit.merkle import leaf_hash, root
+from orbit.audit.merkle import HASH_BYTES, root
 from orbit.audit.trail import SQL, Act, append
 from orbit.database.pool import Connection, Database
-from orbit.database.queries import array
 
 BATCH = 5000
 SEALED = "facts.sealed"
 _ACTOR = "sealer"
-FACTS_TO_SEAL = (
-    SQL.facts.rstrip(b";")
-    + b" AND fact.transaction_id >= %(low)s::text::xid8"
-    + b" AND fact.transaction_id < %(until)s::text::xid8"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,46 +61,18 @@ async def seal(database: Database, node_id: str, count: int = BATCH) -> Pass:
 
 
 async def _seal(connection: Connection, place: Mapping[str, Any], node_id: str) -> Pass:
-    asked = {"low": place["low"], "until": place["until"], "log": None}
-    cursor = await connection.execute(FACTS_TO_SEAL, asked, binary=True)
-    facts = [row for row in await cursor.fetchall() if row["number"] is None]
-    facts.sort(key=lambda row: (row["log"], row["fact_id"], row["fact"], row["part"]))
+    asked = {"low": place["low"], "until": place["until"]}
+    cursor = await connection.execute(SQL.seal_facts, asked, binary=True)
+    acts = [_sealed(**row) for row in await cursor.fetchall()]
     is_restored = place["is_restored"]
     until = "0" if is_restored else place["until"]
-    acts = await _number(connection, facts)
     await connection.execute(SQL.move_sealer, {"until": until, "node_id": node_id})
     await append(connection, *acts)
-    return Pass(len(facts), bool(place["is_more"] or is_restored))
+    count = sum(act.detail["last"] - act.detail["first"] + 1 for act in acts)
+    return Pass(count, bool(place["is_more"] or is_restored))
 
 
-async def _number(connection: Connection, facts: Sequence[Mapping[str, Any]]) -> list[Act]:
-    """Numbers facts, which come log by log; the entries that seal them."""
-    if not facts:
-        return []
-    logs = list(dict.fromkeys(row["log"] for row in facts))
-    cursor = await connection.execute(SQL.last_numbers, {"log": array(logs)})
-    last = {row["log"]: row["number"] for row in await cursor.fetchall()}
-    hashes = [leaf_hash(row["body"].encode()) for row in facts]
-    numbers: list[int] = []
-    acts = []
-    for log, group in groupby(range(len(facts)), key=lambda index: facts[index]["log"]):
-        places = list(group)
-        first = last[log] + 1
-        numbers.extend(range(first, first + len(places)))
-        acts.append(_sealed(log, first, [hashes[place] for place in places]))
-    rows = {
-        "log": array(row["log"] for row in facts),
-        "number": array(numbers),
-        "fact": array(row["fact"] for row in facts),
-        "fact_id": array(row["fact_id"] for row in facts),
-        "part": array(row["part"] for row in facts),
-        "hash": hashes,
-    }
-    await connection.execute(SQL.insert_sealed, rows)
-    return acts
-
-
-def _sealed(log: str, first: int, hashes: Sequence[bytes]) -> Act:
-    last = first + len(hashes) - 1
-    detail = {"first": first, "last": last, "root": root(hashes).hex()}
+def _sealed(log: str, first: int, last: int, hashes: bytes) -> Act:
+    leaves = [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
+    detail = {"first": first, "last": last, "root": root(leaves).hex()}
     return Act(log, SEALED, _ACTOR, subject=f"{first}-{last}", detail=detail)

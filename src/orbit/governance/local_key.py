@@ -2,7 +2,8 @@
 
 Whoever can read the folder has the database anyway, so the key gives nothing away; it lets the
 command line speak to a running node without being asked. The file comes first and the database
-takes the key over from it, so a crash between the two leaves nothing half made.
+takes the key over from it, so a crash between the two leaves nothing half made. A key that has
+ended, since somebody revoked or rotated it, makes way for another at the next start.
 """
 
 from __future__ import annotations
@@ -32,6 +33,13 @@ def load_or_create(data_dir: Path) -> Token:
     if token is None:
         raise SettingInvalid(f"the key file {path} cannot be used: it holds no access key")
     return token
+
+
+def replace(data_dir: Path, ended: Token) -> Token:
+    """Another key in the place of one that has ended, if that is still there; as above."""
+    if read(data_dir) == ended.text:
+        (data_dir / FILE_NAME).unlink(missing_ok=True)
+    return load_or_create(data_dir)
 
 
 def read(data_dir: Path) -> str | None:

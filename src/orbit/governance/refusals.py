@@ -11,6 +11,7 @@ A refusal that cannot be noted, because the database does not answer, stays one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -51,18 +52,24 @@ class Refusals:
         self._ration = Ration(clock, MOST_A_MINUTE)
 
     async def note(self, actor: Actor, refusal: Refusal) -> None:
-        """Notes that an actor was refused, in the trail of the namespace that is concerned."""
+        """Notes that an actor was refused, in the trail of the namespace that is concerned.
+
+        Of one that is not there for the actor its own namespaces' trails tell, and that of all.
+        """
         seen = refusal.namespace
-        log_name = seen if seen is not None and actor.sees(seen) else actor.audited_in
+        if seen is not None and actor.sees(seen):
+            logs = [seen]
+        else:
+            logs = [*([] if seen is None else [EVERYWHERE]), *(actor.within or [EVERYWHERE])]
         action = "act.refused" if refusal.is_act else "access.refused"
-        await self._note(actor.id, log_name, action, actor.name, refusal)
+        await self._note(actor.id, logs, action, actor.name, refusal)
 
     async def note_stranger(self, source: str, refusal: Refusal) -> None:
         """Notes a refusal of who was not asked who it is; in the installation's trail."""
-        await self._note(source, EVERYWHERE, "access.refused", source, refusal)
+        await self._note(source, [EVERYWHERE], "access.refused", source, refusal)
 
     async def _note(
-        self, who: str, log_name: str, action: str, name: str, refusal: Refusal
+        self, who: str, logs: Sequence[str], action: str, name: str, refusal: Refusal
     ) -> None:
         kind = f"{who} {refusal.what} {refusal.code}"
         if self._slowing.wait_seconds(kind) > 0:
@@ -76,9 +83,9 @@ class Refusals:
             "leftOut": self._slowing.failed(kind),
             "leftOutOfAll": left_out,
         }
-        act = Act(log_name, action, name, refusal.reason, refusal.what, detail)
+        acts = [Act(one, action, name, refusal.reason, refusal.what, detail) for one in logs]
         try:
             async with self._database.transaction() as connection:
-                await trail.append(connection, act)
+                await trail.append(connection, *acts)
         except TRANSIENT as error:
             log.warning("refusal_not_noted", error=type(error).__name__, what=refusal.what)

@@ -1,7 +1,8 @@
 """The rules of a namespace, kept as facts: the newest version of a setting is in force.
 
-A namespace without a setting of its own follows that of all, "*". A rule that guards the end of
-a halt is not loosened while it guards one: that would be the way around it.
+Two persons are needed where the namespace's own setting or that of all, "*", says so: an admin of
+one namespace does not loosen what the installation asks for. A rule that guards the end of a halt
+is not loosened while it guards one: that would be the way around it.
 """
 
 from __future__ import annotations
@@ -29,19 +30,20 @@ async def needs_two_persons(connection: Connection, namespace: str) -> bool:
     if is_drill(namespace):
         return False
     asked = {"namespace": namespace, "setting": TWO_PERSON_RESUME}
-    row = await (await connection.execute(SQL.setting, asked)).fetchone()
-    return row is not None and row["value"] is True
+    rows = await (await connection.execute(SQL.settings, asked)).fetchall()
+    return any(row["value"] is True for row in rows)
 
 
 async def set_two_persons(
     database: Database, node_id: str, order: Order, *, is_wanted: bool
-) -> None:
-    """Makes the rule of a namespace, or of all ("*").
+) -> bool:
+    """Makes the rule of a namespace, or of all ("*"); whether two persons are needed now.
 
     Raises NamespaceHalted if it would loosen a halt in force.
     """
     async with database.apart() as connection, connection.transaction():
         await _write(connection, node_id, order, is_wanted=is_wanted)
+        return await needs_two_persons(connection, order.namespace)
 
 
 async def _write(connection: Connection, node_id: str, order: Order, *, is_wanted: bool) -> None:

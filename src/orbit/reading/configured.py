@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -13,6 +13,7 @@ from orbit.profiles.bridge import why_not_runnable
 from orbit.profiles.model import Documents, Profile, RunProfile
 from orbit.reading.cycles import CycleSummary, summaries
 from orbit.reading.overview import schedules
+from orbit.reading.receipts import safe_url
 from orbit.reading.slots import Slot
 from orbit.reading.view import View, camel_case, read_all
 
@@ -41,7 +42,8 @@ class RunProfileView(View):
 
     `effective_state` is `disabled` also where its profile is; `reason` then says why.
     `last_cycle` is looked for among the newest 5,000 cycles; `active_cycle` is the oldest that
-    is active, one that does not wait if there is one.
+    is active, one that does not wait if there is one. Steps' addresses have no query, and steps no
+    `options` (null) for who may only look: both may hold secrets.
     """
 
     run_profile_id: str
@@ -75,7 +77,9 @@ def profiles(documents: Documents) -> list[ProfileView]:
     return [_profile(documents, profile) for profile in documents.profiles]
 
 
-async def run_profiles(database: Database, documents: Documents) -> list[RunProfileView]:
+async def run_profiles(
+    database: Database, documents: Documents, *, has_options: bool
+) -> list[RunProfileView]:
     """The run profiles of a configuration, with their next slot, last slot and cycles."""
     due = {(one.namespace, one.run_profile_id): one.due_at for one in await schedules(database)}
     slots = await _last_slots(database, documents)
@@ -87,8 +91,25 @@ async def run_profiles(database: Database, documents: Documents) -> list[RunProf
     for one in documents.run_profiles:
         key = one.namespace, one.run_profile_id
         last = cycles.get(key), active.get(key)
-        views.append(_run_profile(documents, one, due.get(key), slots.get(key), *last))
+        view = _run_profile(documents, one, due.get(key), slots.get(key), *last)
+        policy = _without_secrets(view.execution_policy, has_options=has_options)
+        views.append(replace(view, execution_policy=policy))
     return views
+
+
+def _without_secrets(policy: dict[str, Any], *, has_options: bool) -> dict[str, Any]:
+    def shown(step: dict[str, Any]) -> dict[str, Any]:
+        url = step.get("url")
+        known = {**step, "url": safe_url(url)} if url else step
+        return known if has_options else {**known, "options": None}
+
+    initiation = policy["initiation"]
+    return {
+        **policy,
+        "initiation": initiation and shown(initiation),
+        "tiers": {name: list(map(shown, steps)) for name, steps in policy["tiers"].items()},
+        "normalization": shown(policy["normalization"]),
+    }
 
 
 async def _last_slots(database: Database, documents: Documents) -> dict[tuple[str, str], Slot]:

@@ -62,76 +62,46 @@ FROM found;
 -- name: facts
 -- Every fact as canonical bytes, with number and hash where it has them, and what its transaction
 -- says of one that has none: `undated` is from before the trail, `late` should have a number,
--- `impossible` is a transaction that cannot be. sealing.FACTS_TO_SEAL narrows it by transaction.
--- Instants are microseconds since 1970, fractions the hexadecimal digits of IEEE 754.
+-- `impossible` is a transaction that cannot be. All keys serve it.
 SELECT fact.log, fact.fact, fact.fact_id, fact.part, fact.body, sealed.number, sealed.hash,
     CASE WHEN sealed.number IS NOT NULL THEN 'sealed'
         WHEN fact.transaction_id IS NULL THEN 'undated'
         WHEN fact.transaction_id >= pg_snapshot_xmax(pg_current_snapshot()) THEN 'impossible'
         WHEN fact.transaction_id < (SELECT sealed_until FROM audit_sealer) THEN 'late'
         ELSE 'due' END AS state
-FROM (
-    SELECT namespace AS log, 'cycle_run' AS fact, cycle_id AS fact_id, '' AS part,
-        json_build_object('fact', 'cycle_run.1', 'namespace', namespace, 'cycle_id', cycle_id,
-            'profile_id', profile_id, 'run_profile_id', run_profile_id, 'trigger', trigger,
-            'asked_by', asked_by, 'slot_at', (extract(epoch FROM slot_at) * 1000000)::bigint,
-            'idempotency_key', idempotency_key, 'revision', revision,
-            'endpoint_keys', endpoint_keys::text, 'value_tags', value_tags::text,
-            'traceparent', traceparent, 'rerun_of', rerun_of, 'node_id', node_id,
-            'created_at', (extract(epoch FROM created_at) * 1000000)::bigint)::text AS body,
-        transaction_id
-    FROM cycle_run
-    UNION ALL
-    SELECT namespace, 'execution_record', cycle_id,
-        concat_ws('/', stage, step, lease_number, attempt),
-        json_build_object('fact', 'execution_record.1', 'namespace', namespace,
-            'cycle_id', cycle_id, 'stage', stage, 'step', step, 'lease_number', lease_number,
-            'attempt', attempt, 'name', name, 'outcome', outcome, 'error', error,
-            'duration_seconds', encode(float8send(duration_seconds), 'hex'),
-            'input_size', input_size, 'output_size', output_size, 'node_id', node_id,
-            'created_at', (extract(epoch FROM created_at) * 1000000)::bigint)::text, transaction_id
-    FROM execution_record
-    UNION ALL
-    SELECT namespace, 'delivery_receipt', job_id, attempt::text,
-        json_build_object('fact', 'delivery_receipt.1', 'namespace', namespace,
-            'job_id', job_id, 'attempt', attempt, 'endpoint_key', endpoint_key,
-            'outcome', outcome, 'status', status, 'error', error, 'digest', digest,
-            'size', size, 'queue_seconds', encode(float8send(queue_seconds), 'hex'),
-            'connect_seconds', encode(float8send(connect_seconds), 'hex'),
-            'first_byte_seconds', encode(float8send(first_byte_seconds), 'hex'),
-            'total_seconds', encode(float8send(total_seconds), 'hex'),
-            'answer_sha256', encode(sha256(answer), 'hex'),
-            'answer_content_type', answer_content_type, 'is_probe', is_probe,
-            'is_reused', is_reused, 'lease_number', lease_number, 'node_id', node_id,
-            'started_at', (extract(epoch FROM started_at) * 1000000)::bigint,
-            'created_at', (extract(epoch FROM created_at) * 1000000)::bigint)::text, transaction_id
-    FROM delivery_receipt
-    UNION ALL
-    SELECT namespace, 'dead_letter_dispatch', job_id, '',
-        json_build_object('fact', 'dead_letter_dispatch.1', 'namespace', namespace,
-            'job_id', job_id, 'cycle_id', cycle_id, 'endpoint_key', endpoint_key,
-            'cause', cause, 'attempts', attempts,
-            'created_at', (extract(epoch FROM created_at) * 1000000)::bigint)::text, transaction_id
-    FROM dead_letter_dispatch
-) fact
+FROM audit_fact fact
 LEFT JOIN audit_sealed_fact sealed ON sealed.log = fact.log AND sealed.fact = fact.fact
     AND sealed.fact_id = fact.fact_id AND sealed.part = fact.part
 WHERE (%(log)s::text IS NULL OR fact.log = %(log)s);
 
--- name: last_numbers
--- The last number that facts of each given log have; 0 if there is none. Its key serves it.
-SELECT asked.log, COALESCE(last.number, 0) AS number
-FROM unnest(%(log)s::text[]) AS asked (log)
-LEFT JOIN LATERAL (
-    SELECT number FROM audit_sealed_fact sealed WHERE sealed.log = asked.log
-    ORDER BY number DESC LIMIT 1
-) last ON true;
-
--- name: insert_sealed
--- Gives facts their numbers. One that has a number already is refused by its key.
-INSERT INTO audit_sealed_fact (log, number, fact, fact_id, part, hash)
-SELECT * FROM unnest(%(log)s::text[], %(number)s::bigint[], %(fact)s::text[],
-    %(fact_id)s::uuid[], %(part)s::text[], %(hash)b::bytea[]);
+-- name: seal_facts
+-- Gives the facts of these transactions that have none the next numbers of their log; of each log
+-- the first and the last, and all leaf hashes one after the other. The facts' transaction indexes
+-- serve it. A leaf's hash is that of orbit.audit.merkle.
+WITH due AS MATERIALIZED (
+    SELECT fact.log, fact.fact, fact.fact_id, fact.part,
+        sha256('\x00'::bytea || convert_to(fact.body, 'UTF8')) AS hash
+    FROM audit_fact fact
+    WHERE fact.transaction_id >= %(low)s::text::xid8
+        AND fact.transaction_id < %(until)s::text::xid8
+        AND NOT EXISTS (SELECT FROM audit_sealed_fact sealed WHERE sealed.log = fact.log
+            AND sealed.fact = fact.fact AND sealed.fact_id = fact.fact_id
+            AND sealed.part = fact.part OFFSET 0)
+), last AS MATERIALIZED (
+    SELECT asked.log, COALESCE((SELECT number FROM audit_sealed_fact sealed
+        WHERE sealed.log = asked.log ORDER BY number DESC LIMIT 1), 0) AS number
+    FROM (SELECT DISTINCT log FROM due) asked
+), numbered AS (
+    INSERT INTO audit_sealed_fact (log, number, fact, fact_id, part, hash)
+    SELECT due.log, last.number + row_number() OVER (
+            PARTITION BY due.log ORDER BY due.fact_id, due.fact, due.part),
+        due.fact, due.fact_id, due.part, due.hash
+    FROM due JOIN last ON last.log = due.log
+    RETURNING log, number, hash
+)
+SELECT log, min(number) AS first, max(number) AS last,
+    string_agg(hash, ''::bytea ORDER BY number) AS hashes
+FROM numbered GROUP BY log ORDER BY log;
 
 -- name: move_sealer
 -- Up to where facts are sealed now. Run under the row's lock.

@@ -148,11 +148,11 @@ WHERE halt.namespace = ANY (%(namespaces)s::text[])
     AND (last.ended_at IS NULL OR last.ended_at > %(since)s::timestamptz)
 ORDER BY halt.namespace, halt.epoch DESC;
 
--- name: setting
--- A setting in force: the namespace's own, else that of all ("*").
-SELECT value, version, namespace FROM governance_setting
+-- name: settings
+-- What is in force for a namespace: the newest of its own, and the newest of all ("*").
+SELECT DISTINCT ON (namespace) value, version, namespace FROM governance_setting
 WHERE namespace IN (%(namespace)s, '*') AND setting = %(setting)s
-ORDER BY namespace = '*', version DESC LIMIT 1;
+ORDER BY namespace, version DESC;
 
 -- name: hold_settings
 -- One transaction at a time changes settings.

@@ -138,13 +138,13 @@ ALTER TABLE delivery_receipt ADD CONSTRAINT a_fact_has_its_transaction CHECK (tr
 ALTER TABLE dead_letter_dispatch ADD CONSTRAINT a_fact_has_its_transaction CHECK (transaction_id IS NOT NULL) NOT VALID;
 
 CREATE INDEX cycle_run_by_transaction ON cycle_run (transaction_id);
-COMMENT ON INDEX cycle_run_by_transaction IS 'audit.sealing_range, audit.facts: what has no number yet';
+COMMENT ON INDEX cycle_run_by_transaction IS 'audit.sealing_range, audit.seal_facts: what has no number yet';
 CREATE INDEX execution_record_by_transaction ON execution_record (transaction_id);
-COMMENT ON INDEX execution_record_by_transaction IS 'audit.sealing_range, audit.facts: what has no number yet';
+COMMENT ON INDEX execution_record_by_transaction IS 'audit.sealing_range, audit.seal_facts: what has no number yet';
 CREATE INDEX delivery_receipt_by_transaction ON delivery_receipt (transaction_id);
-COMMENT ON INDEX delivery_receipt_by_transaction IS 'audit.sealing_range, audit.facts: what has no number yet';
+COMMENT ON INDEX delivery_receipt_by_transaction IS 'audit.sealing_range, audit.seal_facts: what has no number yet';
 CREATE INDEX dead_letter_dispatch_by_transaction ON dead_letter_dispatch (transaction_id);
-COMMENT ON INDEX dead_letter_dispatch_by_transaction IS 'audit.sealing_range, audit.facts: what has no number yet';
+COMMENT ON INDEX dead_letter_dispatch_by_transaction IS 'audit.sealing_range, audit.seal_facts: what has no number yet';
 
 SELECT orbit_append_only(fact::regclass) FROM unnest(ARRAY['audit_trail_entry', 'audit_sealed_fact']) AS fact;
 INSERT INTO audit_sealer DEFAULT VALUES;
@@ -161,3 +161,48 @@ SELECT orbit_append_audit(ARRAY['*'], ARRAY[format(
     (SELECT count(*) FROM requeue_batch_end WHERE state = 'cancelled'),
     (SELECT count(*) FROM cycle_run), (SELECT count(*) FROM dead_letter_dispatch),
     (SELECT count(*) FROM delivery_receipt), (SELECT count(*) FROM execution_record))]);
+
+CREATE VIEW audit_fact AS
+SELECT namespace AS log, 'cycle_run' AS fact, cycle_id AS fact_id, '' AS part,
+    json_build_object('fact', 'cycle_run.1', 'namespace', namespace, 'cycle_id', cycle_id,
+        'profile_id', profile_id, 'run_profile_id', run_profile_id, 'trigger', trigger,
+        'asked_by', asked_by, 'slot_at', (extract(epoch FROM slot_at) * 1000000)::bigint,
+        'idempotency_key', idempotency_key, 'revision', revision,
+        'endpoint_keys', endpoint_keys::text, 'value_tags', value_tags::text,
+        'traceparent', traceparent, 'rerun_of', rerun_of, 'node_id', node_id,
+        'created_at', (extract(epoch FROM created_at) * 1000000)::bigint)::text AS body,
+    transaction_id
+FROM cycle_run
+UNION ALL
+SELECT namespace, 'execution_record', cycle_id,
+    concat_ws('/', stage, step, lease_number, attempt),
+    json_build_object('fact', 'execution_record.1', 'namespace', namespace,
+        'cycle_id', cycle_id, 'stage', stage, 'step', step, 'lease_number', lease_number,
+        'attempt', attempt, 'name', name, 'outcome', outcome, 'error', error,
+        'duration_seconds', encode(float8send(duration_seconds), 'hex'),
+        'input_size', input_size, 'output_size', output_size, 'node_id', node_id,
+        'created_at', (extract(epoch FROM created_at) * 1000000)::bigint)::text, transaction_id
+FROM execution_record
+UNION ALL
+SELECT namespace, 'delivery_receipt', job_id, attempt::text,
+    json_build_object('fact', 'delivery_receipt.1', 'namespace', namespace,
+        'job_id', job_id, 'attempt', attempt, 'endpoint_key', endpoint_key,
+        'outcome', outcome, 'status', status, 'error', error, 'digest', digest,
+        'size', size, 'queue_seconds', encode(float8send(queue_seconds), 'hex'),
+        'connect_seconds', encode(float8send(connect_seconds), 'hex'),
+        'first_byte_seconds', encode(float8send(first_byte_seconds), 'hex'),
+        'total_seconds', encode(float8send(total_seconds), 'hex'),
+        'answer_sha256', encode(sha256(answer), 'hex'),
+        'answer_content_type', answer_content_type, 'is_probe', is_probe,
+        'is_reused', is_reused, 'lease_number', lease_number, 'node_id', node_id,
+        'started_at', (extract(epoch FROM started_at) * 1000000)::bigint,
+        'created_at', (extract(epoch FROM created_at) * 1000000)::bigint)::text, transaction_id
+FROM delivery_receipt
+UNION ALL
+SELECT namespace, 'dead_letter_dispatch', job_id, '',
+    json_build_object('fact', 'dead_letter_dispatch.1', 'namespace', namespace,
+        'job_id', job_id, 'cycle_id', cycle_id, 'endpoint_key', endpoint_key,
+        'cause', cause, 'attempts', attempts,
+        'created_at', (extract(epoch FROM created_at) * 1000000)::bigint)::text, transaction_id
+FROM dead_letter_dispatch;
+COMMENT ON VIEW audit_fact IS 'Every high-rate fact as the canonical bytes that its seal is of. Instants are microseconds since 1970, fractions the hexadecimal digits of IEEE 754.';
