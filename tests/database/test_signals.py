@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from orbit.database.pool import Connection, Database
-from orbit.insight.feeding import Event, Feed
+from orbit.insight.feeding import Event, Feed, Stretch
 from orbit.insight.keeping import BATCH_EVENTS, SignalKeeper
 from tests.unit.test_insight_feeding import fleet
 
@@ -29,8 +29,10 @@ class Recorded:
 
     async def read(
         self, connection: Connection, namespace: str, after: int, limit: int
-    ) -> Sequence[Event]:
-        return self.events[after : min(after + limit, self.reached)]
+    ) -> Stretch:
+        found = self.events[after : min(after + limit, self.reached)]
+        last = found[-1].position if found else after
+        return Stretch(found, len(found), last, len(found) < limit)
 
 
 @pytest.fixture(scope="module")

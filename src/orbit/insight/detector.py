@@ -125,6 +125,11 @@ class Detector:
             stream.missed,
         )
 
+    @property
+    def size(self) -> int:
+        """How many streams there are."""
+        return len(self._streams)
+
     def stream_keys(self) -> tuple[StreamKey, ...]:
         """Every stream there is, in order."""
         return tuple(sorted(self._streams))

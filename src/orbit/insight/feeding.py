@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any, Protocol
 
@@ -61,6 +61,19 @@ class Event(Protocol):
     def run_id(self) -> str | None: ...
     @property
     def metadata(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """A stretch of a namespace's stream: of its `count` events those that are of use, in order.
+
+    It ends at `last_position`; with `is_last` nothing followed it when it was read.
+    """
+
+    events: Sequence[Event]
+    count: int
+    last_position: int
+    is_last: bool
 
 
 @dataclass(slots=True)
@@ -141,6 +154,10 @@ class Feed:
             elif event.event_type == OUTCOME:
                 yield from self._reported(event, event.profile_id)
 
+    def pass_over(self, position: int) -> None:
+        """Says that up to a position there is nothing more to take in."""
+        self.position = max(self.position, position)
+
     def state(self) -> bytes:
         """All of it as canonical JSON."""
         streams = [
@@ -182,7 +199,7 @@ class Feed:
 
     def _ended(self, event: Event, profile_id: str) -> Iterator[Said]:
         facts = event.metadata
-        heard = self._hear(profile_id, _text(facts.get("revision")), event.position)
+        heard = self._hear(profile_id, _revision(facts), event.position)
         yield from self._stopped(event.position)
         jobs, delivered = _number(facts.get("jobs")), _number(facts.get("delivered"))
         if jobs and delivered is not None:
@@ -213,7 +230,7 @@ class Feed:
             if one.parts:
                 ready, is_part = (one.revision, one.total / one.parts), True
             one.run_id, one.is_fed, one.total, one.parts = event.run_id, False, 0.0, 0
-            one.revision = _text(facts.get("revision")) or heard.revision
+            one.revision = _revision(facts) or heard.revision
         if one.is_fed:
             return
         if is_part:
@@ -268,6 +285,11 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) and value >= 0 else None
+
+
+def _revision(facts: Mapping[str, Any]) -> str:
+    """Of the profile as it was run; of the whole configuration where an event tells no other."""
+    return _text(facts.get("profileRevision")) or _text(facts.get("revision"))
 
 
 def _text(value: Any) -> str:

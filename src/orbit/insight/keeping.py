@@ -5,21 +5,24 @@ the same connection, and position, streams and signals commit together or not at
 is fed twice, whoever asks for it and on however many nodes, and a node that dies loses nothing.
 
 State of another detector version is dropped and built anew from the events that are kept. What
-is said again has the same id and is not recorded again.
+is said again has the same id and is not recorded again. Whatever takes long (the detector, JSON)
+is done in a thread, so that a node's event loop goes on meanwhile.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from orbit import metrics
 from orbit.canonical import canonical_json, sha256_hex
 from orbit.database.pool import Connection, Database
 from orbit.database.queries import array, load
 from orbit.insight.confidence import is_strong
-from orbit.insight.feeding import Event, Feed, Said
+from orbit.insight.feeding import Feed, Said, Stretch
 from orbit.insight.signals import (
     DETECTOR_VERSION,
     Signal,
@@ -29,8 +32,8 @@ from orbit.insight.signals import (
 )
 
 SQL = load("signals")
-BATCH_EVENTS = 1000
-_KEPT_FEEDS = 32
+BATCH_EVENTS = 2000
+_KEPT_STREAMS = 20_000
 _ID_DIGITS = 32
 
 
@@ -39,8 +42,8 @@ class EventSource(Protocol):
 
     async def read(
         self, connection: Connection, namespace: str, after: int, limit: int
-    ) -> Sequence[Event]:
-        """Up to `limit` events; none means that there are no more as yet."""
+    ) -> Stretch:
+        """About `limit` events; the stretch says whether there may be more."""
         ...
 
 
@@ -57,15 +60,33 @@ class Fed:
     is_up_to_date: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Moved:
+    """What a stretch of events changes: the statements' parameters, None where there is nothing."""
+
+    gone: dict[str, Any] | None
+    kept: dict[str, Any] | None
+    head: dict[str, Any]
+    signals: dict[str, Any] | None
+
+
 class SignalKeeper:
     """The stored feeds of all namespaces, fed from one source."""
 
     def __init__(self, database: Database, source: EventSource) -> None:
         self._database, self._source = database, source
-        self._feeds: dict[str, Feed] = {}
+        self._feeds: dict[str, Feed] = {}  # as they are stored; one that is in use is not in it
+
+    async def behind(self, node_id: str) -> list[str]:
+        """The namespaces with events that were not fed; none unless the node numbers events.
+
+        So one node feeds, as long as it lives, and need not fetch what it has in memory.
+        """
+        asked = {"node_id": node_id, "version": DETECTOR_VERSION}
+        return [row["namespace"] for row in await self._database.fetch_all(SQL.behind, asked)]
 
     async def feed(self, namespace: str, most_batches: int | None = None) -> Fed:
-        """Feeds the events that there are; ends at a batch that is not full, or at the bound."""
+        """Feeds the events that there are; ends when there are no more, or at the bound."""
         fed = await self.feed_batch(namespace)
         events, signals, batches = fed.events, fed.signals, 1
         while not fed.is_up_to_date and batches != most_batches:
@@ -74,25 +95,27 @@ class SignalKeeper:
         return Fed(events, signals, fed.position, fed.is_up_to_date)
 
     async def feed_batch(self, namespace: str) -> Fed:
-        """Feeds up to `BATCH_EVENTS` events in a transaction of their own."""
+        """Feeds about `BATCH_EVENTS` events in a transaction of their own."""
+        new: list[str] = []
         async with self._database.transaction() as connection:
             feed = await self._locked(connection, namespace)
             found = await self._source.read(connection, namespace, feed.position, BATCH_EVENTS)
-            said = list(feed.take(found))
-            if found:
-                await _store(connection, namespace, feed)
-            new = await _record(connection, namespace, said)
-        while len(self._feeds) >= _KEPT_FEEDS:
-            del self._feeds[next(iter(self._feeds))]
-        self._feeds[namespace] = feed
-        return Fed(len(found), new, feed.position, len(found) < BATCH_EVENTS)
+            if found.last_position > feed.position:
+                moved = await asyncio.to_thread(_moved, namespace, feed, found)
+                new = await _store(connection, namespace, moved)
+        self._keep(namespace, feed)
+        for name in new:
+            metrics.signals.labels(name=name).inc()
+        return Fed(found.count, len(new), feed.position, found.is_last)
 
     async def standings(self, namespace: str, profile_id: str) -> list[Standing]:
         """How the profile's streams stand as of the position that was fed last."""
         async with self._database.transaction() as connection:
             feed = await self._locked(connection, namespace)
-        keys = (key for key in feed.detector.stream_keys() if key.profile_id == profile_id)
-        return [feed.detector.standing(key) for key in keys]
+            keys = (key for key in feed.detector.stream_keys() if key.profile_id == profile_id)
+            found = [feed.detector.standing(key) for key in keys]
+        self._keep(namespace, feed)
+        return found
 
     async def _locked(self, connection: Connection, namespace: str) -> Feed:
         """The namespace's feed, locked; built anew where another detector left it."""
@@ -109,11 +132,14 @@ class SignalKeeper:
         if known is not None and known.position == row["position"]:
             return known
         rows = await (await connection.execute(SQL.streams, asked)).fetchall()
-        streams = (
-            (StreamKey(one["profile_id"], one["revision"], one["metric"]), json.loads(one["state"]))
-            for one in rows
-        )
-        return Feed.assembled(json.loads(row["state"]), streams)
+        return await asyncio.to_thread(_fetched, row["state"], rows)
+
+    def _keep(self, namespace: str, feed: Feed) -> None:
+        """Keeps the feed at hand; of all at hand the longest unused go, if it is too much."""
+        self._feeds[namespace] = feed
+        kept = sum(one.detector.size for one in self._feeds.values())
+        while kept > _KEPT_STREAMS and len(self._feeds) > 1:
+            kept -= self._feeds.pop(next(iter(self._feeds))).detector.size
 
 
 def signal_id(namespace: str, said: Said) -> str:
@@ -131,34 +157,48 @@ def signal_id(namespace: str, said: Said) -> str:
     return sha256_hex(canonical_json(told))[:_ID_DIGITS]
 
 
-async def _store(connection: Connection, namespace: str, feed: Feed) -> None:
+def _fetched(head: str, rows: Iterable[Mapping[str, Any]]) -> Feed:
+    streams = (
+        (StreamKey(one["profile_id"], one["revision"], one["metric"]), json.loads(one["state"]))
+        for one in rows
+    )
+    return Feed.assembled(json.loads(head), streams)
+
+
+def _moved(namespace: str, feed: Feed, found: Stretch) -> _Moved:
+    """Feeds a stretch; what is to be stored of it."""
+    said = list(feed.take(found.events))
+    feed.pass_over(found.last_position)
     detector = feed.detector
     states = {key: detector.stream_state(key) for key in sorted(detector.changed())}
     gone = [key for key, state in states.items() if state is None]
     kept = {key: state for key, state in states.items() if state is not None}
-    if gone:
-        asked = {"namespace": namespace, "is_all": False, **_keys(gone)}
-        await connection.execute(SQL.drop_streams, asked)
-    if kept:
-        bodies = array(canonical_json(state).decode() for state in kept.values())
-        asked = {"namespace": namespace, "state": bodies, **_keys(kept)}
-        await connection.execute(SQL.put_streams, asked)
-    head = {
-        "namespace": namespace,
-        "version": DETECTOR_VERSION,
-        "position": feed.position,
-        "state": canonical_json(feed.head()).decode(),
-    }
-    await connection.execute(SQL.move_feed, head)
-
-
-async def _record(connection: Connection, namespace: str, said: Sequence[Said]) -> int:
-    if not said:
-        return 0
+    bodies = array(canonical_json(state).decode() for state in kept.values())
     rows = [_row(namespace, one) for one in said]
-    columns = {name: array(row[name] for row in rows) for name in rows[0]}
-    cursor = await connection.execute(SQL.add_signals, {**columns, "namespace": namespace})
-    return cursor.rowcount
+    return _Moved(
+        {"is_all": False, **_keys(gone)} if gone else None,
+        {"state": bodies, **_keys(kept)} if kept else None,
+        {
+            "version": DETECTOR_VERSION,
+            "position": feed.position,
+            "state": canonical_json(feed.head()).decode(),
+        },
+        {name: array(row[name] for row in rows) for name in rows[0]} if rows else None,
+    )
+
+
+async def _store(connection: Connection, namespace: str, moved: _Moved) -> list[str]:
+    """Stores what changed; the names of the signals that are new."""
+    within = {"namespace": namespace}
+    if moved.gone:
+        await connection.execute(SQL.drop_streams, moved.gone | within)
+    if moved.kept:
+        await connection.execute(SQL.put_streams, moved.kept | within)
+    await connection.execute(SQL.move_feed, moved.head | within)
+    if not moved.signals:
+        return []
+    cursor = await connection.execute(SQL.add_signals, moved.signals | within)
+    return [row["name"] for row in await cursor.fetchall()]
 
 
 def _row(namespace: str, said: Said) -> Mapping[str, Any]:
