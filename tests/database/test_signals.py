@@ -27,9 +27,7 @@ class Recorded:
     def __init__(self, events: Sequence[Event]) -> None:
         self.events, self.reached = events, len(events)
 
-    async def read(
-        self, connection: Connection, namespace: str, after: int, limit: int
-    ) -> Stretch:
+    async def read(self, connection: Connection, namespace: str, after: int, limit: int) -> Stretch:
         found = self.events[after : min(after + limit, self.reached)]
         last = found[-1].position if found else after
         return Stretch(found, len(found), last, len(found) < limit)

@@ -40,9 +40,7 @@ _ID_DIGITS = 32
 class EventSource(Protocol):
     """Where events are read: those of a namespace after a position, in the order of positions."""
 
-    async def read(
-        self, connection: Connection, namespace: str, after: int, limit: int
-    ) -> Stretch:
+    async def read(self, connection: Connection, namespace: str, after: int, limit: int) -> Stretch:
         """About `limit` events; the stretch says whether there may be more."""
         ...
 

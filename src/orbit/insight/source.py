@@ -32,9 +32,7 @@ class TelemetryEvent:
 class TelemetrySource:
     """Reads what is stored of telemetry."""
 
-    async def read(
-        self, connection: Connection, namespace: str, after: int, limit: int
-    ) -> Stretch:
+    async def read(self, connection: Connection, namespace: str, after: int, limit: int) -> Stretch:
         """Whole batches until there are `limit` events or no more."""
         asked = {
             "namespace": namespace,
