@@ -1,4 +1,4 @@
-"""The correlator over real telemetry: what is read of it, who feeds, and that nothing is skipped."""
+"""The correlator over real telemetry: what is read of it, and who feeds."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,15 @@ from orbit.insight.feeding import Event
 from orbit.insight.keeping import SignalKeeper
 from tests.database.test_signals import Recorded
 from tests.scenario.access import asking, key_of
-from tests.scenario.conftest import Configure, MakeNode, Receiver, profile, run_profile
+from tests.scenario.conftest import (
+    Configure,
+    MakeNode,
+    Receiver,
+    ended,
+    profile,
+    run_profile,
+    until,
+)
 from tests.unit.test_insight_feeding import fleet
 
 
@@ -84,6 +93,30 @@ async def test_who_may_only_look_computes_nothing(node: Node, events: Sequence[E
     async with asking(node, await key_of(node, "operator")) as api:
         answer = await api.post("/profiles/p0/signals")
         assert (answer.status_code, answer.json()["items"][0]["events"]) == (200, 0)
+
+
+async def test_a_node_feeds_what_its_cycles_come_to(node: Node) -> None:
+    """Cycles run, an outcome is reported; without being asked the node has taken them in."""
+    (ran,) = await node.orchestration.trigger_run_profiles(["p2-daily"])
+    run_id = ran.cycle_id
+    assert run_id
+    await ended(node, run_id)
+    outcome = {"namespace": "air", "outcomeId": "one", "metric": "clicks", "value": 0.5}
+    async with asking(node, await key_of(node, "operator")) as api:
+        answer = await api.post("/outcomes", json={**outcome, "runId": run_id})
+        assert answer.status_code in (200, 201)
+
+    async def fed() -> list[dict[str, Any]] | None:
+        found = await node.database.fetch_all(
+            b"SELECT profile_id, metric, revision FROM signal_stream"
+            b" WHERE namespace = 'air' ORDER BY metric"
+        )
+        return found if len(found) == 3 else None
+
+    streams = await until(fed, "the streams")
+    assert [one["metric"] for one in streams] == ["clicks", "delivered", "latency"]
+    assert {one["profile_id"] for one in streams} == {"p2"}
+    assert all(re.fullmatch("[0-9a-f]{64}", one["revision"]) for one in streams)
 
 
 async def test_another_namespaces_profile_is_one_that_is_not_there(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from random import Random
 
 import pytest
 
 from orbit.cli.program import main
 from orbit.insight.confidence import MEASURED
+from orbit.insight.feeding import FAILED, FINISHED, Feed
 from orbit.insight.gate import BANDS, DELAY_BANDS, OURS, Flag, calibration, run_gate, score
 from orbit.insight.naive import below_two_sigma, tenth_below, wilson_each_time
+from orbit.insight.replaying import Replay
 from orbit.insight.simulation import Change, Fleet, Scenario, bootstrapped, simulated
+from tests.unit.test_insight_feeding import ended, fleet
 
 
 def test_the_bands_hold() -> None:
@@ -91,7 +95,37 @@ def test_the_verb_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert isinstance(report["brokenBands"], list)
 
 
-def test_the_verb_asks_what_to_replay(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without --simulated there is nothing to replay: a usage error, not an empty table."""
-    assert main(["insight", "replay"]) == 2
-    assert "--simulated" in capsys.readouterr().err
+def test_stored_telemetry_is_replayed_as_it_was_fed() -> None:
+    """Event by event, in two namespaces at once: what a feed of each says, and its histories."""
+    events, replayed = fleet(3, 6, 260), Replay()
+    said = [
+        one
+        for event in events
+        for namespace in ("sea", "air")
+        for one in replayed.take(namespace, (event,))
+    ]
+    expected = list(Feed().take(events))
+    assert expected
+    for namespace in ("sea", "air"):
+        assert [one.said for one in said if one.namespace == namespace] == expected
+    assert replayed.events == 2 * len(events)
+    assert (replayed.first_position, replayed.last_position) == (1, len(events))
+    assert replayed.profiles == 12
+    ended = sum(one.event_type in (FINISHED, FAILED) for one in events if one.profile_id == "p0")
+    assert {len(one) for one in replayed.histories} >= {ended}
+    assert {one.event_type for one in events} > {FINISHED, FAILED}
+
+
+def test_fleets_drawn_from_history_are_scored_beside_naive_rules() -> None:
+    """Healthy history flags little and naive rules much; a loss of 30 % is found."""
+    random, replayed = Random(4), Replay()
+    for position in range(1, 6 * 400):
+        share = float(random.random() < 0.9)
+        list(replayed.take("sea", (ended(position, f"p{position % 6}", share),)))
+    scores = {(one.scenario, one.detector): one for one in replayed.scores(seed=1, fleets=2)}
+    ours = scores[Scenario.HEALTHY, OURS], scores[Scenario.DROPPED, OURS]
+    assert ours[0].false_alarms_per_1000 < 0.2
+    assert scores[Scenario.HEALTHY, "10 % below baseline"].false_alarms_per_1000 > 1
+    assert ours[1].recall is not None
+    assert ours[1].recall > 0.5
+    assert Replay().scores(seed=1, fleets=2) == []

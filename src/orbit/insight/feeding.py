@@ -201,11 +201,9 @@ class Feed:
         facts = event.metadata
         heard = self._hear(profile_id, _revision(facts), event.position)
         yield from self._stopped(event.position)
-        jobs, delivered = _number(facts.get("jobs")), _number(facts.get("delivered"))
-        if jobs and delivered is not None:
-            yield from self._observe(event, profile_id, heard.revision, DELIVERED, delivered / jobs)
-        elif event.event_type == FAILED:
-            yield from self._observe(event, profile_id, heard.revision, DELIVERED, 0.0)
+        share = delivered_share(event)
+        if share is not None:
+            yield from self._observe(event, profile_id, heard.revision, DELIVERED, share)
         seconds = _number(facts.get("durationSeconds"))
         if event.event_type == FINISHED and seconds is not None:
             yield from self._observe(event, profile_id, heard.revision, LATENCY, seconds)
@@ -278,6 +276,17 @@ class Feed:
             return self._detector.observe(Observation(event.position, key, value))
         except RequestInvalid:  # no number of its metric; it says nothing, and stops nobody
             return ()
+
+
+def delivered_share(event: Event) -> float | None:
+    """What share of its jobs a cycle delivered, if the event is a cycle's end that says so."""
+    if event.event_type not in (FINISHED, FAILED):
+        return None
+    facts = event.metadata
+    jobs, delivered = _number(facts.get("jobs")), _number(facts.get("delivered"))
+    if jobs and delivered is not None:
+        return delivered / jobs
+    return 0.0 if event.event_type == FAILED else None
 
 
 def _number(value: Any) -> float | None:

@@ -229,15 +229,22 @@ def run_gate(seed: int = 1, fleets: int = FLEETS, *, is_compared: bool = True) -
     scores: list[Score] = []
     for scenario in Scenario:
         made = [simulated(scenario, seed + place) for place in range(fleets)]
-        scores.append(score(scenario, OURS, ((one, our_flags(one)) for one in made)))
-        if not is_compared:
-            continue
-        alone = ((one, our_flags(one, alone=True)) for one in made)
-        scores.append(score(scenario, f"{OURS}, own history", alone))
-        for name, judge in NAIVE.items():
-            scores.append(score(scenario, name, ((one, naive_flags(one, judge)) for one in made)))
+        if is_compared:
+            scores += compared(scenario, made)
+        else:
+            scores.append(score(scenario, OURS, ((one, our_flags(one)) for one in made)))
     delays = [single_drop(band.before, band.after, seed, 10 * fleets) for band in DELAY_BANDS]
     return Report(seed, fleets, tuple(scores), tuple(delays), tuple(broken_bands(scores, delays)))
+
+
+def compared(scenario: Scenario, fleets: Sequence[Fleet]) -> list[Score]:
+    """The scores of ours, of ours without peers, and of the naive detectors."""
+    scores = [score(scenario, OURS, ((one, our_flags(one)) for one in fleets))]
+    alone = ((one, our_flags(one, alone=True)) for one in fleets)
+    scores.append(score(scenario, f"{OURS}, own history", alone))
+    for name, judge in NAIVE.items():
+        scores.append(score(scenario, name, ((one, naive_flags(one, judge)) for one in fleets)))
+    return scores
 
 
 def broken_bands(scores: Iterable[Score], delays: Iterable[Delay]) -> Iterator[str]:
