@@ -417,7 +417,7 @@ def test_trigger_is_idempotent_by_key(project: Project) -> None:
 
 
 def test_insight_replays_what_is_stored(project: Project) -> None:
-    """Over the API, and nothing is stored: events, profiles, and that there is little to draw from."""
+    """Over the API, storing nothing: events, profiles, and that there is little to draw from."""
     project.ok("trigger", "nova-daily", "--watch")
     found = project.json("insight", "replay", "--namespace", "brand-a")
     assert found["events"] > 0
