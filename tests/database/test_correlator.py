@@ -12,7 +12,6 @@ import pytest
 
 from orbit.clock import DatabaseClock, new_id
 from orbit.database.pool import Database
-from orbit.insight.feeding import Event as Told
 from orbit.insight.feeding import Feed
 from orbit.insight.keeping import BATCH_EVENTS, SignalKeeper
 from orbit.insight.source import TelemetrySource
@@ -20,7 +19,7 @@ from orbit.services.correlator import Correlator
 from orbit.telemetry.catalogue import EventType
 from orbit.telemetry.emission import Event, emit
 from orbit.telemetry.sequencing import sequence
-from tests.unit.test_insight_feeding import fleet
+from tests.unit.test_insight_feeding import Told, fleet
 
 _EACH = 60  # events of one transaction
 _RUNS = UUID(int=5)
@@ -157,3 +156,43 @@ async def test_drills_and_the_installation_have_no_feed(database: Database, node
     await drained(correlator)
     rows = await database.fetch_all(b"SELECT namespace, position > 0 AS is_passed FROM signal_feed")
     assert [(row["namespace"], row["is_passed"]) for row in rows] == [("sea", True)]
+
+
+async def test_a_change_elsewhere_does_not_begin_a_profiles_history_anew(
+    database: Database, node_id: str
+) -> None:
+    """The whole configuration's revision changed: one profile with it, the other not."""
+    old, new, unknown = ("a" * 64, "b" * 64, "c" * 64)
+    await store_revision(database, old, {"steady": 1, "changed": 1})
+    await store_revision(database, new, {"steady": 1, "changed": 2})
+    told = [
+        Event("sea", EventType.EXECUTION_FINISHED, {"jobs": 1, "revision": revision}, profile)
+        for revision in (old, new, unknown)
+        for profile in ("steady", "changed")
+    ]
+    await tell(database, node_id, *told)
+    async with database.transaction() as connection:
+        stretch = await TelemetrySource().read(connection, "sea", 0, 100)
+    found: dict[str | None, list[object]] = {}
+    for event in stretch.events:
+        found.setdefault(event.profile_id, []).append(event.metadata.get("profileRevision"))
+    before, after, nothing = found["steady"]
+    assert before == after is not None
+    assert nothing is None
+    before, after, nothing = found["changed"]
+    assert None not in (before, after)
+    assert before != after
+    assert nothing is None
+
+
+async def store_revision(database: Database, revision: str, tiers: dict[str, int]) -> None:
+    """A configuration as it is stored, of profiles that differ in one number."""
+    body = {
+        "profiles": [{"profile_id": name, "tier": tier} for name, tier in tiers.items()],
+        "run_profiles": [{"run_profile_id": f"{name}-run", "profile_id": name} for name in tiers],
+    }
+    await database.execute(
+        b"INSERT INTO config_revision (revision, body, node_id)"
+        b" VALUES (%(revision)s, %(body)s, %(node_id)s)",
+        {"revision": revision, "body": json.dumps(body), "node_id": str(_RUNS)},
+    )

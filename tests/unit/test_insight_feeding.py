@@ -39,7 +39,8 @@ def scored(position: int, profile: str, run: str, value: Any, **more: str | int)
 
 def fleet(seed: int, profiles: int, rounds: int) -> list[Told]:
     """Profiles in turn with scores, failures, noise and gaps; one gets worse, one stops."""
-    random, events = Random(seed), []
+    random = Random(seed)
+    events: list[Told] = []
     for now in range(rounds):
         for number in range(profiles):
             name = f"p{number}"
