@@ -79,6 +79,8 @@ def signals_router(node: Node) -> APIRouter:
         request: Request, profile_id: ProfileKey, asked: Annotated[SignalFilter, Query()]
     ) -> Page[SignalView]:
         """Also of a profile that is configured no longer; 404 where nothing is known of one."""
+        if "\x00" in profile_id:
+            raise _not_found(profile_id)  # what the database cannot even be asked for
         within = actor_of(request).within
         page = await signals(node.database, profile_id, **asked.model_dump(), within=within)
         if not page.items:
@@ -103,9 +105,13 @@ async def _namespaces(node: Node, request: Request, profile_id: str) -> list[str
     await node.configuration.refresh()
     documents = visible(node.configuration.active.documents, actor_of(request).within)
     if profile_id not in {one.profile_id for one in documents.profiles}:
-        raise NotFound(f"there is no profile {profile_id}")
+        raise _not_found(profile_id)
     used = {one.namespace for one in documents.run_profiles if one.profile_id == profile_id}
     return sorted(used)
+
+
+def _not_found(profile_id: str) -> NotFound:
+    return NotFound(f"there is no profile {profile_id}")
 
 
 async def _computed(keeper: SignalKeeper, namespace: str, profile_id: str) -> Computed:
