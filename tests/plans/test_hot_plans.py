@@ -150,7 +150,9 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
             "node_id": NODE,
         },
         "dispatch.claimed_jobs": {
-            **keyed(sample, "namespace", "job_id"),
+            **keyed(sample, "namespace", "job_id", "cycle_id"),
+            "run_namespace": array(sample["namespace"]),
+            "run_id": array(sample["cycle_id"]),
             "first_job": min(sample["job_id"]),
             "last_job": max(sample["job_id"]),
             "first_cycle": min(sample["cycle_id"]),

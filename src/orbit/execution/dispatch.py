@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -51,12 +51,12 @@ _log = structlog.get_logger("orbit.dispatch")
 LaneKey = tuple[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class ClaimedJob:
+class ClaimedJob(NamedTuple):
     """A job whose attempt `attempt` is open and ours. `content` is None if it is large.
 
     `spared` of the attempts, this one included, are not counted against the job. `epoch` is its
-    namespace's as it was seen at the claim: the next halt's is higher.
+    namespace's as it was seen at the claim: the next halt's is higher. `queue_seconds` is None
+    where nobody knows how long it waited.
     """
 
     namespace: str
@@ -67,7 +67,7 @@ class ClaimedJob:
     attempt: int
     is_probe: bool
     spared: int
-    queue_seconds: float
+    queue_seconds: float | None
     snapshot_id: str
     digest: str
     content_type: str
@@ -127,38 +127,31 @@ class NextMove:
     cause: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
-    """The end of one attempt: its receipt, and the job's next move.
+class Settlement(NamedTuple):
+    """The end of one attempt of node `node_id`: what its receipt says, and the job's next move.
 
     `is_lane_well`: what it says of the lane. None: nothing, as when a payload is refused for good
     (unless it was a probe: the receiver is back) or when its worker died or was stopped.
     `is_unspared`: a probe that could not even be tried counts against its job after all.
     """
 
-    namespace: str
-    job_id: str
-    cycle_id: str
-    endpoint_key: str
-    lease_number: int
+    job: ClaimedJob
     node_id: str
-    attempt: int
-    is_probe: bool
-    digest: str
-    size: int
     result: WireResult
-    queue_seconds: float | None
     started_at: datetime | None
     move: NextMove
-    is_lane_well: bool | None
+    is_lane_well: bool | None = None
     is_unspared: bool = False
-    profile_id: str | None = None
-    run_profile_id: str = ""
 
     @property
     def is_done(self) -> bool:
         """Whether the job has no further attempt."""
         return self.move.retry_seconds is None
+
+    @property
+    def lane(self) -> LaneKey:
+        """The lane that the attempt was of."""
+        return self.job.namespace, self.job.endpoint_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,24 +259,29 @@ class DispatchQueue:
         epochs: Mapping[str, int],
     ) -> list[ClaimedJob]:
         """The jobs of these leases; what they are never changes, so it is read apart."""
+        runs = sorted({lease[2]: lease[0] for lease in leases.values()}.items())
         asked = {
             "namespace": array(columns["namespace"]),
             "job_id": array(columns["job_id"]),
+            "cycle_id": array(columns["cycle_id"]),
             "first_job": min(leases),
             "last_job": max(leases),
-            "first_cycle": min(columns["cycle_id"]),
-            "last_cycle": max(columns["cycle_id"]),
+            "run_namespace": array(namespace for _, namespace in runs),
+            "run_id": array(cycle_id for cycle_id, _ in runs),
+            "first_cycle": runs[0][0],
+            "last_cycle": runs[-1][0],
             "inline_bytes": INLINE_BYTES,
         }
         row = await self._database.fetch_one(SQL.claimed_jobs, asked)
-        if row is None or row["job_id"] is None:
+        if row is None or row["job_id"] is None or row["run_id"] is None:
             return []
+        run_of = {cycle_id: run for cycle_id, *run in zip(*map(row.pop, _RUN), strict=True)}
         contents = _cut(row.pop("contents") or b"", row.pop("length"))
-        found = (
-            (*leases[job_id], *job, epochs[leases[job_id][0]])
-            for job_id, *job in zip(*row.values(), contents, strict=True)
-        )
-        return [ClaimedJob(*one) for one in found]
+        return [
+            ClaimedJob._make((*lease, *job, *run_of[lease[2]], content, epochs[lease[0]]))
+            for job_id, *job, content in zip(*row.values(), contents, strict=True)
+            if (lease := leases[job_id])[2] in run_of
+        ]
 
     async def content(self, job: ClaimedJob) -> bytes:
         """The job's bytes."""
@@ -318,27 +316,9 @@ class DispatchQueue:
             on_unknown=on_unknown,
         )
         is_final = result.status in permanent_statuses
+        is_well = _is_lane_well(result, is_final=is_final, is_probe=job.is_probe)
         await self._settlements.commit(
-            Settlement(
-                namespace=job.namespace,
-                job_id=job.job_id,
-                cycle_id=job.cycle_id,
-                endpoint_key=job.endpoint_key,
-                lease_number=job.lease_number,
-                node_id=self._node_id,
-                attempt=job.attempt,
-                is_probe=job.is_probe,
-                digest=job.digest,
-                size=job.size,
-                result=result,
-                queue_seconds=job.queue_seconds,
-                started_at=started_at,
-                move=move,
-                is_lane_well=_is_lane_well(result, is_final=is_final, is_probe=job.is_probe),
-                is_unspared=is_unspared,
-                profile_id=job.profile_id,
-                run_profile_id=job.run_profile_id,
-            )
+            Settlement(job, self._node_id, result, started_at, move, is_well, is_unspared)
         )
         return move
 
@@ -364,10 +344,8 @@ class DispatchQueue:
             now,
             on_unknown=row["on_unknown"],
         )
-        given = {name: row[name] for name in _LOST}
-        return Settlement(
-            **given, result=lost, queue_seconds=None, started_at=None, move=move, is_lane_well=None
-        )
+        job = ClaimedJob(**{name: row[name] for name in _LOST}, **_UNTOLD)
+        return Settlement(job, row["node_id"], lost, None, move)
 
     async def renew(self, jobs: Sequence[ClaimedJob]) -> set[tuple[str, int]]:
         """Prolongs leases; the ids and lease numbers of those that were prolonged."""
@@ -409,7 +387,7 @@ class DispatchQueue:
         if unspared := [s for s in settlements if s.is_unspared and not s.is_done]:
             await connection.execute(SQL.unspare_jobs, _rows(unspared))
         ended = None
-        if done := sorted({(s.namespace, s.cycle_id) for s in settlements if s.is_done}):
+        if done := sorted({(s.job.namespace, s.job.cycle_id) for s in settlements if s.is_done}):
             touched = {
                 "namespace": array(namespace for namespace, _ in done),
                 "cycle_id": array(cycle_id for _, cycle_id in done),
@@ -433,7 +411,7 @@ class DispatchQueue:
         """What the batch says of each lane, with its breaker's limits."""
         lanes: dict[LaneKey, list[Settlement]] = {}
         for settlement in settlements:
-            lanes.setdefault((settlement.namespace, settlement.endpoint_key), []).append(settlement)
+            lanes.setdefault(settlement.lane, []).append(settlement)
         results = [_lane_result(ends) for ends in lanes.values()]
         breakers = [self.endpoint(key).breaker or _NEVER_OPENS for _, key in lanes]
         return {
@@ -449,20 +427,52 @@ class DispatchQueue:
         }
 
 
+_RUN = ("run_id", "profile_id", "run_profile_id", "traceparent")
 _LOST = (
     "namespace",
     "job_id",
     "cycle_id",
     "endpoint_key",
     "lease_number",
-    "node_id",
+    "attempt",
+    "is_probe",
+    "spared",
+    "digest",
+    "size",
+    "max_attempts",
+    "profile_id",
+    "run_profile_id",
+)
+_OF_JOB = (
+    "namespace",
+    "job_id",
+    "cycle_id",
+    "profile_id",
+    "run_profile_id",
+    "endpoint_key",
+    "lease_number",
     "attempt",
     "is_probe",
     "digest",
     "size",
-    "profile_id",
-    "run_profile_id",
+    "queue_seconds",
 )
+_OF_RESULT = (
+    "status",
+    "error",
+    "connect_seconds",
+    "first_byte_seconds",
+    "total_seconds",
+    "answer_content_type",
+    "is_reused",
+)
+_UNTOLD: dict[str, Any] = {  # of an attempt that is only to be settled
+    "queue_seconds": None,
+    "snapshot_id": "",
+    "content_type": "",
+    "traceparent": "",
+    "content": None,
+}
 _TOLD = ("namespace", "endpoint_key", "failures", "hold_seconds")
 _LANE_RESULT = ("attempts", "failures", "last_failures", "has_success", "has_probe_failed")
 
@@ -484,7 +494,7 @@ def _lane_result(ends: Sequence[Settlement]) -> dict[str, int | bool]:
         "failures": verdicts.count(False),
         "last_failures": last_failures,
         "has_success": True in verdicts,
-        "has_probe_failed": any(end.is_probe and end.is_lane_well is False for end in ends),
+        "has_probe_failed": any(end.job.is_probe and end.is_lane_well is False for end in ends),
     }
 
 
@@ -517,31 +527,19 @@ def _count(settlements: Sequence[Settlement], ended: int) -> None:
 
 def _rows(settlements: Sequence[Settlement]) -> dict[str, Any]:
     """One array per column, for the receipts and for the leases."""
-    results = [s.result for s in settlements]
+    job = _columns([s.job for s in settlements])
+    result = _columns([s.result for s in settlements])
     return {
-        "namespace": array(s.namespace for s in settlements),
-        "job_id": array(s.job_id for s in settlements),
-        "cycle_id": array(s.cycle_id for s in settlements),
-        "profile_id": array(s.profile_id for s in settlements),
-        "run_profile_id": array(s.run_profile_id for s in settlements),
-        "lease_number": array(s.lease_number for s in settlements),
-        "node_id": array(s.node_id for s in settlements),
-        "attempt": array(s.attempt for s in settlements),
-        "size": array(s.size for s in settlements),
-        "retry_seconds": array(s.move.retry_seconds for s in settlements),
-        "cause": array(s.move.cause for s in settlements),
-        "endpoint_key": array(s.endpoint_key for s in settlements),
-        "outcome": array(r.outcome.value for r in results),
-        "status": array(r.status for r in results),
-        "error": array(r.error for r in results),
-        "digest": array(s.digest for s in settlements),
-        "queue_seconds": array(s.queue_seconds for s in settlements),
-        "connect_seconds": array(r.connect_seconds for r in results),
-        "first_byte_seconds": array(r.first_byte_seconds for r in results),
-        "total_seconds": array(r.total_seconds for r in results),
-        "answer": [r.answer for r in results],
-        "answer_content_type": array(r.answer_content_type for r in results),
-        "is_probe": array(s.is_probe for s in settlements),
-        "is_reused": array(r.is_reused for r in results),
-        "started_at": array(s.started_at for s in settlements),
+        **{name: array(job[name]) for name in _OF_JOB},
+        **{name: array(result[name]) for name in _OF_RESULT},
+        "outcome": array([outcome.value for outcome in result["outcome"]]),
+        "answer": list(result["answer"]),
+        "node_id": array([s.node_id for s in settlements]),
+        "started_at": array([s.started_at for s in settlements]),
+        "retry_seconds": array([s.move.retry_seconds for s in settlements]),
+        "cause": array([s.move.cause for s in settlements]),
     }
+
+
+def _columns(rows: Sequence[NamedTuple]) -> dict[str, tuple[Any, ...]]:
+    return dict(zip(rows[0]._fields, zip(*rows, strict=True), strict=True))

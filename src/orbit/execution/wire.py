@@ -12,6 +12,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from orbit import metrics
 from orbit.execution.http1 import Client, Exchange
@@ -50,8 +51,7 @@ class Outgoing:
     proxy: str | None = field(default=None, repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class WireResult:
+class WireResult(NamedTuple):
     """What became of one attempt.
 
     `cause` is short and the same for the same kind of failure; `error` says more. Seconds count

@@ -181,33 +181,40 @@ SELECT array_agg(namespace) AS namespace, array_agg(job_id::text) AS job_id,
 FROM claimed;
 
 -- name: claimed_jobs
--- What jobs are, with their bytes if there are few, one after the other: in one row, since rows
--- come in pieces that the reader is woken for. The bounds leave out the partitions that hold none,
--- however many there are; OFFSET 0 keeps the look-ups what they are, one by its whole key for each
--- job, whatever the planner believes of the tables' sizes.
+-- What jobs are, with their bytes if there are few, one after the other, and what their cycles are:
+-- in one row, since rows come in pieces that the reader is woken for. The bounds leave out the
+-- partitions that hold none, however many there are; OFFSET 0 keeps the look-ups what they are, one
+-- by its whole key for each job or cycle, whatever the planner believes of the tables' sizes.
+WITH run AS MATERIALIZED (
+    SELECT run.* FROM unnest(%(run_namespace)s::text[], %(run_id)s::uuid[])
+        AS asked (namespace, cycle_id)
+    CROSS JOIN LATERAL (
+        SELECT cycle_id, profile_id, run_profile_id, traceparent FROM cycle_run
+        WHERE cycle_run.namespace = asked.namespace AND cycle_run.cycle_id = asked.cycle_id
+            AND cycle_run.cycle_id BETWEEN %(first_cycle)s::uuid AND %(last_cycle)s::uuid
+        OFFSET 0
+    ) run
+)
 SELECT array_agg(job.job_id::text) AS job_id, array_agg(job.snapshot_id) AS snapshot_id,
     array_agg(job.digest) AS digest, array_agg(job.content_type) AS content_type,
     array_agg(job.size) AS size, array_agg(job.max_attempts) AS max_attempts,
-    array_agg(run.profile_id) AS profile_id, array_agg(run.run_profile_id) AS run_profile_id,
-    array_agg(run.traceparent) AS traceparent,
     array_agg(octet_length(payload.content)) AS length,
-    string_agg(payload.content, '') AS contents
-FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[]) AS claimed (namespace, job_id)
+    string_agg(payload.content, '') AS contents,
+    (SELECT array_agg(cycle_id::text) FROM run) AS run_id,
+    (SELECT array_agg(profile_id) FROM run) AS profile_id,
+    (SELECT array_agg(run_profile_id) FROM run) AS run_profile_id,
+    (SELECT array_agg(traceparent) FROM run) AS traceparent
+FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(cycle_id)s::uuid[])
+    AS claimed (namespace, job_id, cycle_id)
 CROSS JOIN LATERAL (
     SELECT * FROM dispatch_job
     WHERE dispatch_job.namespace = claimed.namespace AND dispatch_job.job_id = claimed.job_id
         AND dispatch_job.job_id BETWEEN %(first_job)s::uuid AND %(last_job)s::uuid
     OFFSET 0
 ) job
-CROSS JOIN LATERAL (
-    SELECT profile_id, run_profile_id, traceparent FROM cycle_run
-    WHERE cycle_run.namespace = claimed.namespace AND cycle_run.cycle_id = job.cycle_id
-        AND cycle_run.cycle_id BETWEEN %(first_cycle)s::uuid AND %(last_cycle)s::uuid
-    OFFSET 0
-) run
 LEFT JOIN LATERAL (
     SELECT content FROM payload
-    WHERE payload.namespace = claimed.namespace AND payload.cycle_id = job.cycle_id
+    WHERE payload.namespace = claimed.namespace AND payload.cycle_id = claimed.cycle_id
         AND payload.digest = job.digest AND job.size <= %(inline_bytes)s
         AND payload.cycle_id BETWEEN %(first_cycle)s::uuid AND %(last_cycle)s::uuid
     OFFSET 0
