@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ def bare_environment(**given: str) -> dict[str, str]:
 
 
 def run(
-    *command: str | Path, cwd: Path, timeout: float = 240, user: int | None = None, **given: str
+    *command: str | Path, cwd: Path, timeout: float = 240, user: int | None = None, **given: Any
 ) -> str:
     """Runs a command to its end in a bare environment; what it printed. Fails with all of it."""
     found = subprocess.run(

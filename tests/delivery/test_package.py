@@ -71,9 +71,7 @@ def test_two_builds_are_the_same_to_the_byte(packages: dict[str, Path], place: P
 def test_the_wheel_has_every_file_of_the_program(packages: dict[str, Path]) -> None:
     """SQL, migrations, schemas, templates: what git has under src/orbit, byte for byte."""
     with zipfile.ZipFile(packages["wheel"]) as wheel:
-        found = {
-            name: wheel.read(name) for name in wheel.namelist() if ".dist-info/" not in name
-        }
+        found = {name: wheel.read(name) for name in wheel.namelist() if ".dist-info/" not in name}
         metadata = next(n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
         declared = wheel.read(metadata).decode()
     expected = {

@@ -55,7 +55,7 @@ class Managed:
         return run(self.pm2, *arguments, cwd=self.folder, **self.environment)
 
     @property
-    def environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, Any]:
         path = f"{PROGRAM.parent}:{os.environ['PATH']}"
         python = {"PYTHONPATH": str(ROOT / "src"), "PATH": path}
         return {"PM2_HOME": str(self.folder / ".pm2"), "PORT": str(self.port), **python}

@@ -25,6 +25,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psycopg
+
+from orbit.database import embedded_place
+from orbit.database.embedded import EmbeddedServer, erase
+from orbit.database.upgrade import HEAD
+
 HERE = Path(__file__).parent
 SECRET_KEY = "Y2hhbmdlIG1lOiBrZXkgb2YgdGhlIHJlbGVhc2VkIGQ="
 RUN_PROFILES = ("ends", "fails", "refused", "slow", "waits")
@@ -86,10 +92,6 @@ def endpoints(good: str, refusing: str, closed: str) -> str:
 
 def main() -> None:
     """Makes the dump with the program that `import orbit` finds."""
-    from orbit.database import embedded_place
-    from orbit.database.embedded import EmbeddedServer, erase
-    from orbit.database.upgrade import HEAD
-
     outer = Path(tempfile.mkdtemp(prefix="orbit-released-"))
     outer.chmod(0o755)
     folder = outer / "project"
@@ -139,8 +141,6 @@ def _start(folder: Path, settings: dict[str, str], *verb: str) -> subprocess.Pop
 
 def _has_come_to_rest(dsn: str) -> bool:
     """One ended, one failed, one dead letter, one in a step, one tried in vain."""
-    import psycopg
-
     queries = (
         "SELECT count(*) FROM cycle_status WHERE state = 'finished'",
         "SELECT count(*) FROM cycle_status WHERE state = 'failed'",
