@@ -207,8 +207,8 @@ async def test_a_node_that_froze_before_its_first_byte_never_sends_it(
             return server.accepted == 1
 
         await eventually(is_connected, "a connection")
+        other = await stage.nodes.start()  # first: it may take longer to start than a lease lasts
         frozen.signal(signal.SIGSTOP)
-        other = await stage.nodes.start()
         answer = await halt(other, "east")
         assert answer["quiesced"], answer
         assert [one["outcome"] for one in answer["inFlight"]] == [
@@ -289,8 +289,8 @@ async def test_a_node_that_froze_amid_a_body_does_not_complete_it(
             return server.begun == 1
 
         await eventually(is_begun, "the beginning of a request")
+        other = await stage.nodes.start()  # first: it may take longer to start than a lease lasts
         frozen.signal(signal.SIGSTOP)
-        other = await stage.nodes.start()
         answer = await halt(other, "east")
         assert answer["quiesced"], answer
         frozen.signal(signal.SIGCONT)
