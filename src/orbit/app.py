@@ -48,10 +48,13 @@ from orbit.governance.halt import Brake
 from orbit.governance.keys import Grant, Keys
 from orbit.governance.refusals import Refusals
 from orbit.governance.sessions import Sessions
+from orbit.insight.keeping import SignalKeeper
+from orbit.insight.source import TelemetrySource
 from orbit.profiles.bridge import Bridge
 from orbit.profiles.orchestration import Orchestration
 from orbit.profiles.revision import Configuration
 from orbit.services.base import LAST_WORDS_SECONDS, within
+from orbit.services.correlator import Correlator
 from orbit.services.dispatcher import Dispatcher
 from orbit.services.fence_keeper import FenceKeeper
 from orbit.services.heartbeat import Heartbeat
@@ -218,6 +221,7 @@ class Node:
         self.sessions = Sessions(database, self.keys, settings.session_seconds)
         self.refusals = Refusals(database, self.clock)
         self.authentication = await self._authentication()
+        self.signals = SignalKeeper(database, TelemetrySource())
         self.orchestration = Orchestration(
             settings, database, self.clock, self.configuration, self.intake
         )
@@ -258,6 +262,7 @@ class Node:
             self.requeuer,
             self._sealer,
             self._sequencer,
+            self._correlator,
             self._notary,
         )
         for service in (self._heartbeat, janitor, *services):
@@ -326,6 +331,7 @@ class Node:
             "keeper": self.keeper,
             "sealer": self._sealer,
             "sequencer": self._sequencer,
+            "correlator": self._correlator,
             "notary": self._notary,
         }
         await _all_ended(
@@ -377,6 +383,7 @@ class Node:
             )
         self._sealer = Sealer(database, self.node_id)
         self._sequencer = Sequencer(database, self.node_id)
+        self._correlator = Correlator(database, self.signals, self.node_id)
         if self.signer is not None:
             seconds = settings.audit_checkpoint_seconds
             self._notary = Notary(database, self.signer, seconds=seconds)

@@ -76,3 +76,6 @@ sequencing_lag_seconds = Histogram(
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60),
     registry=REGISTRY,
 )
+signals = Counter(
+    "orbit_signals", "Signals that this node recorded, by their name.", ["name"], registry=REGISTRY
+)

@@ -28,6 +28,8 @@ LEASES = {
     "access_link",
     "access_session",
     "access_use",
+    "signal_feed",
+    "signal_stream",
 }
 BOOKKEEPING = {"alembic_version"}
 # What belongs to the installation: keys are for namespaces, they are not in one.

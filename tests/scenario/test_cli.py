@@ -416,6 +416,19 @@ def test_trigger_is_idempotent_by_key(project: Project) -> None:
     assert "cycles" not in again
 
 
+def test_insight_replays_what_is_stored(project: Project) -> None:
+    """Over the API, storing nothing: events, profiles, and that there is little to draw from."""
+    project.ok("trigger", "nova-daily", "--watch")
+    found = project.json("insight", "replay", "--namespace", "brand-a")
+    assert found["events"] > 0
+    assert found["profiles"] >= 1
+    assert (found["signals"], found["drawnFrom"], found["scores"]) == ([], 0, [])
+    assert project.json("insight", "replay", "--namespace", "nowhere")["events"] == 0
+    text = project.run("insight", "replay")
+    assert "nothing was stored" in text.stdout
+    assert "100 cycles" in text.stderr
+
+
 def test_a_failed_cycle_is_code_1_and_runs_again(project: Project) -> None:
     """A failing step ends --watch with 1; --rerun names the old cycle; a finished one refuses."""
     failed = project.run("trigger", "nova-broken", "--watch")

@@ -22,6 +22,7 @@ from orbit.api.routes_lanes import lanes_router
 from orbit.api.routes_node import node_router
 from orbit.api.routes_outcomes import outcomes_router
 from orbit.api.routes_session import session_router
+from orbit.api.routes_signals import signals_router
 from orbit.api.routes_telemetry import telemetry_router
 from orbit.app import Node
 from orbit.governance.actor import Actor
@@ -63,6 +64,7 @@ def create_application(
         configuration_router(node, bodies),
         dead_letters_router(node, bodies),
         lanes_router(node),
+        signals_router(node),
         governance_router(node, bodies),
         drills_router(node, bodies),
         audit_router(node),

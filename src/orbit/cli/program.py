@@ -27,12 +27,14 @@ from orbit.cli import (
     dead_letters,
     demonstration,
     drilling,
+    insight,
     keys,
     lanes,
     planning,
     running,
     scaffold,
     schema,
+    signals,
     status,
     telemetry,
     triggering,
@@ -70,6 +72,8 @@ app.command("validate")(configuring.validate)
 app.command("profiles")(configuring.profiles)
 app.command("plan")(planning.plan)
 app.command("doctor")(checkup.doctor)
+app.command("signals")(signals.signals)
+app.add_typer(insight.app, name="insight")
 app.add_typer(auditing.app, name="audit")
 app.add_typer(telemetry.app, name="telemetry")
 app.add_typer(schema.app, name="db")
