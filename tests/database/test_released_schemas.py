@@ -7,6 +7,7 @@ that waits in one goes to the address that it was made for, where nobody listens
 from __future__ import annotations
 
 import gzip
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from tests.scenario.test_cli import Project, answers, free_port, wait_for
 
 RELEASED = Path(__file__).with_name("released")
 DUMPS = {path.name.partition(".")[0]: path for path in sorted(RELEASED.glob("*.sql.gz"))}
-NAME = "orbit_released"
+NAME = f"orbit_released_{os.getpid()}"
 IDLE = "SELECT (SELECT count(*) FROM cycle_lease) + (SELECT count(*) FROM dispatch_lease)"
 
 
