@@ -32,7 +32,7 @@ $(shell rm -rf .venv)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check format bench lock clean
+.PHONY: help setup run test check format bench dist lock clean
 
 help: ## List what can be made
 	@echo 'Orbit: a control plane for unattended work'
@@ -71,6 +71,12 @@ format: .venv/.dev ## Format the code and mend what the linter can mend by itsel
 
 bench: .venv/.dev ## Measure speed and memory; ARGS chooses what
 	@$(VENV_PYTHON) -m bench $(ARGS)
+
+dist: .venv/.run ## Build wheel and sdist in dist/, the same to the byte from the same commit
+	@rm -rf dist
+	@SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || echo 1580601600)} \
+		$(VENV_PYTHON) -m hatchling build --target sdist --target wheel >/dev/null
+	@$(VENV_PYTHON) -c '$(DIGESTS)'
 
 lock: | $(VENV_PYTHON) ## Write the locks anew; ARGS=--upgrade takes the newest versions
 	@[ -x .venv/lock/bin/python ] || $(VENV_PYTHON) -m venv .venv/lock
@@ -112,4 +118,8 @@ $(VENV_PYTHON):
 
 define USABLE
 import sys; version = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit("Python %s is too old" % version); import ensurepip, venv; print(version)
+endef
+
+define DIGESTS
+import hashlib, pathlib; [print(hashlib.sha256(path.read_bytes()).hexdigest(), path) for path in sorted(pathlib.Path("dist").iterdir())]
 endef
