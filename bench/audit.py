@@ -26,7 +26,7 @@ _PER_APPEND = 1000
 _RECEIPTS = b"""INSERT INTO delivery_receipt (namespace, job_id, attempt, endpoint_key, outcome, status,
     digest, size, queue_seconds, connect_seconds, first_byte_seconds, total_seconds, answer,
     lease_number, node_id, started_at)
-SELECT 'space', gen_random_uuid(), 1, 'sink', 'delivered', 200, repeat('0', 64), 1024, 0.01, 0.001,
+SELECT 'space', orbit_new_batch(), 1, 'sink', 'delivered', 200, repeat('0', 64), 1024, 0.01, 0.001,
     0.002, 0.003, '', 1, %(node_id)s, now()
 FROM generate_series(1, %(count)s)"""
 
