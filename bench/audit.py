@@ -67,4 +67,7 @@ async def _filled(dsn: str, facts: int, entries: int) -> dict[str, Any]:
             await append(connection, *[act] * _PER_APPEND)
     appended = time.monotonic() - began
     await database.close()
-    return {"sealed_per_s": round(sealed / max(seconds, 1e-9)), "appended_per_s": round(entries / max(appended, 1e-9))}
+    return {
+        "sealed_per_s": round(sealed / max(seconds, 1e-9)),
+        "appended_per_s": round(entries / max(appended, 1e-9)),
+    }
