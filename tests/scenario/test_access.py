@@ -26,7 +26,9 @@ from orbit.governance.slowing import FREE_FAILURES
 from orbit.settings import load_settings
 from tests.scenario.access import asking, bearer, key_of
 from tests.scenario.conftest import Facts, MakeNode, SetTime, database_now, until
+from tests.scenario.routes import ROUTES
 
+LOW = ("open", "viewer", "viewer everywhere", "approver")
 LISTS = ("/cycles", "/slots", "/dead-letters", "/dead-letters/requeues", "/lanes", "/audit")
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -64,13 +66,19 @@ def without_clock(headers: Mapping[str, str]) -> dict[str, str]:
 # --- routes ------------------------------------------------------------------------------
 
 
-def test_every_route_declares_its_scope() -> None:
-    """Each method and path has exactly one scope, and what is open is what needs no key."""
+def test_every_route_asks_for_the_scope_that_is_written_down() -> None:
+    """No route that nobody wrote down, none that is gone, none with another scope."""
     application = create_application(Node(load_settings({}, None)))
-    scopes = declared_scopes(application)
-    assert len(scopes) >= 38
-    assert all(len(found) == 1 for found in scopes.values())
-    assert {path for (_, path), found in scopes.items() if found == ["open"]} == OPEN_PATHS
+    found = declared_scopes(application)
+    assert all(len(scopes) == 1 for scopes in found.values())
+    assert {route: scope for route, (scope,) in found.items()} == ROUTES
+    assert {path for (_, path), scope in ROUTES.items() if scope == "open"} == OPEN_PATHS
+
+
+def test_nothing_is_changed_below_operator_but_ones_own_session() -> None:
+    """Who may only look, or decide, changes nothing by any route."""
+    below = {path for (method, path), scope in ROUTES.items() if method != "GET" and scope in LOW}
+    assert below == {"/session", "/session/links"}
 
 
 def test_a_route_without_a_scope_does_not_come_into_being() -> None:
@@ -90,8 +98,8 @@ async def test_nothing_but_the_probes_answers_without_a_key(node: Node) -> None:
     """Every route, and every path that is none, answers the same 401 before it looks further."""
     bodies = set()
     async with asking(node) as api:
-        for method, path in declared_scopes(create_application(node)):
-            if path in OPEN_PATHS:
+        for (method, path), scope in ROUTES.items():
+            if scope == "open":
                 continue
             answer = await api.request(method, path, content=b"{not json")
             assert refusal(answer) == (401, "unauthenticated"), (method, path)
@@ -115,13 +123,13 @@ async def test_nothing_but_the_probes_answers_without_a_key(node: Node) -> None:
 async def test_a_scope_opens_what_it_contains_and_nothing_else(
     node: Node, scope: str, may: set[str]
 ) -> None:
-    """403 exactly where the declared scope isn't contained; never where it is."""
+    """403 exactly where the scope that is written down isn't contained; never where it is."""
     no_stream = {"Last-Event-ID": "none"}  # an event stream would be endless: refused by itself
     async with asking(node, await key_of(node, scope)) as api:
-        for (method, path), (declared,) in declared_scopes(create_application(node)).items():
+        for (method, path), needed in ROUTES.items():
             plain = path.replace("{", "").replace("}", "")
             answer = await api.request(method, plain, headers=no_stream)
-            is_open = declared == "open" or declared.partition(" ")[0] in may
+            is_open = needed == "open" or needed.partition(" ")[0] in may
             assert (answer.status_code == 403) is not is_open, (method, path, answer.text)
 
 
@@ -614,7 +622,7 @@ async def test_a_body_is_bounded_on_every_route(make_node: MakeNode) -> None:
     """Also where none is read: what announces more than any body may have is refused."""
     node = await make_node(auth="on", max_payload_bytes=1000)
     async with asking(node, await key_of(node, "admin")) as api:
-        for method, path in declared_scopes(create_application(node)):
+        for method, path in ROUTES:
             given = {"Content-Length": "99999999", "Content-Type": "application/json"}
             answer = await api.request(method, path, headers=given, content=b"{}")
             assert refusal(answer) == (413, "payload_too_large"), (method, path)

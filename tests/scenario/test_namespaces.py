@@ -15,7 +15,6 @@ import httpx
 import pytest
 from aiohttp import web
 
-from orbit.api.access import declared_scopes
 from orbit.api.application import create_application
 from orbit.app import Node
 from orbit.governance.halt import Order
@@ -33,6 +32,7 @@ from tests.scenario.conftest import (
     run_profile,
     until,
 )
+from tests.scenario.routes import OF_A_NAMESPACE, ROUTES, inputs
 
 LISTS = ("/cycles", "/slots", "/dead-letters", "/dead-letters/requeues", "/lanes")
 NOT_TO_BE_READ = {"/session/open", "/telemetry/stream"}  # a page for browsers; an endless answer
@@ -44,6 +44,55 @@ _SLOT = (
     b" VALUES (%s, %s, orbit_now(), 'missed', 'why', %s)"
 )
 TOKEN = "token-that-nobody-may-see"
+# What is asked of each route that may name something foreign. A route that has a parameter in its
+# path, or takes names of namespaces or of what is theirs, and stands in none of these, fails.
+BY_ID: dict[tuple[str, str], tuple[str, Any]] = {
+    ("GET", "/cycles/{cycleRunId}"): ("cycle_id", None),
+    ("POST", "/cycles/{cycleRunId}/rerun"): ("cycle_id", {"force": True}),
+    ("GET", "/dead-letters/{jobId}"): ("job_id", None),
+    ("POST", "/dead-letters/{jobId}/requeue"): ("job_id", {"reason": "x", "force": True}),
+    ("POST", "/dead-letters/{jobId}/discard"): ("job_id", {"reason": "x"}),
+    ("GET", "/dead-letters/requeues/{batchId}"): ("batch_id", None),
+    ("POST", "/dead-letters/requeues/{batchId}/cancel"): ("batch_id", {"reason": "x"}),
+    ("POST", "/keys/{keyId}/rotate"): ("foreign_key_id", {}),
+    ("POST", "/keys/{keyId}/revoke"): ("foreign_key_id", {}),
+}
+BY_BODY: dict[tuple[str, str], list[dict[str, Any]]] = {
+    ("POST", "/cycles/trigger"): [{"payload": 1}],
+    ("POST", "/outcomes"): [
+        {"outcomeId": "x", "metric": "m", "value": 0.5, "runId": UNKNOWN},
+        {"outcomeId": "x", "metric": "m", "value": 0.5, "jobId": UNKNOWN},
+    ],
+    ("POST", "/dead-letters/requeue"): [
+        {"reason": "x"},
+        {"isDryRun": True},
+        {"reason": "x", "rate": 1},
+    ],
+}
+BY_PATH: dict[tuple[str, str], Any] = {
+    ("GET", "/governance/namespaces/{namespace}"): None,
+    ("POST", "/governance/namespaces/{namespace}/halt"): None,
+    ("POST", "/governance/namespaces/{namespace}/resume"): {"reason": "x"},
+    ("POST", "/governance/namespaces/{namespace}/settings"): {
+        "twoPersonResume": False,
+        "reason": "x",
+    },
+}
+BY_THEIR_OWN_TEST = {
+    ("GET", "/lanes/{namespace}/{endpointKey}"),  # a_foreign_id_is_as_good_as_none
+    ("POST", "/keys"),  # a_foreign_namespace_is_as_good_as_none
+    ("POST", "/run-profiles/trigger"),  # what_a_reference_names_must_be_ones_own
+    ("GET", "/audit/export"),  # an_export_has_no_foreign_log
+    ("GET", "/telemetry"),  # test_telemetry
+    ("GET", "/telemetry/stream"),
+    ("GET", "/profiles/{profileId}/signals"),  # test_signals
+    ("POST", "/profiles/{profileId}/signals"),
+}
+FOREIGN_NAMES = {
+    "namespace": FOREIGN,
+    "runProfileId": f"{FOREIGN}-daily",
+    "endpointKey": f"{FOREIGN}-out",
+}
 
 
 @dataclass(frozen=True)
@@ -140,27 +189,45 @@ def shown(answer: httpx.Response, *ids: str) -> tuple[int, str]:
     return answer.status_code, text
 
 
+def filters(node: Node) -> dict[str, set[str]]:
+    """Of each list, the filters that name a namespace or what is of one."""
+    described = inputs(create_application(node).openapi())
+    return {
+        path: query & OF_A_NAMESPACE
+        for (method, path), (query, _) in described.items()
+        if method == "GET" and query & OF_A_NAMESPACE and (method, path) not in BY_THEIR_OWN_TEST
+    }
+
+
+async def test_every_route_that_may_name_something_foreign_is_asked_here(
+    make_node: MakeNode,
+) -> None:
+    """A route with a parameter in its path, or names of a namespace's, is in one of the tables."""
+    node = await make_node(is_started=False)
+    described = inputs(create_application(node).openapi())
+    assert set(described) | {("GET", "/openapi.json"), ("GET", "/docs")} == set(ROUTES)
+    wanted = {
+        route
+        for route, (query, body) in described.items()
+        if "{" in route[1] or (query | body) & OF_A_NAMESPACE
+    }
+    lists = {("GET", path) for path in filters(node)}
+    assert wanted == {*BY_ID, *BY_BODY, *BY_PATH, *BY_THEIR_OWN_TEST, *lists}
+    assert set().union(*filters(node).values()) <= set(FOREIGN_NAMES)
+
+
 async def test_a_foreign_id_is_as_good_as_none(scene: Scene, facts: Facts) -> None:
     """Each route with an id answers 404, word for word as for an id that nothing has."""
-    calls: list[tuple[str, str, str, Any]] = [
-        ("GET", "/cycles/{}", scene.cycle_id, None),
-        ("POST", "/cycles/{}/rerun", scene.cycle_id, {"force": True}),
-        ("GET", "/dead-letters/{}", scene.job_id, None),
-        ("POST", "/dead-letters/{}/requeue", scene.job_id, {"reason": "x", "force": True}),
-        ("POST", "/dead-letters/{}/discard", scene.job_id, {"reason": "x"}),
-        ("GET", "/dead-letters/requeues/{}", scene.batch_id, None),
-        ("POST", "/dead-letters/requeues/{}/cancel", scene.batch_id, {"reason": "x"}),
-        ("POST", "/keys/{}/rotate", scene.foreign_key_id, {}),
-        ("POST", "/keys/{}/revoke", scene.foreign_key_id, {}),
-    ]
     counts = "SELECT (SELECT count(*) FROM dispatch_job), (SELECT count(*) FROM cycle_run) AS runs"
     decisions = "SELECT FROM dead_letter_decision WHERE namespace = %s"
     before, decided = facts(counts), len(facts(decisions, FOREIGN))
     async with asking(scene.node, await key_of(scene.node, "admin", namespaces=[OWN])) as api:
-        for method, path, foreign, body in calls:
+        for (method, path), (kind, body) in BY_ID.items():
+            foreign = getattr(scene, kind)
             unknown = UNKNOWN if "-" in foreign else "0" * 16
             answers = [
-                await api.request(method, path.format(one), json=body) for one in (foreign, unknown)
+                await api.request(method, _filled(path, one), json=body)
+                for one in (foreign, unknown)
             ]
             assert answers[0].status_code == 404, (path, answers[0].text)
             assert shown(answers[0], foreign) == shown(answers[1], unknown), path
@@ -183,27 +250,25 @@ async def test_a_foreign_namespace_is_as_good_as_none(scene: Scene, facts: Facts
     """In a filter it is empty, in a body not found: as a name that nobody uses."""
     before = facts("SELECT count(*) AS n FROM cycle_run")
     async with asking(scene.node, await key_of(scene.node, "admin", namespaces=[OWN])) as api:
-        for path in (*LISTS, "/audit"):
-            answers = [
-                await api.get(path, params={"namespace": one}) for one in (FOREIGN, "unused")
-            ]
-            assert answers[0].json() == {"items": [], "nextCursor": None}, path
-            assert shown(answers[0]) == shown(answers[1])
+        for path, names in filters(scene.node).items():
+            for name in names:
+                answers = [
+                    await api.get(path, params={name: one})
+                    for one in (FOREIGN_NAMES[name], "unused")
+                ]
+                assert answers[0].status_code == 200, (path, name)
+                assert answers[0].json()["items"] == [], (path, name)
+                assert shown(answers[0]) == shown(answers[1]), (path, name)
         running = await api.get("/cycles", params={"namespace": FOREIGN, "state": "running"})
         assert running.json()["items"] == []
-        groups = await api.get("/dead-letters/groups", params={"namespace": FOREIGN})
-        assert groups.json()["items"] == []
-        for path, body in (
-            ("/cycles/trigger", {"payload": 1}),
-            ("/dead-letters/requeue", {"reason": "x"}),
-            ("/dead-letters/requeue", {"isDryRun": True}),
-            ("/dead-letters/requeue", {"reason": "x", "rate": 1}),
-        ):
-            answers = [
-                await api.post(path, json={**body, "namespace": one}) for one in (FOREIGN, "unused")
-            ]
-            assert answers[0].status_code == 404
-            assert shown(answers[0], FOREIGN) == shown(answers[1], "unused"), path
+        for (method, path), bodies in BY_BODY.items():
+            for body in bodies:
+                answers = [
+                    await api.request(method, path, json={**body, "namespace": one})
+                    for one in (FOREIGN, "unused")
+                ]
+                assert answers[0].status_code == 404
+                assert shown(answers[0], FOREIGN) == shown(answers[1], "unused"), path
         for namespaces in ([FOREIGN], ["unused"], ["*"], [OWN, FOREIGN]):
             wanted = {"name": "x", "scopes": ["viewer"], "namespaces": namespaces}
             assert (await api.post("/keys", json=wanted)).status_code == 404, namespaces
@@ -278,7 +343,7 @@ async def test_nothing_tells_of_a_foreign_namespace(scene: Scene) -> None:
     traces = ["secret-moon", scene.cycle_id, scene.job_id, scene.batch_id, scene.foreign_key_id]
     async with asking(node, await key_of(node, "admin", namespaces=[OWN])) as api:
         seen = 0
-        for method, path in declared_scopes(create_application(node)):
+        for method, path in ROUTES:
             if method != "GET" or "{" in path or path in NOT_TO_BE_READ:
                 continue
             answer = await api.get(path)
@@ -320,15 +385,9 @@ async def test_the_brake_of_a_foreign_namespace_is_not_there(scene: Scene, facts
     await node.brake.halt(Order(FOREIGN, "ann", "key-1", "secret-reason"))
     async with asking(node, await key_of(node, "admin", namespaces=[OWN])) as api:
         for one in (FOREIGN, "unused", "*"):
-            path = f"/governance/namespaces/{one}"
-            rule = {"twoPersonResume": False, "reason": "x"}
-            for answer in (
-                await api.get(path),
-                await api.post(f"{path}/halt"),
-                await api.post(f"{path}/resume", json={"reason": "x"}),
-                await api.post(f"{path}/settings", json=rule),
-            ):
-                assert answer.status_code == 404, (one, answer.text)
+            for (method, path), body in BY_PATH.items():
+                answer = await api.request(method, _filled(path, one), json=body)
+                assert answer.status_code == 404, (path, one, answer.text)
                 assert "secret-reason" not in answer.text
         assert (await api.get("/status")).json()["haltedNamespaces"] == []
         path = f"/governance/namespaces/{OWN}"
@@ -411,6 +470,11 @@ async def test_a_viewer_sees_neither_tokens_nor_payloads(scene: Scene) -> None:
 def broken(payload: Any, context: Any) -> Any:
     """A step that fails."""
     raise ValueError("no")
+
+
+def _filled(path: str, given: str) -> str:
+    """A path with its one parameter."""
+    return f"{path.partition('{')[0]}{given}{path.partition('}')[2]}"
 
 
 def _decoded(cursor: str) -> str:
