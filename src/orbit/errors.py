@@ -156,6 +156,12 @@ class SecondPersonRequired(Refused):
     code = "second_person_required"
 
 
+class TooManySessions(Refused):
+    """A key has, or has just begun, as many sessions or links as one may have."""
+
+    code = "too_many_sessions"
+
+
 class DrillUnderWay(Refused):
     """This node rehearses already; one drill at a time."""
 

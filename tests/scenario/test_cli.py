@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
 
 from orbit.cli.scaffold import write_project
@@ -347,6 +348,23 @@ def test_db_verbs_upgrade_check_and_print_the_schema(alone: Project) -> None:
     assert {one["name"] for one in document["checks"]} == {"server", "schema", "partitions"}
     assert "CREATE TABLE cycle_run" in alone.ok("db", "sql")
     assert all(count == 0 for count in alone.json("db", "repair").values())
+
+
+def test_what_repair_rebuilds_is_an_entry_of_the_trail(alone: Project) -> None:
+    """A cycle's lease that was lost is made anew, and the installation's log says by whom."""
+    server = EmbeddedServer.start(alone.folder / ".orbit")
+    try:
+        upgrade(server.owner_dsn, APPLICATION_ROLE)
+        alone.json("trigger", "--raw")
+        with psycopg.connect(server.owner_dsn) as connection:
+            assert connection.execute("DELETE FROM cycle_lease").rowcount == 1
+        assert alone.json("db", "repair")["cycles"] == 1
+        (told,) = alone.json("audit", "ls", "--action", "leases.rebuilt")["items"]
+        assert (told["namespace"], told["detail"]["cycles"]) == ("*", 1)
+        assert told["actor"].endswith("(cli)")
+        assert alone.json("audit", "verify")["isGood"] is True
+    finally:
+        server.leave()
 
 
 def test_doctor_says_what_to_do(alone: Project) -> None:

@@ -31,6 +31,7 @@ from orbit.errors import (
     Refused,
     RequestInvalid,
     SchemaMismatch,
+    TooManySessions,
 )
 
 MEDIA_TYPE = "application/problem+json"
@@ -38,6 +39,7 @@ MEDIA_TYPE = "application/problem+json"
 _STATUSES: Mapping[type[OrbitError], HTTPStatus] = {
     RequestInvalid: HTTPStatus.BAD_REQUEST,
     NotFound: HTTPStatus.NOT_FOUND,
+    TooManySessions: HTTPStatus.TOO_MANY_REQUESTS,
     Refused: HTTPStatus.CONFLICT,
     PayloadTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     IdempotencyKeyReused: HTTPStatus.UNPROCESSABLE_ENTITY,

@@ -19,6 +19,7 @@ from orbit.reading.overview import Status, probe, status
 from orbit.reading.view import View
 
 _PROBE_SECONDS = 2.0
+_PROBE_KEPT_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Ready(View):
 def node_router(node: Node) -> APIRouter:
     """The routes, for one node."""
     router = APIRouter(tags=["node"])
+    database = _DatabaseProbe(node)
 
     @router.get("/health", dependencies=[Depends(anyone)], summary="Whether the process is up")
     async def health() -> Health:
@@ -65,7 +67,7 @@ def node_router(node: Node) -> APIRouter:
             raise _unready("draining", "the node is leaving")
         if not node.is_ready:
             raise _unready("not_started", "the node is starting")
-        await _check_database(node)
+        await database.check()
         configuration = node.configuration
         return Ready(
             "ready",
@@ -91,6 +93,24 @@ def node_router(node: Node) -> APIRouter:
         )
 
     return router
+
+
+class _DatabaseProbe:
+    """Asks the database, for all who ask within a moment once: anybody may."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._task: asyncio.Task[None] | None = None
+        self._begun_at = 0.0
+
+    async def check(self) -> None:
+        """Raises DatabaseUnavailable and SchemaMismatch."""
+        now = asyncio.get_running_loop().time()
+        task = self._task
+        if task is None or (task.done() and now - self._begun_at > _PROBE_KEPT_SECONDS):
+            self._begun_at = now
+            task = self._task = asyncio.create_task(_check_database(self._node))
+        await asyncio.shield(task)
 
 
 async def _check_database(node: Node) -> None:

@@ -95,7 +95,7 @@ class Authentication:
             "refusedBefore": refused,
             "leftOutOfAll": left_out,
         }
-        async with self._database.transaction() as connection:
+        async with self._database.batch() as connection:  # the head is held for no round trip
             await trail.append(connection, Act(EVERYWHERE, "access.failed", source, detail=detail))
 
     def forget(self) -> None:

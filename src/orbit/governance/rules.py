@@ -42,11 +42,10 @@ async def set_two_persons(
     Raises NamespaceHalted if it would loosen a halt in force.
     """
     async with database.apart() as connection, connection.transaction():
-        await _write(connection, node_id, order, is_wanted=is_wanted)
-        return await needs_two_persons(connection, order.namespace)
+        return await _write(connection, node_id, order, is_wanted=is_wanted)
 
 
-async def _write(connection: Connection, node_id: str, order: Order, *, is_wanted: bool) -> None:
+async def _write(connection: Connection, node_id: str, order: Order, *, is_wanted: bool) -> bool:
     await connection.execute(SQL.bound_locks)
     await connection.execute(SQL.hold_settings)
     if not is_wanted:
@@ -68,6 +67,8 @@ async def _write(connection: Connection, node_id: str, order: Order, *, is_wante
     made = await (await connection.execute(SQL.insert_setting, row)).fetchone()
     assert made is not None
     subject = f"{TWO_PERSON_RESUME}/{made['version']}"
+    is_needed = await needs_two_persons(connection, order.namespace)
     detail = {"value": is_wanted}
     act = Act(order.namespace, "setting", order.actor, order.reason, subject, detail)
     await trail.append(connection, act)
+    return is_needed

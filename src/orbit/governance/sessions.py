@@ -3,6 +3,8 @@
 A session is a random secret in a cookie, kept as its SHA-256, that stands for the key it was
 opened with and ends with it. Its CSRF token is derived from the secret, so only a page that could
 read the session's own answers can know it. A link opens one session, once.
+
+Each session and link is an entry of the trail, which nobody can take back: a key has few of them.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ from orbit.audit import trail
 from orbit.audit.trail import Act
 from orbit.database.pool import Database
 from orbit.database.queries import load
+from orbit.errors import TooManySessions
 from orbit.governance.actor import Actor
 from orbit.governance.keys import Keys, Verified
 
 SQL = load("sessions")
 LINK_SECONDS = 120.0
+MOST_SESSIONS = 20  # of a key at a time, and begun in a minute
+MOST_LINKS = 10  # of a key that nobody has followed yet
 _CSRF = b"orbit csrf v1"
 
 
@@ -44,11 +49,17 @@ class Sessions:
         self._database, self._keys, self.seconds = database, keys, seconds
 
     async def link(self, actor: Actor) -> tuple[str, datetime]:
-        """The code of a link that opens a session of the actor's key, and until when."""
+        """The code of a link that opens a session of the actor's key, and until when.
+
+        Raises TooManySessions.
+        """
         code = secrets.token_urlsafe(32)
         row = {"digest": _digest(code), "key_id": actor.key_id, "seconds": LINK_SECONDS}
         async with self._database.transaction() as connection:
             await connection.execute(SQL.delete_expired_links)
+            found = await (await connection.execute(SQL.links_of, row)).fetchone()
+            if found is not None and found["waiting"] >= MOST_LINKS:
+                raise TooManySessions(f"{MOST_LINKS} links of this key wait to be followed")
             expires_at = await _expiry(await connection.execute(SQL.insert_link, row))
             await trail.append(connection, _act("session.linked", actor))
         return code, expires_at
@@ -62,11 +73,18 @@ class Sessions:
         return None if verified is None else (verified.actor, await self.begin(verified.actor))
 
     async def begin(self, actor: Actor) -> Session:
-        """A new session of the actor's key."""
+        """A new session of the actor's key; of its older ones only so many stay.
+
+        Raises TooManySessions.
+        """
         secret = secrets.token_urlsafe(32)
         row = {"digest": _digest(secret), "key_id": actor.key_id, "seconds": self.seconds}
         async with self._database.transaction() as connection:
             await connection.execute(SQL.delete_expired_sessions)
+            found = await (await connection.execute(SQL.sessions_of, row)).fetchone()
+            if found is not None and found["begun"] >= MOST_SESSIONS:
+                raise TooManySessions(f"{MOST_SESSIONS} sessions of this key began in a minute")
+            await connection.execute(SQL.delete_oldest_sessions, row | {"most": MOST_SESSIONS})
             expires_at = await _expiry(await connection.execute(SQL.insert_session, row))
             await trail.append(connection, _act("session.begun", actor))
         return Session(secret, expires_at)

@@ -8,6 +8,7 @@ up, nobody ends it, and nothing is sent either.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from psycopg.errors import LockNotAvailable
@@ -38,16 +39,26 @@ class FenceKeeper(Service):
         super().__init__(database)
         self._fences, self._brake = fences, brake
         self._poll_seconds, self._on_halted = poll_seconds, on_halted
+        self._recalling: set[asyncio.Task[None]] = set()
 
     async def run_once(self) -> float:
         """One look; rests for a poll length, or until woken by a change made here."""
         rows = await self._database.fetch_all(SQL.halted)
         if self._fences.learn(rows):
-            await self._on_halted()
+            # Beside the loop: giving jobs back may take a while, and another halt may come.
+            recall = asyncio.create_task(self._recall())
+            self._recalling.add(recall)
+            recall.add_done_callback(self._recalling.discard)
         for row in rows:
             if row["is_over"]:
                 await self._end(row["namespace"])
         return self._poll_seconds
+
+    async def _recall(self) -> None:
+        try:
+            await self._on_halted()
+        except Exception:  # noqa: BLE001 - what is not given back lapses with its lease, unsent
+            self._log.exception("recall_failed")
 
     async def _end(self, namespace: str) -> None:
         """One that cannot be ended now keeps no other from its end."""

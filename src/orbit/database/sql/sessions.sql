@@ -6,6 +6,11 @@ INSERT INTO access_link (code_sha256, key_id, expires_at)
 VALUES (%(digest)b, %(key_id)s, orbit_now() + %(seconds)s * interval '1 second')
 RETURNING expires_at;
 
+-- name: links_of
+-- How many links of a key wait to be followed.
+SELECT count(*)::int AS waiting FROM access_link
+WHERE key_id = %(key_id)s AND expires_at > orbit_now();
+
 -- name: take_link
 -- A link is followed: it is gone, and of two who follow it one gets the key. The primary key
 -- serves it.
@@ -17,6 +22,17 @@ RETURNING key_id, expires_at > orbit_now() AS is_good;
 INSERT INTO access_session (session_sha256, key_id, expires_at)
 VALUES (%(digest)b, %(key_id)s, orbit_now() + %(seconds)s * interval '1 second')
 RETURNING expires_at;
+
+-- name: sessions_of
+-- How many sessions of a key were begun in the last minute, if each lasts as long as now.
+SELECT count(*)::int AS begun FROM access_session
+WHERE key_id = %(key_id)s AND expires_at > orbit_now() + (%(seconds)s - 60) * interval '1 second';
+
+-- name: delete_oldest_sessions
+-- A key has so many sessions at most: the oldest go, to make room for one.
+DELETE FROM access_session WHERE session_sha256 IN (
+    SELECT session_sha256 FROM access_session WHERE key_id = %(key_id)s
+    ORDER BY expires_at DESC OFFSET %(most)s - 1 FOR UPDATE SKIP LOCKED);
 
 -- name: find_session
 -- The key of a session that is not over. The primary key serves it.
