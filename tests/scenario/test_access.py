@@ -598,8 +598,7 @@ async def test_a_key_has_few_sessions_and_links(
     async with asking(node) as api:
         answers = [await api.post("/session", headers=bearer(token))]
         first = dict(answers[0].cookies)
-        for _ in range(MOST_SESSIONS):
-            answers.append(await api.post("/session", headers=bearer(token)))
+        answers += [await api.post("/session", headers=bearer(token)) for _ in range(MOST_SESSIONS)]
         assert [one.status_code for one in answers] == [201] * MOST_SESSIONS + [429]
         assert refusal(answers[-1])[1] == "too_many_sessions"
         assert [one.action for one in acts].count("session.begun") == MOST_SESSIONS
