@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
 from aiohttp import web
 
@@ -377,6 +378,22 @@ async def test_no_page_and_no_cursor_tells_of_a_foreign_namespace(scene: Scene) 
         crafted = cursor_of((FOREIGN, "a"))
         for one in (await api.get("/lanes", params={"cursor": crafted})).json()["items"]:
             assert one["namespace"] == OWN
+
+
+async def test_what_others_run_hides_no_last_cycle(scene: Scene, owner_dsn: str) -> None:
+    """A run profile's last cycle is looked for in its own namespace, whatever runs elsewhere."""
+    async with asking(scene.node, await key_of(scene.node, "viewer", namespaces=[OWN])) as api:
+        before = (await api.get("/run-profiles")).json()["items"][0]["lastCycle"]
+        with psycopg.connect(owner_dsn) as connection:
+            connection.execute(
+                "INSERT INTO cycle_run (namespace, cycle_id, trigger, traceparent, node_id)"
+                " SELECT %s, orbit_new_batch(), 'api', 'x', orbit_new_batch()"
+                " FROM generate_series(1, 5100)",
+                (FOREIGN,),
+            )
+        after = (await api.get("/run-profiles")).json()["items"][0]["lastCycle"]
+    assert before is not None
+    assert after == before
 
 
 async def test_the_brake_of_a_foreign_namespace_is_not_there(scene: Scene, facts: Facts) -> None:

@@ -55,13 +55,14 @@ def outcomes_router(node: Node, bodies: Bodies) -> APIRouter:
     )
     async def reported(request: Request, body: OutcomeBody = read) -> Reported:
         """It becomes telemetry. 404 where what it is of is not kept here (any more)."""
-        check_namespace(actor_of(request), body.namespace)
+        actor = actor_of(request)
+        check_namespace(actor, body.namespace)
         given = body.model_dump()
         for name, what in (("run_id", "cycle"), ("job_id", "job")):
             if given[name] is not None:
                 given[name] = known_id(given[name], what)
         async with node.database.transaction() as connection:
-            is_new = await report(connection, Outcome(**given))
+            is_new = await report(connection, Outcome(**given), actor.id)
         return Reported(body.outcome_id, is_new)
 
     return router

@@ -41,9 +41,9 @@ class RunProfileView(View):
     """A run profile as configured, and whether it runs.
 
     `effective_state` is `disabled` also where its profile is; `reason` then says why.
-    `last_cycle` is looked for among the newest 5,000 cycles; `active_cycle` is the oldest that
-    is active, one that does not wait if there is one. Steps' addresses have no query, and steps no
-    `options` (null) for who may only look: both may hold secrets.
+    `last_cycle` is looked for among the newest 1,000 cycles of its namespace; `active_cycle` is the
+    oldest that is active, one that does not wait if there is one. Steps' addresses have no query,
+    and steps no `options` (null) for who may only look: both may hold secrets.
     """
 
     run_profile_id: str
@@ -83,15 +83,17 @@ async def run_profiles(
     """The run profiles of a configuration, with their next slot, last slot and cycles."""
     due = {(one.namespace, one.run_profile_id): one.due_at for one in await schedules(database)}
     slots = await _last_slots(database, documents)
-    recent = await summaries(database, await database.fetch_all(SQL.recent_cycles_of_run_profiles))
+    last = await database.fetch_all(SQL.recent_cycles_of_run_profiles, _keys(documents))
+    recent = await summaries(database, last)
     cycles = {(one.namespace, one.run_profile_id): one for one in recent}
     found = await database.fetch_all(SLOTS_SQL.busy_run_profiles, _keys(documents))
     active = {(one.namespace, one.run_profile_id): one for one in await summaries(database, found)}
     views = []
     for one in documents.run_profiles:
         key = one.namespace, one.run_profile_id
-        last = cycles.get(key), active.get(key)
-        view = _run_profile(documents, one, due.get(key), slots.get(key), *last)
+        view = _run_profile(
+            documents, one, due.get(key), slots.get(key), cycles.get(key), active.get(key)
+        )
         policy = _without_secrets(view.execution_policy, has_options=has_options)
         views.append(replace(view, execution_policy=policy))
     return views

@@ -163,10 +163,12 @@ async def lane(
         key = check_key(namespace), check_key(endpoint_key)
     except ValueError:
         raise NotFound("there is no such lane") from None
+    none = NotFound(f"there is no lane {namespace}/{endpoint_key}: it has had no job")
+    if not is_within(namespace, within):  # before its queue is looked at: time would tell
+        raise none
     (found,) = await _states(database, [key])
-    has_jobs = found["is_known"] or found["waiting"] or found["in_flight"]
-    if not (has_jobs and is_within(namespace, within)):
-        raise NotFound(f"there is no lane {namespace}/{endpoint_key}: it has had no job")
+    if not (found["is_known"] or found["waiting"] or found["in_flight"]):
+        raise none
     changes = await read_all(
         database,
         SQL.lane_changes,

@@ -125,6 +125,7 @@ CATALOGUE = MappingProxyType(
             itemIndex="the item, or null",
             jobId="the job, or null",
             outcomeId="under which it was reported",
+            reportedBy="the id of the key's holder that reported it",
         ),
         EventType.TELEMETRY_DROPPED: _kind(
             "Events were dropped before every stored consumer had read them.",

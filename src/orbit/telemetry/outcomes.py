@@ -45,8 +45,8 @@ class Outcome:
             raise RequestInvalid("/itemIndex: expected with the runId that it is of")
 
 
-async def report(connection: Connection, outcome: Outcome) -> bool:
-    """Whether the outcome is new, in the open transaction.
+async def report(connection: Connection, outcome: Outcome, reported_by: str | None = None) -> bool:
+    """Whether the outcome is new, in the open transaction. `reported_by`: the id of who says it.
 
     Raises RequestInvalid, NotFound where the cycle, item or job is not kept in the namespace, and
     IdempotencyKeyReused where its id was used for something else.
@@ -74,6 +74,7 @@ async def report(connection: Connection, outcome: Outcome) -> bool:
         "itemIndex": subject["item_index"],
         "jobId": outcome.job_id,
         "outcomeId": outcome.outcome_id,
+        "reportedBy": reported_by,
     }
     event = Event(
         outcome.namespace,

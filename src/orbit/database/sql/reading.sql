@@ -512,12 +512,15 @@ SELECT revision, reason, activated_at FROM config_activation
 ORDER BY activation_id DESC LIMIT 1;
 
 -- name: recent_cycles_of_run_profiles
--- The last cycle of each run profile among the newest 5,000 cycles. cycle_run_newest serves it.
-SELECT DISTINCT ON (run_profile_id) namespace, run_profile_id, cycle_id FROM (
-    SELECT namespace, run_profile_id, cycle_id FROM cycle_run
-    ORDER BY cycle_id DESC LIMIT 5000
+-- The last cycle of each run profile among the newest 1,000 cycles of its namespace, however much
+-- others run. The primary key serves it.
+SELECT DISTINCT ON (namespace, run_profile_id) namespace, run_profile_id, cycle_id
+FROM (SELECT DISTINCT unnest(%(namespace)s::text[]) AS namespace) asked
+CROSS JOIN LATERAL (
+    SELECT run_profile_id, cycle_id FROM cycle_run
+    WHERE cycle_run.namespace = asked.namespace ORDER BY cycle_id DESC LIMIT 1000
 ) recent
-WHERE run_profile_id <> '' ORDER BY run_profile_id, cycle_id DESC;
+WHERE run_profile_id <> '' ORDER BY namespace, run_profile_id, cycle_id DESC;
 
 -- name: halted_namespaces
 -- The namespaces that are halted, with why. namespace_fence_halted serves it.
