@@ -181,8 +181,8 @@ class SilentServer:
                     if b"\r\n\r\n" in found:
                         secure.sendall(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
                         break
-        except OSError as error:
-            found = found or repr(error).encode()
+        except OSError:  # the node's end of it is gone: what was said until then counts
+            pass
         self.ends.append(found)
 
 

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from orbit.audit import signing
 from orbit.audit.checkpoints import Checkpoint, read_folder
 from orbit.audit.export import export, verify_export
+from orbit.audit.sealing import seal
 from orbit.audit.signing import Signer
 from orbit.audit.trail import Act, Chain, append
 from orbit.audit.verification import verify
@@ -228,6 +229,24 @@ def test_a_forged_checkpoint_is_no_checkpoint(
     assert not isinstance(bad[0], Checkpoint)
     assert signer.sign_all() == 0
     assert "cannot be used" in signer.contradictions["ns"]
+
+
+@pytest.mark.usefixtures("trail")
+async def test_facts_sealed_after_a_checkpoint_are_signed_too(
+    database: Database, dsn: str, signer: Signer, folder: Path, key: Any, owner: Owner, node_id: str
+) -> None:
+    """Their numbers go on where those before the checkpoint ended, which signing does not see."""
+    assert signer.sign_all() == 2
+    for size in (12, 13):
+        owner.execute(
+            "INSERT INTO dead_letter_dispatch"
+            " VALUES ('ns', orbit_new_batch(), orbit_new_batch(), 'e', 'status 500', 4)"
+        )
+        assert (await seal(database, node_id)).sealed == 1
+        assert signer.sign_all() == 1
+        assert signer.contradictions == {}
+        assert [one.size for one in signed(folder, key) if one.log == "ns"][-1] == size
+    assert found(dsn, signed(folder, key)) == []
 
 
 @pytest.mark.usefixtures("trail")
