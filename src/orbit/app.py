@@ -49,6 +49,7 @@ from orbit.governance.keys import Grant, Keys
 from orbit.governance.refusals import Refusals
 from orbit.governance.sessions import Sessions
 from orbit.insight.keeping import SignalKeeper
+from orbit.insight.proposals import Proposals
 from orbit.insight.source import TelemetrySource
 from orbit.profiles.bridge import Bridge
 from orbit.profiles.orchestration import Orchestration
@@ -66,6 +67,7 @@ from orbit.services.runner import Runner
 from orbit.services.scheduler import Scheduler
 from orbit.services.sealer import Sealer
 from orbit.services.sequencer import Sequencer
+from orbit.services.strategist import Strategist
 from orbit.settings import Settings
 from orbit.telemetry.retention import Retention
 from orbit.vault import Vault, load_or_create_key_file
@@ -222,6 +224,9 @@ class Node:
         self.refusals = Refusals(database, self.clock)
         self.authentication = await self._authentication()
         self.signals = SignalKeeper(database, TelemetrySource())
+        self.proposals = Proposals(
+            database, self.configuration, self.clock, hours=settings.proposal_hours
+        )
         self.orchestration = Orchestration(
             settings, database, self.clock, self.configuration, self.intake
         )
@@ -263,6 +268,7 @@ class Node:
             self._sealer,
             self._sequencer,
             self._correlator,
+            self._strategist,
             self._notary,
         )
         for service in (self._heartbeat, janitor, *services):
@@ -332,6 +338,7 @@ class Node:
             "sealer": self._sealer,
             "sequencer": self._sequencer,
             "correlator": self._correlator,
+            "strategist": self._strategist,
             "notary": self._notary,
         }
         await _all_ended(
@@ -384,6 +391,7 @@ class Node:
         self._sealer = Sealer(database, self.node_id)
         self._sequencer = Sequencer(database, self.node_id)
         self._correlator = Correlator(database, self.signals, self.node_id)
+        self._strategist = Strategist(database, self.proposals, self.node_id)
         if self.signer is not None:
             seconds = settings.audit_checkpoint_seconds
             self._notary = Notary(database, self.signer, seconds=seconds)

@@ -192,6 +192,18 @@ class NotRerunnable(Refused):
     code = "not_rerunnable"
 
 
+class AlreadyDecided(Refused):
+    """The proposal was decided on, has expired, or does not hold any more."""
+
+    code = "already_decided"
+
+
+class NotEntitled(Refused):
+    """The change reaches namespaces in which who asks has no say."""
+
+    code = "not_entitled"
+
+
 class IdempotencyKeyReused(OrbitError):
     """The idempotency key was used before with another request body."""
 

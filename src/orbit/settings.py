@@ -292,6 +292,9 @@ class Settings(BaseSettings):
         36_500,
     )
     telemetry_cold_archive_enabled: bool = _knob(False, "Archive telemetry before it is removed.")
+    proposal_hours: int = _knob(
+        72, "Hours after which a proposal that nobody decided on expires.", 1, 8_760
+    )
     fact_retention_days: int = _knob(
         0, "Days that cycles, jobs and receipts are kept; 0: for ever.", 0, 36_500
     )

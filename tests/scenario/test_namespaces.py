@@ -88,6 +88,11 @@ BY_THEIR_OWN_TEST = {
     ("GET", "/telemetry/stream"),
     ("GET", "/profiles/{profileId}/signals"),  # test_signals
     ("POST", "/profiles/{profileId}/signals"),
+    ("POST", "/profiles/{profileId}/strategy-proposals"),  # test_proposals
+    ("GET", "/proposals"),
+    ("GET", "/proposals/{proposalId}"),
+    ("POST", "/proposals/{proposalId}/approve"),
+    ("POST", "/proposals/{proposalId}/reject"),
 }
 FOREIGN_NAMES = {
     "namespace": FOREIGN,

@@ -21,6 +21,7 @@ from orbit.api.routes_keys import keys_router
 from orbit.api.routes_lanes import lanes_router
 from orbit.api.routes_node import node_router
 from orbit.api.routes_outcomes import outcomes_router
+from orbit.api.routes_proposals import proposals_router
 from orbit.api.routes_session import session_router
 from orbit.api.routes_signals import signals_router
 from orbit.api.routes_telemetry import telemetry_router
@@ -65,6 +66,7 @@ def create_application(
         dead_letters_router(node, bodies),
         lanes_router(node),
         signals_router(node),
+        proposals_router(node, bodies),
         governance_router(node, bodies),
         drills_router(node, bodies),
         audit_router(node),

@@ -22,7 +22,7 @@ from orbit.reading.signals import SignalView, signals
 from orbit.reading.view import Page, View
 
 ProfileKey = Annotated[str, Path(alias="profileId")]
-_MOST_BATCHES = 20
+MOST_BATCHES = 20
 
 
 class SignalFilter(PageFilter):
@@ -84,7 +84,7 @@ def signals_router(node: Node) -> APIRouter:
         within = actor_of(request).within
         page = await signals(node.database, profile_id, **asked.model_dump(), within=within)
         if not page.items:
-            await _namespaces(node, request, profile_id)
+            await namespaces_of(node, request, profile_id)
         return page
 
     @router.post(
@@ -94,13 +94,13 @@ def signals_router(node: Node) -> APIRouter:
     )
     async def computed(request: Request, profile_id: ProfileKey) -> Page[Computed]:
         """One entry for each namespace that the profile runs in."""
-        namespaces = await _namespaces(node, request, profile_id)
+        namespaces = await namespaces_of(node, request, profile_id)
         return Page([await _computed(node.signals, one, profile_id) for one in namespaces])
 
     return router
 
 
-async def _namespaces(node: Node, request: Request, profile_id: str) -> list[str]:
+async def namespaces_of(node: Node, request: Request, profile_id: str) -> list[str]:
     """Where the profile runs, of what there is for who asks. Raises NotFound."""
     await node.configuration.refresh()
     documents = visible(node.configuration.active.documents, actor_of(request).within)
@@ -115,7 +115,7 @@ def _not_found(profile_id: str) -> NotFound:
 
 
 async def _computed(keeper: SignalKeeper, namespace: str, profile_id: str) -> Computed:
-    fed: Fed = await keeper.feed(namespace, _MOST_BATCHES)
+    fed: Fed = await keeper.feed(namespace, MOST_BATCHES)
     standings = await keeper.standings(namespace, profile_id)
     return Computed(
         namespace=namespace,

@@ -48,6 +48,11 @@ GOVERNED = (
     Governed("access_key", "key.created", SQL.created_keys),
     Governed("access_key_end", "key.rotated", SQL.rotated_keys),
     Governed("access_key_end", "key.revoked", SQL.revoked_keys),
+    Governed("strategy_proposal", "proposal.made", SQL.made_proposals),
+    Governed("strategy_decision", "proposal.approved", SQL.approved_proposals),
+    Governed("strategy_decision", "proposal.rejected", SQL.rejected_proposals),
+    Governed("strategy_decision", "proposal.expired", SQL.expired_proposals),
+    Governed("strategy_decision", "proposal.superseded", SQL.superseded_proposals),
 )
 
 

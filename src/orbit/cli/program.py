@@ -31,6 +31,7 @@ from orbit.cli import (
     keys,
     lanes,
     planning,
+    proposals,
     running,
     scaffold,
     schema,
@@ -73,6 +74,7 @@ app.command("profiles")(configuring.profiles)
 app.command("plan")(planning.plan)
 app.command("doctor")(checkup.doctor)
 app.command("signals")(signals.signals)
+app.add_typer(proposals.app, name="proposals")
 app.add_typer(insight.app, name="insight")
 app.add_typer(auditing.app, name="audit")
 app.add_typer(telemetry.app, name="telemetry")

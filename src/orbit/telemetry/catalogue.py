@@ -36,6 +36,8 @@ class EventType(StrEnum):
     NAMESPACE_RESUMED = "namespace_resumed"
     CONFIGURATION_ACTIVATED = "configuration_activated"
     OUTCOME_REPORTED = "outcome_reported"
+    PROPOSAL_MADE = "proposal_made"
+    PROPOSAL_DECIDED = "proposal_decided"
     TELEMETRY_DROPPED = "telemetry_dropped"
 
 
@@ -126,6 +128,17 @@ CATALOGUE = MappingProxyType(
             jobId="the job, or null",
             outcomeId="under which it was reported",
             reportedBy="the id of the key's holder that reported it",
+        ),
+        EventType.PROPOSAL_MADE: _kind(
+            "A change of a profile was suggested.",
+            proposalId="the proposal",
+            rule="which rule suggests it",
+        ),
+        EventType.PROPOSAL_DECIDED: _kind(
+            "A proposal was decided on, or ended by itself.",
+            proposalId="the proposal",
+            rule="which rule suggested it",
+            decision="approved, rejected, expired or superseded",
         ),
         EventType.TELEMETRY_DROPPED: _kind(
             "Events were dropped before every stored consumer had read them.",

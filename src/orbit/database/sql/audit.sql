@@ -344,6 +344,31 @@ SELECT log, 'key ' || key_id AS subject, created_at AS at
 FROM access_key CROSS JOIN LATERAL unnest(namespaces) AS log
 WHERE %(log)s::text IS NULL OR log = %(log)s;
 
+-- name: made_proposals
+-- Proposals of changes to profiles.
+SELECT namespace AS log, proposal_id AS subject, created_at AS at FROM strategy_proposal
+WHERE %(log)s::text IS NULL OR namespace = %(log)s;
+
+-- name: approved_proposals
+-- Proposals that a person approved.
+SELECT namespace AS log, proposal_id AS subject, decided_at AS at FROM strategy_decision
+WHERE decision = 'approved' AND (%(log)s::text IS NULL OR namespace = %(log)s);
+
+-- name: rejected_proposals
+-- Proposals that a person rejected.
+SELECT namespace AS log, proposal_id AS subject, decided_at AS at FROM strategy_decision
+WHERE decision = 'rejected' AND (%(log)s::text IS NULL OR namespace = %(log)s);
+
+-- name: expired_proposals
+-- Proposals whose time was over.
+SELECT namespace AS log, proposal_id AS subject, decided_at AS at FROM strategy_decision
+WHERE decision = 'expired' AND (%(log)s::text IS NULL OR namespace = %(log)s);
+
+-- name: superseded_proposals
+-- Proposals that did not hold any more.
+SELECT namespace AS log, proposal_id AS subject, decided_at AS at FROM strategy_decision
+WHERE decision = 'superseded' AND (%(log)s::text IS NULL OR namespace = %(log)s);
+
 -- name: rotated_keys
 -- Access keys that have a successor.
 SELECT log, 'key ' || key_id AS subject, ended.created_at AS at
