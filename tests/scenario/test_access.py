@@ -76,10 +76,12 @@ def test_every_route_asks_for_the_scope_that_is_written_down() -> None:
     assert {path for (_, path), scope in ROUTES.items() if scope == "open"} == OPEN_PATHS
 
 
-def test_nothing_is_changed_below_operator_but_ones_own_session() -> None:
-    """Who may only look, or decide, changes nothing by any route."""
+def test_nothing_is_changed_below_operator_but_ones_own_session_and_decisions() -> None:
+    """Who may only look changes nothing by any route; who may decide, decides."""
     below = {path for (method, path), scope in ROUTES.items() if method != "GET" and scope in LOW}
-    assert below == {"/session", "/session/links"}
+    decisions = {f"/proposals/{{proposalId}}/{verb}" for verb in ("approve", "reject")}
+    assert below == {"/session", "/session/links"} | decisions
+    assert {ROUTES["POST", path] for path in decisions} == {"approver"}
 
 
 def test_a_route_without_a_scope_does_not_come_into_being() -> None:
