@@ -8,7 +8,7 @@ ARGS ?=
 ONCE ?=
 JOBS ?=
 
-CODE := $(wildcard src tests examples bench)
+CODE := $(wildcard src tests examples bench docs)
 VENV_PYTHON := .venv/bin/python
 PIP := $(VENV_PYTHON) -m pip --quiet --quiet --no-input --disable-pip-version-check
 UV := uv==0.13.9
@@ -32,7 +32,7 @@ $(shell rm -rf .venv)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check format bench dist lock clean
+.PHONY: help setup run test check format bench dist docs lock clean
 
 help: ## List what can be made
 	@echo 'Orbit: a control plane for unattended work'
@@ -77,6 +77,9 @@ dist: .venv/.run ## Build wheel and sdist in dist/, the same to the byte from th
 	@SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || echo 1580601600)} \
 		$(VENV_PYTHON) -m hatchling build --target sdist --target wheel >/dev/null
 	@$(VENV_PYTHON) -c '$(DIGESTS)'
+
+docs: .venv/.dev ## Write docs/reference anew from the program
+	@$(VENV_PYTHON) docs/make_reference.py
 
 lock: | $(VENV_PYTHON) ## Write the locks anew; ARGS=--upgrade takes the newest versions
 	@[ -x .venv/lock/bin/python ] || $(VENV_PYTHON) -m venv .venv/lock

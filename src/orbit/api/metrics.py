@@ -57,8 +57,8 @@ class NodeCollector(Collector):
 class SharedCollector(Collector):
     """The gauges of what all nodes share, as they were just read."""
 
-    def __init__(self, load: Mapping[str, int]) -> None:
-        self._load = load
+    def __init__(self, load: Mapping[str, int] | None = None) -> None:
+        self._load = dict.fromkeys(_SHARED, 0) if load is None else load
 
     def collect(self) -> Iterator[Metric]:
         """A gauge for each count."""

@@ -62,16 +62,21 @@ class HttpRefusal(OrbitError):
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
+def status_of(kind: type[OrbitError]) -> HTTPStatus:
+    """The status that a kind of error is answered with."""
+    return next(
+        (_STATUSES[one] for one in kind.__mro__ if one in _STATUSES),
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+    )
+
+
 def problem_of(error: OrbitError) -> JSONResponse:
     """The answer that an error of Orbit's own gets."""
     if isinstance(error, HttpRefusal):
         answer = problem(error.status, error.http_code, str(error))
         answer.headers.update(error.headers)
         return answer
-    status = next(
-        (_STATUSES[kind] for kind in type(error).__mro__ if kind in _STATUSES),
-        HTTPStatus.INTERNAL_SERVER_ERROR,
-    )
+    status = status_of(type(error))
     if isinstance(error, ConfigurationInvalid):
         found = [
             {"file": one.file, "line": one.line, "pointer": one.pointer, "message": one.message}

@@ -39,6 +39,21 @@ class ExitCode(IntEnum):
     VERIFICATION_FAILED = 6
     INTERRUPTED = 130
 
+    @property
+    def meaning(self) -> str:
+        """What it tells a script."""
+        return _MEANINGS[self]
+
+
+_MEANINGS = {
+    ExitCode.OK: "Done.",
+    ExitCode.FAILED: "It failed, or what was followed did: the cycle, or one of its jobs.",
+    ExitCode.USAGE: "The command line or a value in it cannot be used; nothing was done.",
+    ExitCode.REFUSED: "Understood, and not allowed now or not to you; nothing was done.",
+    ExitCode.HALTED: "Refused because the namespace is halted, or all is paused.",
+    ExitCode.VERIFICATION_FAILED: "What was to be verified does not hold.",
+    ExitCode.INTERRUPTED: "Ended by Ctrl-C.",
+}
 
 _CODES = {
     GlobalPause: ExitCode.HALTED,
