@@ -148,6 +148,63 @@ def _property_lists(rule: Any, place: str) -> Iterator[tuple[str, dict[str, Any]
         yield from _property_lists(value, f"{place}/{key}")
 
 
+_ALLOWED: dict[str, Any] = {
+    "path": "/execution_rules/pace/0",
+    "minimum": 1,
+    "maximum": 10,
+    "step": 2,
+    "per_day": 4,
+    "on": {"low_performance": -1},
+}
+_ALLOWANCE_CASES = [
+    ("path", ..., "", 'expected the key "path"'),
+    ("step", ..., "", 'expected the key "step"'),
+    ("step", 0, "step", "expected a number above 0"),
+    ("path", "/label", "path", "a JSON Pointer to a number in style_vector"),
+    ("path", "/execution_rules", "path", "a JSON Pointer to a number in style_vector"),
+    ("path", "/execution_rules/a~b", "path", "a JSON Pointer to a number in style_vector"),
+    ("path", "/execution_rules/pace/1", "path", "a JSON Pointer to a number of this profile"),
+    ("path", "/execution_rules/pace/01", "path", "a JSON Pointer to a number of this profile"),
+    ("path", "/execution_rules/name", "path", "a JSON Pointer to a number of this profile"),
+    ("minimum", 6, "path", "expected the number there to lie between 6 and 10"),
+    ("maximum", 4, "path", "expected the number there to lie between 1 and 4"),
+    ("maximum", "x", "maximum", "expected a number, found a string"),
+    ("on", {"mine": 3}, "on", "mine: expected a change of at most 2, up or down"),
+    ("on", {"mine": 0}, "on", "mine: expected a change of at most 2, up or down"),
+    ("on", {"mine": "1"}, "on/mine", "a number"),
+    ("per_day", -1, "per_day", "expected a number above 0"),
+    ("often", 1, "often", "unknown key"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "pointer", "message"), _ALLOWANCE_CASES)
+def test_a_bad_allowance_is_refused_at_its_place(
+    tmp_path: Path, key: str, value: Any, pointer: str, message: str
+) -> None:
+    """What may move is a number that is there, within its bounds, by steps that are allowed."""
+    rules = {"pace": [5], "name": "x"}
+    entry = {**_PROFILE, "execution_rules": rules}
+    entry["autonomy"] = {"allow": [_changed(_ALLOWED, key, value)]}
+    _write(tmp_path, {"profiles": [entry]}, {"run_profiles": []})
+    (problem,) = _problems(tmp_path)
+    assert problem.pointer == "/profiles/0/autonomy/allow/0" + (f"/{pointer}" if pointer else "")
+    assert message in problem.message
+
+
+def test_a_number_is_allowed_to_move_once(tmp_path: Path) -> None:
+    """Two entries for one path would leave open which of them holds."""
+    entry = {**_PROFILE, "execution_rules": {"pace": [5]}}
+    entry["autonomy"] = {"allow": [_ALLOWED, _ALLOWED]}
+    _write(tmp_path, {"profiles": [entry]}, {"run_profiles": []})
+    (problem,) = _problems(tmp_path)
+    assert problem.pointer == "/profiles/0/autonomy/allow/1/path"
+    entry["autonomy"] = {"allow": [_ALLOWED]}
+    _write(tmp_path, {"profiles": [entry]}, {"run_profiles": []})
+    (found,) = _read(tmp_path).profiles
+    (allowed,) = found.allowances
+    assert (allowed.path, allowed.step, found.number_at(allowed.path)) == (_ALLOWED["path"], 2, 5)
+
+
 _PROFILE_CASES = [
     ("profile_id", ..., "", 'expected the key "profile_id"'),
     ("label", ..., "", 'expected the key "label"'),
@@ -541,7 +598,7 @@ _POLICIES = st.fixed_dictionaries(
         ),
     },
 )
-_FREE_NAMES = ["style_vector", "asset_bindings", "execution_rules", "distribution_map", "autonomy"]
+_FREE_NAMES = ["style_vector", "asset_bindings", "execution_rules", "distribution_map"]
 _PROFILES = st.fixed_dictionaries(
     {"profile_id": _KEYS, "label": _TEXT.filter(bool), "state": _STATES},
     optional={"value_tags": _TAGS, **dict.fromkeys(_FREE_NAMES, _FREE)},
@@ -598,16 +655,16 @@ def _drop_absent(policy: dict[str, Any]) -> None:
             del part[key]
 
 
-def _shuffled(value: Any, random: Any) -> Any:
+def _shuffled(value: Any, random: Any, *, is_file: bool = True) -> Any:
     """The same content with the keys of every object, and the top-level list, in another order."""
     if isinstance(value, list):
-        return [_shuffled(item, random) for item in value]
+        return [_shuffled(item, random, is_file=False) for item in value]
     if not isinstance(value, dict):
         return value
-    items = [(key, _shuffled(item, random)) for key, item in value.items()]
+    items = [(key, _shuffled(item, random, is_file=False)) for key, item in value.items()]
     random.shuffle(items)
     for key, item in items:
-        if key in ("profiles", "run_profiles"):
+        if is_file and key in ("profiles", "run_profiles"):
             random.shuffle(item)
     return dict(items)
 

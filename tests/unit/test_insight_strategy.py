@@ -158,7 +158,7 @@ def test_a_rule_that_fails_keeps_no_other_from_suggesting() -> None:
 )
 def test_a_path_names_a_number_in_a_free_object(path: str, expected: float | None) -> None:
     """What is no number there, or is Orbit's own, is never moved."""
-    told = profile({"path": path, "step": 1, "on": {"rule": 1}})
+    told = profile(allowing(rule=1) | {"path": path})
     assert list(reactions(told, "rule")) == ([] if expected is None else [(path, expected)])
 
 

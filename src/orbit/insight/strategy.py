@@ -25,10 +25,6 @@ from orbit.insight.signals import SignalName
 from orbit.profiles.model import Profile
 
 ENTRY_POINT_GROUP = "orbit.rules"
-FREE_OBJECTS = frozenset(
-    {"style_vector", "asset_bindings", "execution_rules", "distribution_map", "value_tags"}
-)
-"""What of a profile may be changed: Orbit hands it on without reading it."""
 
 _SIGMAS = 1.96
 _UNKNOWN_MARGIN = 0.02
@@ -275,20 +271,17 @@ def reactions(profile: Profile, rule: str) -> Iterator[tuple[str, float]]:
 
     A step that a bound cuts short is taken as far as the bound; one of no length is left out.
     """
-    for entry in profile.autonomy.get("allow", ()):
-        change = entry.get("on", {}).get(rule)
-        present = _number_at(profile, entry["path"])
+    for allowed in profile.allowances:
+        change, present = allowed.on.get(rule), profile.number_at(allowed.path)
         if change is None or present is None:
             continue
-        step = entry.get("step", abs(change))
-        wanted = present + max(-step, min(step, change))
-        # A value beyond its bounds moves towards them only.
-        lowest, highest = entry.get("minimum", wanted), entry.get("maximum", wanted)
-        value = max(lowest, min(highest, wanted))
-        if abs(value - present) > step or value == present:
+        wanted = present + max(-allowed.step, min(allowed.step, change))
+        value = max(allowed.minimum, min(allowed.maximum, wanted))
+        # A number that a file has put beyond its bounds by more than a step is a person's.
+        if value == present or abs(value - present) > allowed.step:
             continue
         is_whole = isinstance(present, int) and float(value).is_integer()
-        yield entry["path"], int(value) if is_whole else value
+        yield allowed.path, int(value) if is_whole else value
 
 
 def suggestions(situation: Situation, using: Iterable[Rule]) -> Iterator[Suggestion]:
@@ -308,7 +301,7 @@ def suggestions(situation: Situation, using: Iterable[Rule]) -> Iterator[Suggest
 
 def declares_reaction(profile: Profile) -> bool:
     """Whether any rule may suggest anything for the profile."""
-    return any(entry.get("on") for entry in profile.autonomy.get("allow", ()))
+    return any(allowed.on for allowed in profile.allowances)
 
 
 def _suggestion(
@@ -326,7 +319,7 @@ def _suggestion(
             "profileDigest": digest,
             "rule": rule,
             "patch": patch,
-            "replaced": [_number_at(situation.profile, path) for path, _ in changes],
+            "replaced": [situation.profile.number_at(path) for path, _ in changes],
             "why": finding.why,
             "expected": finding.expected,
             "evidence": dict(finding.evidence),
@@ -354,22 +347,3 @@ def _of_day(situation: Situation, why: str, expected: str, evidence: Mapping[str
         situation.from_position,
         situation.to_position,
     )
-
-
-def _number_at(profile: Profile, pointer: str) -> int | float | None:
-    """The number at a JSON Pointer into the profile's free objects; None where there is none."""
-    first, *others = (
-        part.replace("~1", "/").replace("~0", "~") for part in pointer.removeprefix("/").split("/")
-    )
-    if first not in FREE_OBJECTS:
-        return None
-    found: Any = getattr(profile, first)
-    for part in others:
-        if isinstance(found, Mapping):
-            found = found.get(part)
-        elif isinstance(found, Sequence) and not isinstance(found, str) and part.isdecimal():
-            found = found[int(part)] if int(part) < len(found) else None
-        else:
-            return None
-    is_number = isinstance(found, int | float) and not isinstance(found, bool)
-    return found if is_number else None

@@ -8,6 +8,7 @@ ids, schedules, code that can be imported). Reading changes nothing and touches 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from orbit.errors import ConfigurationInvalid
 from orbit.execution.plugin import PluginUnusable, check_arguments, resolve
 from orbit.profiles.complaints import SchemaName, complaints, schema
 from orbit.profiles.model import (
+    FREE_OBJECTS,
     Documents,
     ExecutionPolicy,
     InitiationSpec,
@@ -85,6 +87,7 @@ def read_documents(
     _check_unique(run_profiles, "run_profile_id")
     if profiles.tree is not None:
         _check_profile_ids(run_profiles, profiles)
+    _check_allowances(profiles)
     _check_namespaces(run_profiles)
     _check_targets(run_profiles, endpoint_keys)
     _check_schedules(run_profiles)
@@ -117,6 +120,46 @@ def _check_profile_ids(run_profiles: SourceFile, profiles: SourceFile) -> None:
         if isinstance(identity, str) and identity not in known:
             message = f"expected a profile of {PROFILES_FILE}{_choice(identity, known)}"
             run_profiles.report((run_profiles.list_key, index, "profile_id"), message)
+
+
+def _check_allowances(file: SourceFile) -> None:
+    """What may move is there, is a number within its bounds, and is declared once."""
+    for index, entry in file.entries():
+        autonomy = entry.get("autonomy")
+        allow = autonomy.get("allow") if isinstance(autonomy, dict) else None
+        known: set[str] = set()
+        for number, one in enumerate(allow if isinstance(allow, list) else ()):
+            place = (file.list_key, index, "autonomy", "allow", number)
+            for key, message in _allowance_complaints(entry, one, known):
+                file.report((*place, key), message)
+
+
+def _allowance_complaints(
+    profile: Mapping[str, Any], one: Any, known: set[str]
+) -> Iterator[tuple[str, str]]:
+    """Of an allowance whose shape is right: the key, and what was expected."""
+    shape = {"path": str, "minimum": int | float, "maximum": int | float, "step": int | float}
+    if not isinstance(one, dict) or not all(
+        isinstance(one.get(key), kind) for key, kind in shape.items()
+    ):
+        return
+    path, low, high = one["path"], one["minimum"], one["maximum"]
+    pattern = schema("profiles")["$defs"]["allowance"]["properties"]["path"]["pattern"]
+    if not re.search(pattern, path) or one["step"] <= 0:
+        return
+    free = {key: profile[key] for key in FREE_OBJECTS if isinstance(profile.get(key), dict)}
+    found = Profile("", "", "enabled", **free).number_at(path)
+    if found is None:
+        yield "path", "expected a JSON Pointer to a number of this profile"
+    elif not low <= found <= high:
+        yield "path", f"expected the number there to lie between {low} and {high}"
+    if path in known:
+        yield "path", "expected each path once"
+    known.add(path)
+    on = one.get("on")
+    for rule, change in on.items() if isinstance(on, dict) else ():
+        if isinstance(change, int | float) and not 0 < abs(change) <= one["step"]:
+            yield "on", f"{rule}: expected a change of at most {one['step']}, up or down"
 
 
 def _check_namespaces(file: SourceFile) -> None:

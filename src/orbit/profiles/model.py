@@ -8,6 +8,7 @@ Free objects are handed on as they are.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
@@ -19,6 +20,27 @@ NO_OP = "orbit:no_op"
 State = Literal["enabled", "disabled"]
 Free = Mapping[str, Any]
 Tags = Mapping[str, str | int | float | bool]
+
+
+FREE_OBJECTS = frozenset(
+    {"style_vector", "asset_bindings", "execution_rules", "distribution_map", "value_tags"}
+)
+"""What of a profile may be changed: Orbit hands it on without reading it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """A number of a profile that may move: by `step` at once, from `minimum` to `maximum`.
+
+    `on` has, by rule, the change that it may suggest. `per_day` None: any number of steps.
+    """
+
+    path: str
+    minimum: float
+    maximum: float
+    step: float
+    per_day: float | None = None
+    on: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +61,23 @@ class Profile:
     def is_enabled(self) -> bool:
         """Whether the file lets its run profiles run."""
         return self.state == "enabled"
+
+    @property
+    def allowances(self) -> tuple[Allowance, ...]:
+        """The numbers that may move, as declared."""
+        return tuple(Allowance(**entry) for entry in self.autonomy.get("allow", ()))
+
+    def number_at(self, pointer: str) -> int | float | None:
+        """The number at a JSON Pointer into the free objects; None where there is none."""
+        first, *others = (
+            part.replace("~1", "/").replace("~0", "~")
+            for part in pointer.removeprefix("/").split("/")
+        )
+        found: Any = getattr(self, first) if first in FREE_OBJECTS else None
+        for part in others:
+            found = _member(found, part)
+        is_number = isinstance(found, int | float) and not isinstance(found, bool)
+        return found if is_number else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +207,14 @@ def documents_from_body(body: Mapping[str, Any]) -> Documents:
         tuple(sorted(profiles, key=lambda one: one.profile_id)),
         tuple(sorted(run_profiles, key=lambda one: one.run_profile_id)),
     )
+
+
+def _member(found: Any, part: str) -> Any:
+    """What a part of a JSON Pointer names in an object or an array; None where there is none."""
+    if isinstance(found, Mapping):
+        return found.get(part)
+    is_index = isinstance(found, list | tuple) and re.fullmatch("0|[1-9][0-9]{0,8}", part)
+    return found[int(part)] if is_index and int(part) < len(found) else None
 
 
 def _plain(value: Any) -> Any:
