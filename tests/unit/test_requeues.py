@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orbit.execution.requeues import (
@@ -26,6 +26,7 @@ PACES = st.builds(
 )
 
 
+@example(Pace(rate=0.95), 0)  # 0.95 * (1 / 0.95) is less than 1
 @given(PACES, st.integers(0, 5000))
 def test_a_batch_ends_and_has_requeued_what_it_may(pace: Pace, letters: int) -> None:
     """Canaries first, never more than the limit, never nothing for ever; then it is finished."""

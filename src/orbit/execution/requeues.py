@@ -39,6 +39,7 @@ from orbit.execution.dead_letters import (
 SQL = load("requeues")
 NODE_SQL = load("node")
 TICK_SECONDS = 1.0
+_ROUNDING = 1e-9
 LARGEST_STEP = 1000
 _ELSEWHERE_SECONDS = 5.0  # until another try at what this node could not do
 
@@ -135,8 +136,9 @@ def _flow(rate: float | None, left: int, elapsed_seconds: float) -> Step:
     if rate is None:
         return Step(Phase.FLOWING, left, 0.0)
     tokens = min(rate * elapsed_seconds, max(1.0, rate * TICK_SECONDS))
-    count = min(left, int(tokens))
-    owed_seconds = (tokens - count) / rate
+    # rate * (1 / rate) may fall short of 1 by a rounding: such a token is whole.
+    count = min(left, int(tokens + _ROUNDING))
+    owed_seconds = max(0.0, tokens - count) / rate
     return Step(Phase.FLOWING, count, max(TICK_SECONDS, 1 / rate) - owed_seconds, owed_seconds)
 
 
