@@ -379,9 +379,12 @@ async def test_halts_of_one_namespace_leave_connections_to_others(
     async def have_most_ended() -> bool:
         return sum(halt.done() for halt in halts) == 6
 
+    async def have_two_connections() -> bool:
+        held = "application_name = 'orbit apart' AND datname = current_database()"
+        return await count(worker.database, "pg_stat_activity", held) == 2
+
     await eventually(have_most_ended, "answers")
-    held = "application_name = 'orbit apart' AND datname = current_database()"
-    assert await count(worker.database, "pg_stat_activity", held) == 2
+    await eventually(have_two_connections, "the end of the answered halts' connections")
     await worker.queue.release([job])
     answers = await asyncio.gather(*halts)
     assert sorted(answer.is_quiesced for answer in answers) == [False] * 6 + [True] * 2
