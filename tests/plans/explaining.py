@@ -79,6 +79,16 @@ INSERT INTO schedule_slot SELECT namespace, 'p', orbit_now() - n * interval '1 m
     node_id FROM filled WHERE n % 10 = 0;
 INSERT INTO namespace_fence SELECT 'n-' || lpad(n::text, 6, '0'), 1, n % 1000 = 0 FROM filled
 WHERE n % 10 = 0;
+INSERT INTO strategy_proposal (namespace, proposal_id, profile_id, rule, author, author_id,
+    profile_digest, patch, body, digest, from_position, to_position, expires_at)
+SELECT namespace, digest, 'p', 'r', 'a', 'a', repeat(digest, 2), '[]', '{}', repeat(digest, 2), n,
+    n, orbit_now() FROM filled WHERE n % 50 = 0;
+INSERT INTO advisory_signal (namespace, signal_id, profile_id, revision, metric, name, alarm_level,
+    confidence, from_position, to_position, detector_version, body)
+SELECT namespace, digest, 'p', 'r', 'm', 'stable', 'none', 0.5, n, n, 1, '{}' FROM filled
+WHERE n % 50 = 0;
+INSERT INTO telemetry_batch (namespace, batch_id, last_position, events)
+SELECT namespace, cycle_id, n, 1 FROM filled WHERE n % 50 = 0;
 INSERT INTO endpoint_snapshot SELECT namespace, 's' || n, 'e', '', 'POST', '', NULL, 1, '{}'
 FROM filled WHERE n % 10 = 0;
 """
@@ -122,12 +132,34 @@ def forget(connection: Connection, statistics: str) -> None:
         raise AssertionError(f"only {refreshed} were analyzed")
 
 
+def think_few(connection: Connection) -> None:
+    """Has the planner believe that two namespaces share every table, until the transaction's end.
+
+    A generic plan then takes any of them for half of what there is.
+    """
+    connection.execute(
+        "DO $$ DECLARE one record; BEGIN FOR one IN SELECT attrelid::regclass AS name,"
+        " relkind = 'p' AS has_parts FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid"
+        " WHERE attname = 'namespace' AND relkind IN ('r', 'p')"
+        " AND relnamespace = current_schema()::regnamespace LOOP"
+        " EXECUTE format('ALTER TABLE %s ALTER COLUMN namespace SET (%s = 2)', one.name,"
+        " CASE WHEN one.has_parts THEN 'n_distinct_inherited' ELSE 'n_distinct' END);"
+        " EXECUTE format('ANALYZE %s (namespace)', one.name); END LOOP; END $$"
+    )
+
+
+def statement(name: str) -> bytes:
+    """The text of `concept.statement`."""
+    concept, _, its_name = name.partition(".")
+    text: bytes = getattr(load(concept), its_name)
+    return text
+
+
 def explain(
     connection: Connection, name: str, params: Mapping[str, Any], *, is_analyzed: bool = False
 ) -> dict[str, Any]:
     """The plan of `concept.statement`; with `is_analyzed` it is carried out too."""
-    concept, _, statement = name.partition(".")
-    text = getattr(load(concept), statement).decode().rstrip(";")
+    text = statement(name).decode().rstrip(";")
     names = list(dict.fromkeys(found for found, _ in _PARAMETER.findall(text)))
     assert set(names) == set(params), f"{name}: {set(names) ^ set(params)}"
     text = _PARAMETER.sub(lambda found: f"${names.index(found[1]) + 1}", text).replace("%%", "%")
@@ -158,6 +190,20 @@ def _whole_scans(node: Mapping[str, Any], big: set[str], *, is_limited: bool) ->
     is_limited = kind == "Limit" or (is_limited and kind != "Sort" and not kind.endswith("Join"))
     for inner in node.get("Plans", ()):
         yield from _whole_scans(inner, big, is_limited=is_limited)
+
+
+def walked_rows(plan: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """The tables of which a plan that was carried out took up rows, and left them or not."""
+    yield from _walked_rows(plan["Plan"])
+
+
+def _walked_rows(node: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    table = node.get("Relation Name")
+    rows = node["Actual Rows"] + node.get("Rows Removed by Filter", 0)
+    if table is not None and rows * node["Actual Loops"] > 0:
+        yield table, rows
+    for inner in node.get("Plans", ()):
+        yield from _walked_rows(inner)
 
 
 def big_tables(connection: Connection) -> set[str]:

@@ -10,7 +10,8 @@ import psycopg
 import pytest
 from psycopg import Connection
 
-from orbit.database.queries import array
+from orbit.database.pool import session_settings
+from orbit.database.queries import array, load
 from tests.conftest import TestServer
 from tests.plans.explaining import (
     PLAN_MODES,
@@ -19,6 +20,9 @@ from tests.plans.explaining import (
     explain,
     fill,
     forget,
+    statement,
+    think_few,
+    walked_rows,
     whole_scans,
 )
 
@@ -299,3 +303,81 @@ def test_statistics_that_are_right_are_left_alone(connection: Connection) -> Non
     """The heartbeat asks every few seconds; nothing is analyzed unless a table has outgrown it."""
     with connection.transaction(force_rollback=True):
         assert connection.execute("SELECT orbit_refresh_statistics()").fetchone() == ([],)
+
+
+def of_nobody() -> dict[str, dict[str, Any]]:
+    """What is asked for a key whose namespace has nothing, while 200 others have much."""
+    asked: dict[str, Any] = {"namespaces": array(["nobody"])}
+    newest: dict[str, Any] = {"before": "ffffffff-ffff-7fff-bfff-ffffffffffff", "count": 20}
+    latest: dict[str, Any] = {"before_at": "infinity", **newest}
+    place: dict[str, Any] = {
+        "slot_at": "infinity",
+        "namespace": "",
+        "run_profile_id": "",
+        "count": 20,
+    }
+    statements: dict[str, dict[str, Any]] = {
+        "reading.cycle_window_of_namespaces": newest,
+        "reading.cycle_window_of_running": newest,
+        "reading.slot_window_of_namespaces": place,
+        "reading.schedules": {"count": 20},
+        "reading.dead_letter_window_of_namespaces": latest,
+        "reading.dead_letter_groups": {"count": 20},
+        "reading.requeue_window_of_namespaces": newest,
+        "reading.active_cycles": {},
+        "reading.active_stages": {},
+        "reading.waiting_lanes": {},
+        "reading.lane_window": {"namespace": "", "endpoint_key": "", "count": 20},
+        "reading.in_flight": {},
+        "reading.open_dead_letters": {},
+        "reading.failed_cycles": {},
+        "reading.slots_not_fired": {},
+        "reading.halted_namespaces": {},
+        "proposals.proposal_window": {
+            "created_at": "infinity",
+            "proposal_id": "f" * 32,
+            "count": 20,
+        },
+        "telemetry.window_of_namespaces": {"after": 0, "count": 20, "is_stream": True},
+        "signals.signal_window": {
+            "profile_id": "p",
+            "to_position": 2**62,
+            "signal_id": "f" * 32,
+            "count": 20,
+        },
+    }
+    return {name: {**asked, **params} for name, params in statements.items()}
+
+
+@pytest.mark.parametrize("statistics", [*STATISTICS, "few namespaces"])
+def test_what_a_bound_key_asks_walks_no_row_of_another_namespace(
+    connection: Connection, statistics: str
+) -> None:
+    """Neither the time of an answer nor its cost tells how much there is that is not shown."""
+    asked = of_nobody()
+    shown = ("reading", "proposals", "signals", "telemetry")
+    names = (f"{concept}.{name}" for concept in shown for name in load(concept).names())
+    bound = {name for name in names if b"%(namespaces)s" in statement(name)}
+    assert bound == set(asked)
+    found = {}
+    with connection.transaction(force_rollback=True):
+        for setting, value in session_settings().items():
+            known = "SELECT set_config(name, %s, true) FROM pg_settings WHERE name = %s"
+            connection.execute(known, (value, setting))
+        if statistics == "few namespaces":
+            think_few(connection)
+        else:
+            forget(connection, statistics)
+        for name, params in asked.items():
+            if walked := dict(walked_rows(explain(connection, name, params, is_analyzed=True))):
+                found[name] = walked
+    assert found == {}
+
+
+def test_the_check_sees_walked_rows(connection: Connection) -> None:
+    """A statement that filters what others have is found, so the test above can fail."""
+    with connection.transaction(force_rollback=True):
+        plan = explain(
+            connection, "configuration.active_cycles", {"drills": "n-"}, is_analyzed=True
+        )
+    assert dict(walked_rows(plan))["cycle_lease"] > 0

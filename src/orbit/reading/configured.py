@@ -12,7 +12,6 @@ from orbit.database.queries import array, load
 from orbit.profiles.bridge import why_not_runnable
 from orbit.profiles.model import Documents, Profile, RunProfile
 from orbit.reading.cycles import CycleSummary, summaries
-from orbit.reading.overview import schedules
 from orbit.reading.receipts import safe_url
 from orbit.reading.slots import Slot
 from orbit.reading.view import View, camel_case, read_all
@@ -81,7 +80,7 @@ async def run_profiles(
     database: Database, documents: Documents, *, has_options: bool
 ) -> list[RunProfileView]:
     """The run profiles of a configuration, with their next slot, last slot and cycles."""
-    due = {(one.namespace, one.run_profile_id): one.due_at for one in await schedules(database)}
+    due = await _due(database, documents)
     slots = await _last_slots(database, documents)
     last = await database.fetch_all(SQL.recent_cycles_of_run_profiles, _keys(documents))
     recent = await summaries(database, last)
@@ -112,6 +111,12 @@ def _without_secrets(policy: dict[str, Any], *, has_options: bool) -> dict[str, 
         "tiers": {name: list(map(shown, steps)) for name, steps in policy["tiers"].items()},
         "normalization": shown(policy["normalization"]),
     }
+
+
+async def _due(database: Database, documents: Documents) -> dict[tuple[str, str], datetime | None]:
+    """When the next slot of each is to be decided."""
+    rows = await read_all(database, SQL.schedules_of_run_profiles, _keys(documents))
+    return {(row["namespace"], row["run_profile_id"]): row["due_at"] for row in rows}
 
 
 async def _last_slots(database: Database, documents: Documents) -> dict[tuple[str, str], Slot]:

@@ -21,6 +21,7 @@ from orbit.reading.slots import Slot
 from orbit.reading.view import View, is_within, narrowed, read_all
 
 SQL = load("reading")
+_SCHEDULES_SHOWN = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,7 @@ async def status(
         slots_not_fired=[
             Slot(**row) for row in await read_all(database, SQL.slots_not_fired, asked)
         ],
-        schedules=(await schedules(database, within))[:100],
+        schedules=await _schedules(database, asked),
         audit_contradictions={
             log: why for log, why in contradictions.items() if is_within(log, within)
         },
@@ -155,20 +156,16 @@ async def status(
     )
 
 
-async def schedules(database: Database, within: Sequence[str] | None = None) -> list[Due]:
-    """Every schedule, the next due first."""
-    asked = {"namespaces": narrowed(None, within)}
-    return [
-        Due(row["namespace"], row["run_profile_id"] or None, row["due_at"])
-        for row in await read_all(database, SQL.schedules, asked)
-    ]
-
-
 async def _nodes(database: Database, lease_seconds: float, revision: str | None) -> list[NodeView]:
     rows = await read_all(database, SQL.nodes, {"lease_seconds": lease_seconds})
     return [
         NodeView(is_in_step=row.pop("files_revision") in (None, revision), **row) for row in rows
     ]
+
+
+async def _schedules(database: Database, asked: Mapping[str, Any]) -> list[Due]:
+    rows = await read_all(database, SQL.schedules, {**asked, "count": _SCHEDULES_SHOWN})
+    return [Due(row["namespace"], row["run_profile_id"] or None, row["due_at"]) for row in rows]
 
 
 async def _active_cycles(database: Database, asked: Mapping[str, Any]) -> ActiveCycles:

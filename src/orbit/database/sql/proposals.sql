@@ -105,8 +105,18 @@ SELECT * FROM proposal_status WHERE proposal_id = %(proposal_id)s;
 
 -- name: proposal_window
 -- Proposals before a place, the newest first, in some namespaces or all.
--- strategy_proposal_newest serves it.
-SELECT * FROM proposal_status
-WHERE (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s::text[]))
+-- strategy_proposal_newest and strategy_proposal_of_namespace serve it: the latter because no other
+-- has an order that begins with the namespace.
+(SELECT * FROM proposal_status
+WHERE %(namespaces)s::text[] IS NULL
     AND (created_at, proposal_id) < (%(created_at)s::timestamptz, %(proposal_id)s::text)
-ORDER BY created_at DESC, proposal_id DESC LIMIT %(count)s;
+ORDER BY created_at DESC, proposal_id DESC LIMIT %(count)s)
+UNION ALL
+(SELECT found.* FROM unnest(%(namespaces)s::text[]) AS asked (namespace)
+CROSS JOIN LATERAL (
+    SELECT * FROM proposal_status WHERE proposal_status.namespace >= asked.namespace
+        AND (proposal_status.namespace, created_at, proposal_id)
+            < (asked.namespace, %(created_at)s::timestamptz, %(proposal_id)s::text)
+    ORDER BY proposal_status.namespace DESC, created_at DESC, proposal_id DESC LIMIT %(count)s
+) found
+ORDER BY found.created_at DESC, found.proposal_id DESC LIMIT %(count)s);

@@ -1,5 +1,8 @@
 -- What people and tools ask for. Read only, and bounded: a list scans a window of an index and
 -- goes on where the last page ended; nothing counts over history.
+--
+-- Who asks for some namespaces (`namespaces`; NULL is all) gets an arm of its own, which an index
+-- leads to these: no row of another namespace is walked, so neither time nor cost tells of one.
 
 -- name: probe
 -- Whether the database answers, and which schema it has.
@@ -21,11 +24,19 @@ CROSS JOIN LATERAL (
 ORDER BY found.cycle_id DESC LIMIT %(count)s;
 
 -- name: cycle_window_of_running
--- The same of active cycles only: those that have a lease.
-SELECT namespace, cycle_id, run_profile_id FROM cycle_lease
-WHERE cycle_id < %(before)s::uuid
-    AND (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s))
-ORDER BY cycle_id DESC LIMIT %(count)s;
+-- The same of active cycles only, in some namespaces or all: those that have a lease. The primary
+-- key serves it.
+(SELECT namespace, cycle_id, run_profile_id FROM cycle_lease
+WHERE %(namespaces)s::text[] IS NULL AND cycle_id < %(before)s::uuid
+ORDER BY cycle_id DESC LIMIT %(count)s)
+UNION ALL
+(SELECT found.* FROM unnest(%(namespaces)s::text[]) AS asked (namespace)
+CROSS JOIN LATERAL (
+    SELECT namespace, cycle_id, run_profile_id FROM cycle_lease
+    WHERE cycle_lease.namespace = asked.namespace AND cycle_id < %(before)s::uuid
+    ORDER BY cycle_id DESC LIMIT %(count)s
+) found
+ORDER BY found.cycle_id DESC LIMIT %(count)s);
 
 -- name: cycle_summaries
 -- Given cycles with their state, newest first. The primary keys serve it.
@@ -150,10 +161,26 @@ CROSS JOIN LATERAL (
 ) last;
 
 -- name: schedules
--- Every schedule, and when its next slot is to be decided.
-SELECT namespace, run_profile_id, NULLIF(due_at, 'infinity') AS due_at FROM schedule
-WHERE (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s))
-ORDER BY schedule.due_at, namespace, run_profile_id;
+-- The schedules, in some namespaces or all, whose next slot is to be decided first. schedule_due
+-- and the primary key serve it.
+(SELECT namespace, run_profile_id, NULLIF(due_at, 'infinity') AS due_at FROM schedule
+WHERE %(namespaces)s::text[] IS NULL
+ORDER BY schedule.due_at, namespace, run_profile_id LIMIT %(count)s)
+UNION ALL
+(SELECT found.namespace, found.run_profile_id, NULLIF(found.due_at, 'infinity') AS due_at
+FROM unnest(%(namespaces)s::text[]) AS asked (namespace)
+CROSS JOIN LATERAL (
+    SELECT namespace, run_profile_id, due_at FROM schedule
+    WHERE schedule.namespace = asked.namespace OFFSET 0
+) found
+ORDER BY found.due_at, found.namespace, found.run_profile_id LIMIT %(count)s);
+
+-- name: schedules_of_run_profiles
+-- When the next slot of each given schedule is to be decided. The primary key serves it.
+SELECT namespace, run_profile_id, NULLIF(due_at, 'infinity') AS due_at
+FROM unnest(%(namespace)s::text[], %(run_profile_id)s::text[])
+    AS asked (namespace, run_profile_id)
+JOIN schedule USING (namespace, run_profile_id);
 
 -- name: dead_letter_window
 -- The dead letters that died before one, newest first. dead_letter_dispatch_by_time serves it.
@@ -202,10 +229,15 @@ SELECT dead.namespace, dead.endpoint_key, dead.cause, count(*)::int AS open,
         WHERE receipt.namespace = dead.namespace AND receipt.job_id = dead.job_id
             AND receipt.outcome = 'unknown'))::int AS may_have_arrived,
     min(dead.created_at) AS oldest_at, max(dead.created_at) AS newest_at
-FROM dead_letter_dispatch dead
-WHERE (%(namespaces)s::text[] IS NULL OR dead.namespace = ANY (%(namespaces)s))
-    AND NOT EXISTS (SELECT FROM dead_letter_decision decision
-        WHERE decision.namespace = dead.namespace AND decision.job_id = dead.job_id)
+FROM (
+    SELECT namespace, job_id, endpoint_key, cause, created_at FROM dead_letter_dispatch
+    WHERE %(namespaces)s::text[] IS NULL
+    UNION ALL
+    SELECT namespace, job_id, endpoint_key, cause, created_at FROM dead_letter_dispatch
+    WHERE namespace = ANY (%(namespaces)s::text[])
+) dead
+WHERE NOT EXISTS (SELECT FROM dead_letter_decision decision
+    WHERE decision.namespace = dead.namespace AND decision.job_id = dead.job_id)
 GROUP BY dead.namespace, dead.endpoint_key, dead.cause
 ORDER BY open DESC, dead.namespace, dead.endpoint_key, dead.cause LIMIT %(count)s;
 
@@ -308,18 +340,25 @@ SELECT node_id, name, address, roles, version, files_revision, is_draining, star
 FROM node ORDER BY started_at LIMIT 200;
 
 -- name: active_cycles
--- How many cycles are active, counted up to 10,000.
+-- How many cycles are active, in some namespaces or all, counted up to 10,000.
 SELECT count(*)::int AS active, count(*) FILTER (WHERE is_waiting)::int AS waiting
-FROM (SELECT is_waiting FROM cycle_lease
-    WHERE (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s))
-    LIMIT 10000) live;
+FROM (
+    SELECT is_waiting FROM cycle_lease WHERE %(namespaces)s::text[] IS NULL
+    UNION ALL
+    SELECT is_waiting FROM cycle_lease WHERE namespace = ANY (%(namespaces)s::text[])
+    LIMIT 10000
+) live;
 
 -- name: active_stages
--- The stages at which up to 1,000 active cycles are. The primary keys serve it.
+-- The stages at which up to 1,000 active cycles are, in some namespaces or all. The primary keys
+-- serve it.
 SELECT last.stage, count(*)::int AS cycles
-FROM (SELECT namespace, cycle_id FROM cycle_lease
-    WHERE (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s))
-    LIMIT 1000) live
+FROM (
+    SELECT namespace, cycle_id FROM cycle_lease WHERE %(namespaces)s::text[] IS NULL
+    UNION ALL
+    SELECT namespace, cycle_id FROM cycle_lease WHERE namespace = ANY (%(namespaces)s::text[])
+    LIMIT 1000
+) live
 LEFT JOIN LATERAL (
     SELECT stage FROM cycle_checkpoint checkpoint
     WHERE checkpoint.namespace = live.namespace AND checkpoint.cycle_id = live.cycle_id
@@ -328,10 +367,11 @@ LEFT JOIN LATERAL (
 GROUP BY last.stage;
 
 -- name: waiting_lanes
--- The lanes with jobs to send, up to 200 in the namespaces asked for: a loose scan of
--- dispatch_lease_ready.
+-- The lanes with jobs to send, up to 200, of all namespaces or of each that is asked for: loose
+-- scans of dispatch_lease_ready.
 WITH RECURSIVE lanes AS (
-    (SELECT namespace, endpoint_key FROM dispatch_lease WHERE node_id IS NULL
+    (SELECT namespace, endpoint_key FROM dispatch_lease
+    WHERE %(namespaces)s::text[] IS NULL AND node_id IS NULL
     ORDER BY namespace, endpoint_key LIMIT 1)
     UNION ALL
     SELECT next.* FROM lanes CROSS JOIN LATERAL (
@@ -340,16 +380,37 @@ WITH RECURSIVE lanes AS (
             > (lanes.namespace, lanes.endpoint_key)
         ORDER BY namespace, endpoint_key LIMIT 1
     ) next
+), lanes_asked AS (
+    SELECT namespace, '' AS endpoint_key
+    FROM unnest(%(namespaces)s::text[]) AS asked (namespace)
+    UNION ALL
+    SELECT lanes_asked.namespace, next.endpoint_key FROM lanes_asked CROSS JOIN LATERAL (
+        SELECT endpoint_key FROM dispatch_lease
+        WHERE node_id IS NULL AND dispatch_lease.namespace = lanes_asked.namespace
+            AND dispatch_lease.endpoint_key > lanes_asked.endpoint_key
+        ORDER BY namespace, endpoint_key LIMIT 1
+    ) next
 )
-SELECT namespace, endpoint_key FROM lanes
-WHERE (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s)) LIMIT 200;
+(SELECT namespace, endpoint_key FROM lanes LIMIT 200)
+UNION ALL
+(SELECT namespace, endpoint_key FROM lanes_asked WHERE endpoint_key <> '' LIMIT 200);
 
 -- name: lane_window
--- The lanes after one, in the order of their key. The primary key serves it.
-SELECT namespace, endpoint_key FROM lane
-WHERE (namespace, endpoint_key) > (%(namespace)s, %(endpoint_key)s)
-    AND (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s))
-ORDER BY namespace, endpoint_key LIMIT %(count)s;
+-- The lanes after one, in some namespaces or all, in the order of their key. The primary key
+-- serves it.
+(SELECT namespace, endpoint_key FROM lane
+WHERE %(namespaces)s::text[] IS NULL
+    AND (namespace, endpoint_key) > (%(namespace)s, %(endpoint_key)s)
+ORDER BY namespace, endpoint_key LIMIT %(count)s)
+UNION ALL
+(SELECT found.* FROM unnest(%(namespaces)s::text[]) AS asked (namespace)
+CROSS JOIN LATERAL (
+    SELECT namespace, endpoint_key FROM lane
+    WHERE lane.namespace = asked.namespace
+        AND (lane.namespace, endpoint_key) > (%(namespace)s, %(endpoint_key)s)
+    ORDER BY namespace, endpoint_key LIMIT %(count)s
+) found
+ORDER BY found.namespace, found.endpoint_key LIMIT %(count)s);
 
 -- name: lane_states
 -- Given lanes: breaker, queue (waiting and in flight, each counted up to 1,000; when the first
@@ -435,11 +496,16 @@ SELECT (SELECT count(probe_at) FROM (SELECT probe_at FROM lane LIMIT 10000) lane
         ORDER BY namespace, endpoint_key LIMIT 10000) taken)::int AS in_flight;
 
 -- name: in_flight
--- How many attempts are on the wire, counted up to 10,000. dispatch_lease_taken serves it.
+-- How many attempts are on the wire, in some namespaces or all, counted up to 10,000.
+-- dispatch_lease_taken serves it.
 SELECT count(*)::int AS attempts
-FROM (SELECT FROM dispatch_lease WHERE node_id IS NOT NULL
-    AND (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s))
-    LIMIT 10000) taken;
+FROM (
+    SELECT FROM dispatch_lease WHERE %(namespaces)s::text[] IS NULL AND node_id IS NOT NULL
+    UNION ALL
+    SELECT FROM dispatch_lease
+    WHERE namespace = ANY (%(namespaces)s::text[]) AND node_id IS NOT NULL
+    LIMIT 10000
+) taken;
 
 -- name: unreadable_jobs
 -- Of up to 100,000 jobs under way those whose snapshot is encrypted under none of the given keys,
@@ -457,26 +523,41 @@ WHERE job.snapshot_id LIKE '%%.%%'
 GROUP BY lease.endpoint_key, fingerprint ORDER BY lease.endpoint_key, fingerprint;
 
 -- name: open_dead_letters
--- How many of the newest 5,000 dead letters nobody has decided on.
+-- How many of the newest 5,000 dead letters, of all namespaces or of each that is asked for, nobody
+-- has decided on. dead_letter_dispatch_newest and the primary keys serve it.
 SELECT count(*)::int AS open FROM (
-    SELECT namespace, job_id FROM dead_letter_dispatch
-    WHERE (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s))
-    ORDER BY job_id DESC LIMIT 5000
+    (SELECT namespace, job_id FROM dead_letter_dispatch
+    WHERE %(namespaces)s::text[] IS NULL ORDER BY job_id DESC LIMIT 5000)
+    UNION ALL
+    SELECT newest.* FROM unnest(%(namespaces)s::text[]) AS asked (namespace)
+    CROSS JOIN LATERAL (
+        SELECT namespace, job_id FROM dead_letter_dispatch letter
+        WHERE letter.namespace = asked.namespace ORDER BY job_id DESC LIMIT 5000
+    ) newest
 ) dead
 WHERE NOT EXISTS (SELECT FROM dead_letter_decision decision
     WHERE decision.namespace = dead.namespace AND decision.job_id = dead.job_id);
 
 -- name: failed_cycles
--- The failed ones among the newest 1,000 cycles of the last 24 hours: the newest five, and how
--- many there are. cycle_run_newest and the checkpoints' primary key serve it.
+-- The failed ones among the newest 1,000 cycles of the last 24 hours, of all namespaces or of each
+-- that is asked for: the newest five, and how many there are. cycle_run_newest and the primary
+-- keys serve it.
 SELECT recent.cycle_id AS cycle_run_id, recent.namespace,
     NULLIF(recent.run_profile_id, '') AS run_profile_id, failed.created_at AS failed_at,
     failed.reason, count(*) OVER ()::int AS failed
 FROM (
-    SELECT namespace, cycle_id, run_profile_id FROM cycle_run
-    WHERE cycle_id >= orbit_first_id(orbit_now() - interval '24 hours')
-        AND (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s))
-    ORDER BY cycle_id DESC LIMIT 1000
+    (SELECT namespace, cycle_id, run_profile_id FROM cycle_run
+    WHERE %(namespaces)s::text[] IS NULL
+        AND cycle_id >= orbit_first_id(orbit_now() - interval '24 hours')
+    ORDER BY cycle_id DESC LIMIT 1000)
+    UNION ALL
+    SELECT newest.* FROM unnest(%(namespaces)s::text[]) AS asked (namespace)
+    CROSS JOIN LATERAL (
+        SELECT namespace, cycle_id, run_profile_id FROM cycle_run
+        WHERE cycle_run.namespace = asked.namespace
+            AND cycle_id >= orbit_first_id(orbit_now() - interval '24 hours')
+        ORDER BY cycle_id DESC LIMIT 1000
+    ) newest
 ) recent
 CROSS JOIN LATERAL (
     SELECT created_at, detail ->> 'reason' AS reason FROM cycle_checkpoint checkpoint
@@ -487,14 +568,21 @@ CROSS JOIN LATERAL (
 ORDER BY recent.cycle_id DESC LIMIT 5;
 
 -- name: slots_not_fired
--- Which of the newest 1,000 slots did not fire. schedule_slot_by_time serves it.
-SELECT * FROM (
-    SELECT namespace, NULLIF(run_profile_id, '') AS run_profile_id, slot_at, outcome, reason,
-        cycle_id AS cycle_run_id, decided_at
-    FROM schedule_slot WHERE (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s))
-    ORDER BY slot_at DESC LIMIT 1000
+-- Which of the newest 1,000 slots, of all namespaces or of each that is asked for, did not fire.
+-- schedule_slot_by_time and schedule_slot_of_namespace serve it.
+SELECT namespace, NULLIF(run_profile_id, '') AS run_profile_id, slot_at, outcome, reason,
+    cycle_id AS cycle_run_id, decided_at
+FROM (
+    (SELECT * FROM schedule_slot WHERE %(namespaces)s::text[] IS NULL
+    ORDER BY slot_at DESC LIMIT 1000)
+    UNION ALL
+    SELECT newest.* FROM unnest(%(namespaces)s::text[]) AS asked (namespace)
+    CROSS JOIN LATERAL (
+        SELECT * FROM schedule_slot slot WHERE slot.namespace = asked.namespace
+        ORDER BY slot_at DESC LIMIT 1000
+    ) newest
 ) recent
-WHERE outcome <> 'fired' LIMIT 20;
+WHERE outcome <> 'fired' ORDER BY slot_at DESC LIMIT 20;
 
 -- name: store
 -- What the database is: its version, its schema, and until when its partitions reach.
@@ -523,14 +611,20 @@ CROSS JOIN LATERAL (
 WHERE run_profile_id <> '' ORDER BY namespace, run_profile_id, cycle_id DESC;
 
 -- name: halted_namespaces
--- The namespaces that are halted, with why. namespace_fence_halted serves it.
+-- The namespaces that are halted, of some or all, with why. namespace_fence_halted and the primary
+-- keys serve it.
 SELECT status.namespace, status.epoch, status.halted_at, status.until_at, status.reason,
     status.actor, status.resume_asked_by
-FROM namespace_status status
-JOIN namespace_fence fence ON fence.namespace = status.namespace
-WHERE fence.is_halted
-    AND (%(namespaces)s::text[] IS NULL OR fence.namespace = ANY (%(namespaces)s))
-ORDER BY status.namespace LIMIT 200;
+FROM (
+    (SELECT namespace FROM namespace_fence WHERE %(namespaces)s::text[] IS NULL AND is_halted
+    ORDER BY namespace LIMIT 200)
+    UNION ALL
+    (SELECT namespace FROM namespace_fence
+    WHERE namespace = ANY (%(namespaces)s::text[]) AND is_halted
+    ORDER BY namespace LIMIT 200)
+) halted
+JOIN namespace_status status ON status.namespace = halted.namespace
+ORDER BY status.namespace;
 
 -- name: namespace_state
 -- One namespace, if it was ever halted.

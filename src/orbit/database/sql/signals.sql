@@ -91,11 +91,21 @@ ON CONFLICT (namespace, signal_id) DO NOTHING RETURNING name;
 
 -- name: signal_window
 -- A profile's signals before a position, the newest first, in some namespaces or all;
--- advisory_signal_newest serves it.
-SELECT namespace, signal_id, profile_id, revision, metric, name, alarm_level, confidence,
+-- advisory_signal_newest and advisory_signal_of_namespace serve it.
+(SELECT namespace, signal_id, profile_id, revision, metric, name, alarm_level, confidence,
     from_position, to_position, detector_version, body, computed_at
 FROM advisory_signal
-WHERE profile_id = %(profile_id)s
-    AND (%(namespaces)s::text[] IS NULL OR namespace = ANY (%(namespaces)s::text[]))
+WHERE %(namespaces)s::text[] IS NULL AND profile_id = %(profile_id)s
     AND (to_position, signal_id) < (%(to_position)s::bigint, %(signal_id)s::text)
-ORDER BY to_position DESC, signal_id DESC LIMIT %(count)s;
+ORDER BY to_position DESC, signal_id DESC LIMIT %(count)s)
+UNION ALL
+(SELECT found.* FROM unnest(%(namespaces)s::text[]) AS asked (namespace)
+CROSS JOIN LATERAL (
+    SELECT namespace, signal_id, profile_id, revision, metric, name, alarm_level, confidence,
+        from_position, to_position, detector_version, body, computed_at
+    FROM advisory_signal
+    WHERE advisory_signal.namespace = asked.namespace AND profile_id = %(profile_id)s
+        AND (to_position, signal_id) < (%(to_position)s::bigint, %(signal_id)s::text)
+    ORDER BY to_position DESC, signal_id DESC LIMIT %(count)s
+) found
+ORDER BY found.to_position DESC, found.signal_id DESC LIMIT %(count)s);

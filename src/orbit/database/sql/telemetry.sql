@@ -119,13 +119,15 @@ FROM shown;
 
 -- name: window_of_namespaces
 -- What follows a position, as CloudEvents in their order: the whole answer, or frames of a stream.
--- Of some namespaces only. telemetry_batch_of_namespace serves it.
+-- Of some namespaces only. telemetry_batch_of_namespace serves it, since no other index has an
+-- order that begins with the namespace.
 WITH next AS MATERIALIZED (
     SELECT batch.* FROM unnest(%(namespaces)s::text[]) AS wanted (namespace)
     CROSS JOIN LATERAL (
         SELECT namespace, batch_id, events, last_position FROM telemetry_batch
-        WHERE telemetry_batch.namespace = wanted.namespace AND last_position > %(after)s::bigint
-        ORDER BY last_position LIMIT %(count)s
+        WHERE telemetry_batch.namespace <= wanted.namespace
+            AND (telemetry_batch.namespace, last_position) > (wanted.namespace, %(after)s::bigint)
+        ORDER BY telemetry_batch.namespace, last_position LIMIT %(count)s
     ) batch
     ORDER BY last_position LIMIT %(count)s
 ), batch AS MATERIALIZED (
