@@ -476,9 +476,9 @@ class Node:
         lease_seconds = self.settings.lease_seconds
         return Leftovers(self.database, self.node_id, self.clock, self.dead_letters, lease_seconds)
 
-    async def _recover(self) -> None:
-        """Settles attempts whose worker is gone, of any namespace."""
-        await self._queue().recover(self.clock.now())
+    async def _recover(self, namespace: str) -> None:
+        """Settles a namespace's attempts whose worker is gone."""
+        await self._queue().recover(self.clock.now(), of=namespace)
 
     async def _recall(self) -> None:
         if self.dispatcher is not None:

@@ -45,7 +45,7 @@ def owner(owner_dsn: str) -> Iterator[psycopg.Connection[Any]]:
 async def key_id(database: Database, node_id: str, clock: DatabaseClock) -> str:
     """Every governed act there is of these, done or refused; the id of a key that was rotated."""
 
-    async def recover() -> None:
+    async def recover(_namespace: str) -> None:
         """Nothing is lost here."""
 
     brake = Brake(database, node_id, recover=recover, on_changed=lambda: None)

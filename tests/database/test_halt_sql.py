@@ -47,8 +47,8 @@ def order(who: tuple[str, str] = ANN, reason: str | None = "a test", space: str 
 def brake_of(worker: Worker) -> Brake:
     """A brake that settles what is lost with the worker's queue."""
 
-    async def recover() -> None:
-        await worker.queue.recover(worker.clock.now())
+    async def recover(namespace: str) -> None:
+        await worker.queue.recover(worker.clock.now(), of=namespace)
 
     return Brake(worker.database, worker.node_id, recover=recover, on_changed=lambda: None)
 
@@ -201,6 +201,24 @@ async def test_what_a_lost_worker_held_ends_with_its_lease(worker: Worker, brake
     assert await count(worker.database, "dispatch_lease", "node_id IS NOT NULL") == 0
     assert await count(worker.database, "cycle_lease", "node_id IS NOT NULL") == 0
     assert lease["attempt"] == 1
+
+
+async def test_a_halt_settles_what_is_lost_of_its_own_namespace_only(
+    worker: Worker, brake: Brake
+) -> None:
+    """What other namespaces' workers have lost is not its to write, nor does it wait behind it."""
+    spaces = ("brand", SPACE, OTHER)
+    for space in spaces:
+        await add_snapshot(worker.database, space)
+        await worker.begin_dispatch(space)
+        assert len(await worker.take("one", namespace=space)) == 1
+    await expire(worker.database, "dispatch_lease")
+    answer = await brake.halt(order())
+    assert [one.outcome for one in answer.in_flight] == ["unknown"]
+    found = await worker.database.fetch_all(b"SELECT namespace FROM delivery_receipt")
+    assert [row["namespace"] for row in found] == [SPACE]
+    assert await worker.queue.recover(worker.clock.now(), of="nobody") == 0
+    assert await worker.queue.recover(worker.clock.now()) == len(spaces) - 1
 
 
 async def test_a_claim_that_does_not_end_is_told_honestly(

@@ -137,7 +137,7 @@ class LeaseProtocol(RuleBasedStateMachine):
         return Worker(self.database, self.clock, node_id, Recorder(self.database, node_id), queue)
 
     def _brake(self, node: Worker) -> Brake:
-        async def recover() -> None:
+        async def recover(_namespace: str) -> None:
             raise AssertionError("a halt that waits for nothing recovers nothing")
 
         return Brake(self.database, node.node_id, recover=recover, on_changed=lambda: None)

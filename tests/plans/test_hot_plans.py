@@ -167,7 +167,7 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
         "dispatch.hold_lanes": keyed(sample, "namespace", "endpoint_key"),
         "dispatch.renew_jobs": {**jobs, "node_id": NODE, "lease_seconds": 30.0},
         "dispatch.release_jobs": {**jobs, "node_id": NODE},
-        "dispatch.expired_jobs": {"limit": 500},
+        "dispatch.expired_jobs": {"limit": 500, "namespace": None},
         "dispatch.settle_jobs": {
             **jobs,
             **keyed(sample, node_id=NODE, attempt=1, size=1, retry_seconds=None, cause=None),

@@ -322,12 +322,15 @@ class DispatchQueue:
         )
         return move
 
-    async def recover(self, now: datetime, limit: int = 500) -> int:
-        """Settles as unknown the attempts whose worker is gone; how many there were."""
+    async def recover(self, now: datetime, limit: int = 500, *, of: str | None = None) -> int:
+        """Settles as unknown the attempts whose worker is gone; how many there were.
+
+        `of`: those of one namespace only.
+        """
         if self._only is not None:
             return 0
         async with self._database.batch() as connection:
-            cursor = await connection.execute(SQL.expired_jobs, {"limit": limit})
+            cursor = await connection.execute(SQL.expired_jobs, {"limit": limit, "namespace": of})
             lost = [self._lost(row, now) for row in await cursor.fetchall()]
             if not lost:
                 return 0

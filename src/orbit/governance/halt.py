@@ -108,7 +108,7 @@ class Brake:
     """Halts and resumes namespaces for one node.
 
     Args:
-        recover: settles attempts whose worker is gone, of any namespace.
+        recover: settles a namespace's attempts whose worker is gone.
         on_changed: called when a fence was changed here, so that this node looks at once.
     """
 
@@ -117,7 +117,7 @@ class Brake:
         database: Database,
         node_id: str,
         *,
-        recover: Callable[[], Awaitable[object]],
+        recover: Callable[[str], Awaitable[object]],
         on_changed: Callable[[], None],
     ) -> None:
         self._database, self._node_id = database, node_id
@@ -325,15 +325,15 @@ class Brake:
                     return seen
                 if seen.has_expired and recovering.done() and now >= recover_at:
                     recover_at = now + _RECOVER_SECONDS
-                    recovering = asyncio.create_task(self._recover_lost())
+                    recovering = asyncio.create_task(self._recover_lost(namespace))
                 await asyncio.sleep(min(pause, deadline - now))
                 pause = min(pause * 2, _LAST_PAUSE)
         finally:
             recovering.cancel()
 
-    async def _recover_lost(self) -> None:
+    async def _recover_lost(self, namespace: str) -> None:
         try:
-            await self._recover()
+            await self._recover(namespace)
         except TRANSIENT as error:
             log.warning("recovery_failed", error=first_line(error))
 

@@ -249,10 +249,11 @@ WHERE dispatch_lease.namespace = held.namespace AND dispatch_lease.job_id = held
     AND dispatch_lease.node_id = %(node_id)s;
 
 -- name: expired_jobs
--- Attempts whose worker let its lease run out, locked, so that they can be settled as unknown
--- in this transaction. A loose scan of dispatch_lease_taken over the lanes.
+-- Attempts, of one namespace or all, whose worker let its lease run out, locked, so that they can be
+-- settled as unknown in this transaction. A loose scan of dispatch_lease_taken over the lanes.
 WITH RECURSIVE lanes AS (
-    (SELECT namespace, endpoint_key FROM dispatch_lease WHERE node_id IS NOT NULL
+    (SELECT namespace, endpoint_key FROM dispatch_lease
+    WHERE node_id IS NOT NULL AND namespace >= COALESCE(%(namespace)s::text, '')
     ORDER BY namespace, endpoint_key LIMIT 1)
     UNION ALL
     SELECT next.* FROM lanes CROSS JOIN LATERAL (
@@ -261,6 +262,7 @@ WITH RECURSIVE lanes AS (
             > (lanes.namespace, lanes.endpoint_key)
         ORDER BY namespace, endpoint_key LIMIT 1
     ) next
+    WHERE %(namespace)s::text IS NULL OR lanes.namespace = %(namespace)s::text
 ), expired AS MATERIALIZED (
     SELECT late.* FROM lanes CROSS JOIN LATERAL (
         SELECT namespace, job_id, cycle_id, endpoint_key, lease_number, attempt, is_probe, spared,
@@ -270,7 +272,9 @@ WITH RECURSIVE lanes AS (
             AND dispatch_lease.endpoint_key = lanes.endpoint_key AND due_at <= orbit_now()
         ORDER BY due_at LIMIT %(limit)s
         FOR UPDATE SKIP LOCKED
-    ) late LIMIT %(limit)s
+    ) late
+    WHERE %(namespace)s::text IS NULL OR lanes.namespace = %(namespace)s::text
+    LIMIT %(limit)s
 )
 SELECT expired.*, job.digest, job.size, job.max_attempts,
     COALESCE(snapshot.on_unknown, 'retry') AS on_unknown, run.profile_id,
