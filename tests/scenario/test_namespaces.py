@@ -19,7 +19,7 @@ from aiohttp import web
 from orbit.api.application import create_application
 from orbit.app import Node
 from orbit.governance.halt import Order
-from orbit.reading.view import cursor_of
+from orbit.reading.view import camel_case, cursor_of
 from tests.scenario.access import asking, key_of
 from tests.scenario.conftest import (
     Arrival,
@@ -461,6 +461,25 @@ async def test_a_viewer_sees_no_secret_of_a_step(
         text = (await api.get("/run-profiles")).text
         assert "SECRET-OF-OPTIONS" in text
         assert "SECRET-OF-ADDRESS" not in text
+
+
+async def test_a_viewer_sees_no_text_of_a_free_object(
+    make_node: MakeNode, configure: Configure, receiver: Receiver
+) -> None:
+    """It may be a token or a prompt; shapes, numbers and tags are shown, texts to who may act."""
+    free: dict[str, Any] = {"a": [{"b": "SECRET", "c": 1}], "d": True, "e": None}
+    shown = {"a": [{"b": "(withheld)", "c": 1}], "d": True, "e": None}
+    names = ("style_vector", "asset_bindings", "execution_rules", "distribution_map")
+    nova = profile(value_tags={"team": "blue"}, **dict.fromkeys(names, free))
+    configure(run_profile(namespace=OWN, asset_bundle=free), profiles=[nova])
+    node = await make_node(auth="on", dispatch_endpoints=(receiver.endpoint("out"),))
+    for scope, expected in (("viewer", shown), ("operator", free), ("approver", free)):
+        async with asking(node, await key_of(node, scope, namespaces=[OWN])) as api:
+            (one,) = (await api.get("/profiles")).json()["items"]
+            (bound,) = (await api.get("/run-profiles")).json()["items"]
+        found = [one[camel_case(name)] for name in names]
+        assert [*found, bound["assetBundle"]] == [expected] * 5, scope
+        assert one["valueTags"] == {"team": "blue"}
 
 
 async def test_a_viewer_sees_neither_tokens_nor_payloads(scene: Scene) -> None:

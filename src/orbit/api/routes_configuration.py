@@ -104,7 +104,8 @@ def configuration_router(node: Node, bodies: Bodies) -> APIRouter:
         """Who is bound to namespaces sees those that are used there."""
         await node.configuration.refresh()
         documents = node.configuration.active.documents
-        return Page(profiles(visible(documents, actor_of(request).within)))
+        actor = actor_of(request)
+        return Page(profiles(visible(documents, actor.within), is_whole=sees_payloads(actor)))
 
     @router.get(
         "/run-profiles",
@@ -115,8 +116,8 @@ def configuration_router(node: Node, bodies: Bodies) -> APIRouter:
         await node.configuration.refresh()
         documents = node.configuration.active.documents
         actor = actor_of(request)
-        shown, has_options = visible(documents, actor.within), sees_payloads(actor)
-        return Page(await run_profiles(node.database, shown, has_options=has_options))
+        shown, is_whole = visible(documents, actor.within), sees_payloads(actor)
+        return Page(await run_profiles(node.database, shown, is_whole=is_whole))
 
     @router.post(
         "/run-profiles/trigger",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from orbit.database.pool import Database
 from orbit.database.queries import array, load
@@ -18,11 +18,17 @@ from orbit.reading.view import View, camel_case, read_all
 
 SQL = load("reading")
 SLOTS_SQL = load("slots")
+WITHHELD = "(withheld)"
+_OF_PROFILE = ("style_vector", "asset_bindings", "execution_rules", "distribution_map")
+_OF_RUN_PROFILE = ("asset_bundle",)
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileView(View):
-    """A profile as configured; its free objects as they are in the file."""
+    """A profile as configured; its free objects as they are in the file.
+
+    To who may only look a text in them is `(withheld)`: it may be a token, or say what is sent.
+    """
 
     profile_id: str
     label: str
@@ -42,7 +48,8 @@ class RunProfileView(View):
     `effective_state` is `disabled` also where its profile is; `reason` then says why.
     `last_cycle` is looked for among the newest 1,000 cycles of its namespace; `active_cycle` is the
     oldest that is active, one that does not wait if there is one. Steps' addresses have no query,
-    and steps no `options` (null) for who may only look: both may hold secrets.
+    and for who may only look steps no `options` (null), and a text in the free `asset_bundle` is
+    `(withheld)`: they may hold secrets.
     """
 
     run_profile_id: str
@@ -61,6 +68,9 @@ class RunProfileView(View):
     active_cycle: CycleSummary | None
 
 
+Shown = TypeVar("Shown", ProfileView, RunProfileView)
+
+
 def visible(documents: Documents, within: Sequence[str] | None) -> Documents:
     """What there is of a configuration for who asks: run profiles by namespace, and theirs."""
     if within is None:
@@ -71,15 +81,19 @@ def visible(documents: Documents, within: Sequence[str] | None) -> Documents:
     return Documents(profiles, shown)
 
 
-def profiles(documents: Documents) -> list[ProfileView]:
-    """The profiles of a configuration."""
-    return [_profile(documents, profile) for profile in documents.profiles]
+def profiles(documents: Documents, *, is_whole: bool) -> list[ProfileView]:
+    """The profiles of a configuration; unless `is_whole`, without what may be a secret."""
+    found = [_profile(documents, profile) for profile in documents.profiles]
+    return found if is_whole else [_without_texts(one, _OF_PROFILE) for one in found]
 
 
 async def run_profiles(
-    database: Database, documents: Documents, *, has_options: bool
+    database: Database, documents: Documents, *, is_whole: bool
 ) -> list[RunProfileView]:
-    """The run profiles of a configuration, with their next slot, last slot and cycles."""
+    """The run profiles of a configuration, with their next slot, last slot and cycles.
+
+    Unless `is_whole`, without what may be a secret.
+    """
     due = await _due(database, documents)
     slots = await _last_slots(database, documents)
     last = await database.fetch_all(SQL.recent_cycles_of_run_profiles, _keys(documents))
@@ -93,9 +107,22 @@ async def run_profiles(
         view = _run_profile(
             documents, one, due.get(key), slots.get(key), cycles.get(key), active.get(key)
         )
-        policy = _without_secrets(view.execution_policy, has_options=has_options)
+        policy = _without_secrets(view.execution_policy, has_options=is_whole)
         views.append(replace(view, execution_policy=policy))
-    return views
+    return views if is_whole else [_without_texts(one, _OF_RUN_PROFILE) for one in views]
+
+
+def _without_texts(view: Shown, names: Sequence[str]) -> Shown:
+    return replace(view, **{name: _withheld(getattr(view, name)) for name in names})
+
+
+def _withheld(value: Any) -> Any:
+    """A JSON value with its shape, its numbers, and none of its texts."""
+    if isinstance(value, str):
+        return WITHHELD
+    if isinstance(value, Mapping):
+        return {name: _withheld(one) for name, one in value.items()}
+    return [_withheld(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _without_secrets(policy: dict[str, Any], *, has_options: bool) -> dict[str, Any]:
