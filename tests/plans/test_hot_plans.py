@@ -217,7 +217,7 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
             "batch_id": NODE,
             "watched_from": one_job["job_id"],
         },
-        "reading.cycle_window": {"before": last, "count": 20},
+        "reading.cycle_window": {"before": last, "count": 20, "drills": "orbit-drill-"},
         "reading.cycle_window_of_namespaces": {
             "namespaces": array(sample["namespace"][:1]),
             "before": last,

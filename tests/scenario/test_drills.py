@@ -24,6 +24,7 @@ from orbit.services.janitor import Janitor
 from orbit.services.leftovers import Leftovers
 from orbit.vocabulary import DRILL_ENDPOINT, DRILL_LIFE_SECONDS
 from tests.database.engine import add_snapshot, enqueued
+from tests.scenario.access import asking
 from tests.scenario.conftest import SECRET_KEY, Facts, MakeNode, Receiver, ended
 
 SPACE = "orbit-drill-left"
@@ -72,6 +73,15 @@ async def test_a_drill_passes_beside_running_nodes(
     assert hand["node_id"] not in {node.node_id, other.node_id}
     assert facts("SELECT FROM cycle_lease UNION ALL SELECT FROM dispatch_lease") == []
     assert facts("SELECT FROM namespace_fence WHERE is_halted") == []
+    async with asking(node) as api:  # what an operator looks at is what it was before
+        (shown,) = (await api.get("/cycles/recent")).json()["items"]
+        assert shown["cycleRunId"] == sent.cycle_id
+        lanes = (await api.get("/lanes")).json()["items"]
+        assert [one["namespace"] for one in lanes] == ["brand"]
+        asked = {"namespace": found.namespace, "limit": 200}
+        drilled = (await api.get("/cycles", params=asked)).json()["items"]
+        assert len(drilled) == REQUESTS
+    assert facts("SELECT FROM lane_tally WHERE namespace = %s", found.namespace) == []
 
 
 async def test_a_drill_without_a_node(dsn: str, facts: Facts) -> None:
@@ -138,6 +148,7 @@ async def test_what_a_killed_drill_leaves_ends(make_node: MakeNode, facts: Facts
     assert facts("SELECT FROM dispatch_lease") == []
     (dead,) = facts("SELECT * FROM dead_letter_dispatch")
     assert dead["cause"] == "the drill ended before it was sent"
+    assert facts("SELECT FROM lane UNION ALL SELECT FROM lane_tally") == []
     (decision,) = facts("SELECT * FROM dead_letter_decision")
     assert (decision["namespace"], decision["job_id"]) == (SPACE, dead["job_id"])
 

@@ -33,6 +33,7 @@ from orbit.reading.view import (
     read_all,
     read_page,
 )
+from orbit.vocabulary import DRILL_PREFIX
 
 SQL = load("reading")
 MAX_LINEAGE = 10_000
@@ -192,7 +193,7 @@ async def cycles(
     cursor: str | None = None,
     within: Sequence[str] | None = None,
 ) -> Page[CycleSummary]:
-    """Cycles newest first, in a namespace, of a run profile, in a state.
+    """Cycles newest first, in a namespace, of a run profile, in a state; drills' if asked for.
 
     `within`, here and in all of reading: the namespaces that there are for who asks; None: all.
 
@@ -205,9 +206,8 @@ async def cycles(
 
     async def scan(after: Position | None, count: int) -> Sequence[Row]:
         before = after[0] if after else LARGEST_ID
-        return await database.fetch_all(
-            query, {"namespaces": namespaces, "before": before, "count": count}
-        )
+        asked = {"namespaces": namespaces, "before": before, "count": count}
+        return await database.fetch_all(query, {**asked, "drills": DRILL_PREFIX})
 
     async def choose(rows: Sequence[Row]) -> Mapping[Position, CycleSummary]:
         asked = [row for row in rows if run_profile_id in (None, row["run_profile_id"])]

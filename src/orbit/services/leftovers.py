@@ -1,7 +1,8 @@
 """Ends what a drill has left undone: nobody else takes it, and nothing of it is to be sent.
 
 A drill ends so itself. What one has left whose node was killed ends here once its time, and that of
-its halt, is over: its cycles fail, its jobs end as dead letters that are discarded at once. Several
+its halt, is over: its cycles fail, its jobs end as dead letters that are discarded at once. Its
+lanes go with it, or the list of lanes would name every drill there was; its facts stay. Several
 nodes at it do no harm: each works on what it has claimed.
 """
 
@@ -67,6 +68,9 @@ class Leftovers:
         for row in await self._database.fetch_all(SQL.undecided_dead_letters, asked):
             with suppress(Refused):
                 await self._dead_letters.discard(row["job_id"], _WHY)
+        async with self._database.transaction() as connection:
+            await connection.execute(SQL.forget_tallies, asked)
+            await connection.execute(SQL.forget_lanes, asked)
 
     async def _fail(self, cycle: ClaimedCycle) -> None:
         result = StageResult(cycle, is_end=True)

@@ -22,6 +22,17 @@ SELECT DISTINCT namespace FROM cycle_lease
 WHERE starts_with(namespace, %(drills)s) AND cycle_id < %(before)s::uuid
 ORDER BY namespace;
 
+-- name: forget_tallies
+-- What attempts came to, of a namespace that has no work: nobody looks at it again. Its receipts
+-- stay.
+DELETE FROM lane_tally WHERE namespace = %(namespace)s AND NOT EXISTS (
+    SELECT FROM dispatch_lease WHERE dispatch_lease.namespace = lane_tally.namespace);
+
+-- name: forget_lanes
+-- The lanes of such a namespace. To follow forget_tallies.
+DELETE FROM lane WHERE namespace = %(namespace)s AND NOT EXISTS (
+    SELECT FROM dispatch_lease WHERE dispatch_lease.namespace = lane.namespace);
+
 -- name: undecided_dead_letters
 -- The dead letters of a namespace that nobody decided on.
 SELECT dead.job_id::text FROM dead_letter_dispatch dead

@@ -9,9 +9,10 @@
 SELECT (SELECT max(version_num) FROM alembic_version) AS schema_revision;
 
 -- name: cycle_window
--- The cycles before one, newest first, over all namespaces. cycle_run_newest serves it.
+-- The cycles before one, newest first, over all namespaces but drills'. cycle_run_newest serves it.
 SELECT namespace, cycle_id, run_profile_id FROM cycle_run
-WHERE cycle_id < %(before)s::uuid ORDER BY cycle_id DESC LIMIT %(count)s;
+WHERE cycle_id < %(before)s::uuid AND NOT starts_with(namespace, %(drills)s::text)
+ORDER BY cycle_id DESC LIMIT %(count)s;
 
 -- name: cycle_window_of_namespaces
 -- The same in some namespaces. The primary key serves it, once for each.
