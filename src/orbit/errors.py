@@ -156,6 +156,12 @@ class SecondPersonRequired(Refused):
     code = "second_person_required"
 
 
+class OperatorRequired(Refused):
+    """Who may only agree to a resumption is not the first to ask for it."""
+
+    code = "operator_required"
+
+
 class TooManySessions(Refused):
     """A key has, or has just begun, as many sessions or links as one may have."""
 

@@ -56,7 +56,7 @@ ROUTES: Mapping[tuple[str, str], str] = {
     ("POST", "/dead-letters/{jobId}/requeue"): "operator",
     ("POST", "/dead-letters/{jobId}/discard"): "operator",
     ("POST", "/governance/namespaces/{namespace}/halt"): "operator",
-    ("POST", "/governance/namespaces/{namespace}/resume"): "operator",
+    ("POST", "/governance/namespaces/{namespace}/resume"): "operator or approver",
     ("POST", "/governance/drills/halt"): "operator everywhere",
     ("POST", "/governance/namespaces/{namespace}/settings"): "admin",
     ("GET", "/keys"): "admin",

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -116,7 +117,7 @@ async def test_a_halt_is_told_in_full(node: Node, api: httpx.AsyncClient) -> Non
 async def test_a_brake_needs_no_body_and_no_known_namespace(api: httpx.AsyncClient) -> None:
     """An emergency is no time for forms; what can be no namespace is refused."""
     answer = await api.post("/governance/namespaces/nobody-knows/halt")
-    assert answer.json()["quiesced"] is True
+    assert (answer.json()["quiesced"], answer.json()["known"]) == (True, False)
     bad = await api.post("/governance/namespaces/-bad/halt")
     assert bad.status_code == 404
     pages = [(await api.post("/governance/namespaces/nobody-knows/halt")).json() for _ in range(2)]
@@ -298,6 +299,51 @@ async def test_two_persons_have_two_keys(
     assert verify(dsn).findings == []
 
 
+async def test_an_approver_agrees_and_does_not_begin(
+    make_node: MakeNode, receiver: Receiver
+) -> None:
+    """What an operator asked for an approver ends; nothing before that, nor where one is enough."""
+    node = await make_node(auth="on", dispatch_endpoints=(receiver.endpoint("out"),))
+    path, why = "/governance/namespaces/brand", {"reason": "mended"}
+    async with (
+        asking(node, await key_of(node, "admin")) as admin,
+        asking(node, await key_of(node, "operator")) as operator,
+        asking(node, await key_of(node, "approver", namespaces=["brand"])) as approver,
+    ):
+        for number in (1, 2):
+            await operator.post(f"{path}/halt")
+            refused = await approver.post(f"{path}/resume", json=why)
+            assert (refused.status_code, refused.json()["code"]) == (409, "operator_required")
+            if number == 1:
+                assert (await operator.post(f"{path}/resume", json=why)).status_code == 200
+                rule = why | {"twoPersonResume": True}
+                assert (await admin.post(f"{path}/settings", json=rule)).status_code == 200
+        asked = await operator.post(f"{path}/resume", json=why)
+        assert asked.json()["state"] == "halted"
+        assert (await approver.post(f"{path}/resume", json=why)).json()["state"] == "running"
+
+
+async def test_why_a_namespace_is_halted_outlasts_a_second_halt(
+    node: Node, api: httpx.AsyncClient
+) -> None:
+    """Who halts again to wait on need not say it again; what was said before it ran is over."""
+    path = "/governance/namespaces/brand"
+
+    async def why() -> list[Any]:
+        shown = (await api.get(path)).json()["reason"]
+        (one,) = (await api.get("/status")).json()["haltedNamespaces"]
+        return [shown, one["reason"]]
+
+    await api.post(f"{path}/halt", json={"reason": "wrong prices"})
+    assert (await api.post(f"{path}/halt")).json()["known"] is True
+    assert await why() == ["wrong prices"] * 2
+    await api.post(f"{path}/halt", json={"reason": "still wrong"})
+    assert await why() == ["still wrong"] * 2
+    await api.post(f"{path}/resume", json={"reason": "mended"})
+    await api.post(f"{path}/halt")
+    assert await why() == [None] * 2
+
+
 async def test_until_resumes_by_itself(node: Node, facts: Facts) -> None:
     """Some node notices; the record says what ended it."""
     await node.brake.halt(ANN, until=node.clock.now() + timedelta(seconds=0.3))
@@ -308,15 +354,23 @@ async def test_until_resumes_by_itself(node: Node, facts: Facts) -> None:
 
 async def orbit(dsn: str, *arguments: str, code: int = 0) -> str:
     """What a verb prints; it must end with the code."""
+    out, _ = await said(dsn, *arguments, code=code)
+    return out
+
+
+async def said(dsn: str, *arguments: str, code: int, **given: str) -> tuple[str, str]:
+    """What a verb prints on stdout and stderr; it must end with the code."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "orbit", *arguments),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env=os.environ | {"DATABASE_URL": dsn, "ORBIT_SECRET_KEYS": SECRET_KEY, "PORT": "1"},
+        env=os.environ
+        | {"DATABASE_URL": dsn, "ORBIT_SECRET_KEYS": SECRET_KEY, "PORT": "1"}
+        | given,
     )
     out, error = await process.communicate()
     assert process.returncode == code, (process.returncode, out, error)
-    return out.decode()
+    return out.decode(), error.decode()
 
 
 async def test_halt_and_resume_without_a_node(dsn: str, facts: Facts) -> None:
@@ -333,6 +387,23 @@ async def test_halt_and_resume_without_a_node(dsn: str, facts: Facts) -> None:
     await orbit(dsn, "resume", "brand", "--reason", "mended", code=3)
     assert facts("SELECT step FROM namespace_resume") == [{"step": "asked"}]
     await orbit(dsn, "resume", "brand", "--reason", " ", code=2)
+    assert "asks to resume it" in await orbit(dsn, "status")
+
+
+async def test_a_verb_asks_for_a_time_as_people_say_it(
+    make_node: MakeNode, receiver: Receiver, configure: Configure, dsn: str, config_dir: Path
+) -> None:
+    """From now, or with a zone; and a name that is misspelt is named, though it is halted."""
+    configure(run_profile())
+    await make_node(dispatch_endpoints=(receiver.endpoint("out"),))
+    given = {"ORBIT_CONFIG_DIR": str(config_dir)}
+    _, refused = await said(dsn, "halt", "brand", "--until", "tomorrow", code=2)
+    assert "--until: expected a time with its zone (RFC 3339), or from now: 30m" in refused
+    out, hint = await said(dsn, "halt", "brnad", "--until", "30m", code=0, **given)
+    assert "is halted until" in out
+    assert "did you mean brand?" in hint
+    _, hint = await said(dsn, "halt", "brand", code=0, **given)
+    assert "did you mean" not in hint
 
 
 async def test_a_halt_waits_for_no_connection_of_the_pool(make_node: MakeNode) -> None:

@@ -115,21 +115,26 @@ class Access:
             await self._node.refusals.note(actor, refusal)
 
 
-def require(scope: str, *, is_everywhere: bool = False) -> Callable[[Request], Awaitable[None]]:
-    """A dependency that lets those with the scope pass; with `is_everywhere`, in all namespaces."""
-    needed = Scope(scope)
+def require(*scopes: str, is_everywhere: bool = False) -> Callable[[Request], Awaitable[None]]:
+    """A dependency that lets those with one of the scopes pass.
+
+    With `is_everywhere` only those who have it in all namespaces.
+    """
+    needed = [Scope(scope) for scope in scopes]
+    named = " or ".join(needed)
 
     async def check(request: Request) -> None:
         if request.app.state.node.settings.metrics_open and request.url.path == "/metrics":
             return
         actor = actor_of(request)
-        if actor.may(needed) and (actor.namespaces is None or not is_everywhere):
+        may = any(map(actor.may, needed))
+        if may and (actor.namespaces is None or not is_everywhere):
             return
         place = " in every namespace" if is_everywhere else ""
-        text = f"this needs the scope {needed}{place}"
+        text = f"this needs the scope {named}{place}"
         raise HttpRefusal(HTTPStatus.FORBIDDEN, "forbidden", text)
 
-    setattr(check, _DECLARED, f"{needed}{' everywhere' if is_everywhere else ''}")
+    setattr(check, _DECLARED, f"{named}{' everywhere' if is_everywhere else ''}")
     return check
 
 

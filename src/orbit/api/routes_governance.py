@@ -17,6 +17,7 @@ from orbit.api.access import actor_of, check_namespace, require
 from orbit.api.bodies import Bodies, Body, Instant, PageFilter, Reason, body_schema
 from orbit.app import Node
 from orbit.errors import NotFound
+from orbit.governance.actor import Scope
 from orbit.governance.halt import Halted, Order, check_reason
 from orbit.governance.rules import ALL, set_two_persons
 from orbit.reading.halts import (
@@ -65,7 +66,8 @@ class HaltAnswer(View):
     is resumed. Else `fenced` says whether all claims from before were over, and `in_flight`, of
     which at most 1,000 are listed, those still out first, what has no outcome yet and on which
     node. `in_force` is false if it was resumed meanwhile. Unless `seen`, the database was lost once
-    the halt was written, and nothing of this is known: halt again.
+    the halt was written, and nothing of this is known: halt again. Unless `known`, no run profile
+    and no cycle was ever of a namespace of that name: it is halted, and may be misspelt.
     """
 
     namespace: str
@@ -79,6 +81,7 @@ class HaltAnswer(View):
     waited_seconds: float
     in_flight_count: int
     still_out: int
+    known: bool
     in_flight: list[FlightView]
 
 
@@ -129,15 +132,19 @@ def _add_brake(router: APIRouter, node: Node, bodies: Bodies) -> None:
     @router.post(
         "/{namespace}/resume",
         summary="Let a halted namespace go on",
-        dependencies=[Depends(require("operator"))],
+        dependencies=[Depends(require("operator", "approver"))],
         openapi_extra=body_schema(ResumeBody, is_required=True),
     )
     async def resume(
         request: Request, namespace: Name, body: ResumeBody = read_resume
     ) -> ResumeAnswer:
-        """409 `not_halted`, `halted_anew`, or `second_person_required` for the same person."""
+        """409 `not_halted`, `halted_anew`, or `second_person_required` for the same person.
+
+        An approver agrees to what an operator has asked for; before that, 409 `operator_required`.
+        """
         order = _order(request, namespace, body.reason)
-        found = await node.brake.resume(order, epoch=body.epoch)
+        is_second = not actor_of(request).may(Scope.OPERATOR)
+        found = await node.brake.resume(order, epoch=body.epoch, is_second=is_second)
         state = "halted" if found.is_halted else "running"
         return ResumeAnswer(found.namespace, found.epoch, state, found.asked_by)
 
@@ -206,5 +213,6 @@ def _answer(found: Halted) -> HaltAnswer:
         waited_seconds=found.waited_seconds,
         in_flight_count=len(flights),
         still_out=sum(one.outcome is None for one in flights),
+        known=found.is_known,
         in_flight=[flight_view(one) for one in flights[:MAX_IN_FLIGHT]],
     )

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from orbit.cli.client import connected
-from orbit.cli.options import Json, settings
+from orbit.cli.options import WHEN, Json, instant, settings
 from orbit.cli.outcome import ExitCode, fail
 from orbit.cli.terminal import note, print_json, say, show, table, when
+from orbit.errors import OrbitError
+from orbit.vocabulary import nearest
+
+if TYPE_CHECKING:
+    from orbit.cli.client import Api
 
 _SHOWN = 20
 Namespace = Annotated[str, typer.Argument(help="The namespace.")]
@@ -33,25 +39,28 @@ def halt(
         float, typer.Option("--wait", min=0, max=300, help="Seconds for what is in flight to end.")
     ] = 10.0,
     until: Annotated[
-        str | None, typer.Option("--until", help="Resume by itself then: RFC 3339, with a zone.")
+        str | None,
+        typer.Option("--until", metavar="WHEN", help=f"Resume by itself then: {WHEN}."),
     ] = None,
     is_direct: Direct = False,
     is_json: Json = False,
 ) -> None:
     """Halt a namespace: nothing of it is sent until it is resumed."""
-    body = {"reason": reason, "waitSeconds": wait, "until": until}
+    body = {"reason": reason, "waitSeconds": wait, "until": instant(until, "--until")}
     given = {name: value for name, value in body.items() if value is not None}
     # The answer comes after the wait, and a busy database may need some time of its own.
     with connected(
         settings(), is_direct=is_direct, is_urgent=True, patience_seconds=wait + 30
     ) as api:
         answer = api.post(f"/governance/namespaces/{namespace}/halt", given)
-    if is_json:
-        print_json(answer)
-    else:
-        for line in halt_lines(answer):
-            say(line)
-        _show_out(answer)
+        if is_json:
+            print_json(answer)
+        else:
+            for line in halt_lines(answer):
+                say(line)
+            _show_out(answer)
+        if not answer["known"]:
+            _warn_of_name(api, namespace)
     if not answer["quiesced"]:
         fail(ExitCode.VERIFICATION_FAILED)
 
@@ -120,6 +129,15 @@ def halt_lines(answer: Mapping[str, Any]) -> Iterator[str]:
         yield "it was resumed meanwhile"
     if not answer["fenced"]:
         yield "a claim that began before is still under way; it will find the halt, or has claimed"
+
+
+def _warn_of_name(api: Api, namespace: str) -> None:
+    """At night names are misspelt, and the right one goes on."""
+    names: set[str] = set()
+    with suppress(OrbitError):  # the halt is done; this only looks for a hint
+        names = {one["namespace"] for one in api.get("/run-profiles")["items"]}
+    hint = nearest(namespace, sorted(names))
+    note(f"Nothing of that name is configured or ever ran here{hint or '; is it the right one?'}")
 
 
 def _ends(answer: Mapping[str, Any]) -> str:

@@ -6,24 +6,18 @@ the first key can be made. A key's text is printed once, alone on stdout, and no
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orbit.cli.options import Json, group, settings
+from orbit.cli.options import WHEN, Json, duration, group, instant, settings
 from orbit.cli.terminal import note, print_json, say, show, table, when
-from orbit.errors import RequestInvalid
 
 if TYPE_CHECKING:
     from orbit.cli.client import Api
-
-_DURATION = re.compile(r"(\d{1,6})([smhd])")
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
 class ScopeName(StrEnum):
@@ -41,7 +35,7 @@ Direct = Annotated[
 ]
 Expires = Annotated[
     str | None,
-    typer.Option("--expires", metavar="WHEN", help="A time (RFC 3339), or from now: 12h, 90d."),
+    typer.Option("--expires", metavar="WHEN", help=f"{WHEN}."),
 ]
 Why = Annotated[str | None, typer.Option("--reason", help="Why; it is kept.")]
 KeyId = Annotated[str, typer.Argument(metavar="KEY_ID", help="As `orbit keys list` shows it.")]
@@ -64,7 +58,7 @@ def create(
         "name": name,
         "scopes": [one.value for one in dict.fromkeys(scope)],
         "namespaces": list(dict.fromkeys(namespace or ["*"])),
-        "expiresAt": _instant(expires),
+        "expiresAt": instant(expires, "--expires"),
         "reason": reason,
     }
     with _asking(is_direct=is_direct) as api:
@@ -95,9 +89,13 @@ def rotate(
     is_json: Json = False,
 ) -> None:
     """Make a key's successor; both are good for a while."""
-    seconds = int(_duration(overlap, "--overlap").total_seconds())
+    seconds = int(duration(overlap, "--overlap").total_seconds())
     with _asking(is_direct=is_direct) as api:
-        body = {"overlapSeconds": seconds, "expiresAt": _instant(expires), "reason": reason}
+        body = {
+            "overlapSeconds": seconds,
+            "expiresAt": instant(expires, "--expires"),
+            "reason": reason,
+        }
         _tell(api.post(f"/keys/{key_id}/rotate", body), is_json=is_json)
 
 
@@ -183,30 +181,3 @@ def _row(key: Any) -> tuple[str, ...]:
         when(min(until)) if until else "",
         when(key["lastUsedAt"]) if key["lastUsedAt"] else "never",
     )
-
-
-def _instant(text: str | None) -> str | None:
-    if text is None:
-        return None
-    if _DURATION.fullmatch(text):
-        return _from_now(_duration(text, "--expires"))
-    try:
-        at = datetime.fromisoformat(text)
-    except ValueError:
-        at = None
-    if at is None or at.tzinfo is None:
-        raise RequestInvalid("--expires: expected a time with its zone (RFC 3339), or 12h, 90d")
-    return at.astimezone(UTC).isoformat()
-
-
-def _duration(text: str, name: str) -> timedelta:
-    found = _DURATION.fullmatch(text)
-    if found is None:
-        raise RequestInvalid(f"{name}: expected a duration like 90s, 30m, 24h or 90d")
-    return timedelta(**{_UNITS[found[2]]: int(found[1])})
-
-
-def _from_now(duration: timedelta) -> str:
-    from orbit.clock import SystemClock
-
-    return (SystemClock().now() + duration).isoformat()

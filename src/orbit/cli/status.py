@@ -151,7 +151,9 @@ def halted_line(one: Any) -> str:
     """A halted namespace, who halted it, and why."""
     until = f", until {when(one['untilAt'])}" if one.get("untilAt") else ""
     why = f": {one['reason']}" if one.get("reason") else ""
-    return f"{one['namespace']} (by {one['actor']} at {when(one['haltedAt'])}{until}{why})"
+    asked = one.get("resumeAskedBy")
+    second = f"; {asked} asks to resume it, and a second person has to agree" if asked else ""
+    return f"{one['namespace']} (by {one['actor']} at {when(one['haltedAt'])}{until}{why}){second}"
 
 
 def _cycles_text(cycles: Mapping[str, Any]) -> str:

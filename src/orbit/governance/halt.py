@@ -34,7 +34,13 @@ from orbit.audit import trail
 from orbit.audit.trail import Act
 from orbit.database.pool import TRANSIENT, Connection, Database, first_line
 from orbit.database.queries import load
-from orbit.errors import HaltedAnew, NotHalted, RequestInvalid, SecondPersonRequired
+from orbit.errors import (
+    HaltedAnew,
+    NotHalted,
+    OperatorRequired,
+    RequestInvalid,
+    SecondPersonRequired,
+)
 from orbit.governance.in_flight import Flight, Look, listed, look, with_outcomes
 from orbit.governance.rules import needs_two_persons
 from orbit.governance.turns import Turns
@@ -68,7 +74,8 @@ class Order:
 class Halted:
     """A halt's answer; `is_fenced`: no claim from before it was under way any more.
 
-    Unless `is_seen`, the database did not answer to the end, and what is out is not known.
+    Unless `is_seen`, the database did not answer to the end, and what is out is not known. Unless
+    `is_known`, nothing was ever of a namespace of that name: it may be misspelt.
     """
 
     namespace: str
@@ -81,6 +88,7 @@ class Halted:
     waited_seconds: float
     in_flight: tuple[Flight, ...]
     is_seen: bool = True
+    is_known: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +100,7 @@ class _Proof:
     out: frozenset[tuple[str, int]] = frozenset()
     flights: tuple[Flight, ...] = ()
     is_seen: bool = False
+    is_known: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +166,15 @@ class Brake:
         _tell(answer)
         return answer
 
-    async def resume(self, order: Order, *, epoch: int | None = None) -> Resumed:
+    async def resume(
+        self, order: Order, *, epoch: int | None = None, is_second: bool = False
+    ) -> Resumed:
         """Lets a namespace go on, or, where two persons are needed, notes that the first agrees.
 
-        `epoch`: only if it is this halt that is in force, and nobody has halted anew. Raises
-        RequestInvalid (no reason), NotHalted, HaltedAnew, and SecondPersonRequired if the same
-        person asks twice.
+        `epoch`: only if it is this halt that is in force, and nobody has halted anew. `is_second`:
+        who asks may only agree to what another has asked for. Raises RequestInvalid (no reason),
+        NotHalted, HaltedAnew, OperatorRequired (nobody has asked), and SecondPersonRequired if the
+        same person asks twice.
         """
         check_reason(order.reason)
         async with (
@@ -170,7 +182,7 @@ class Brake:
             self._database.apart() as connection,
             connection.transaction(),
         ):
-            answer = await self._resume(connection, order, epoch)
+            answer = await self._resume(connection, order, epoch, is_second=is_second)
         self._on_changed()
         log.info(
             "resume_asked" if answer.is_halted else "namespace_resumed",
@@ -255,7 +267,14 @@ class Brake:
             again = await listed(connection, namespace)
             flights += [one for one in again if one.key not in known]
         ends = await with_outcomes(connection, namespace, flights, last.out)
-        return _Proof(is_fenced, last.is_in_force, last.out, tuple(ends), is_seen=True)
+        return _Proof(
+            is_fenced,
+            last.is_in_force,
+            last.out,
+            tuple(ends),
+            is_seen=True,
+            is_known=bool(flights) or await _is_known(connection, namespace),
+        )
 
     async def _raise(
         self, connection: Connection, order: Order, until: datetime | None, deadline: float
@@ -339,7 +358,9 @@ class Brake:
 
     # ---- resuming
 
-    async def _resume(self, connection: Connection, order: Order, wanted: int | None) -> Resumed:
+    async def _resume(
+        self, connection: Connection, order: Order, wanted: int | None, *, is_second: bool
+    ) -> Resumed:
         await connection.execute(SQL.bound_locks)
         fence = await self._fence(connection, order.namespace)
         if fence is None:
@@ -348,10 +369,17 @@ class Brake:
         if wanted not in (None, epoch):
             text = f"namespace {order.namespace} was halted anew: this is epoch {epoch}"
             raise HaltedAnew(text, epoch=epoch)
-        if not await needs_two_persons(connection, order.namespace):
+        is_guarded = await needs_two_persons(connection, order.namespace)
+        asked = await self._asked(connection, order.namespace, epoch) if is_guarded else None
+        if is_second and asked is None:
+            raise OperatorRequired(
+                f"an operator resumes namespace {order.namespace}, or asks for it first"
+                if is_guarded
+                else f"namespace {order.namespace} is resumed by one person: an operator"
+            )
+        if not is_guarded:
             await self._lower(connection, order, epoch, "person")
             return Resumed(order.namespace, epoch, False, None)
-        asked = await self._asked(connection, order.namespace, epoch)
         if asked is None:
             await self._write_resume(connection, order, epoch, "asked", "person")
             await trail.append(connection, _act(order, "resume.asked", epoch))
@@ -413,6 +441,13 @@ def check_reason(reason: str | None) -> None:
         raise RequestInvalid("reason: expected 1 to 1000 characters that say why")
 
 
+async def _is_known(connection: Connection, namespace: str) -> bool:
+    """Whether anything is of a namespace of that name."""
+    asked = {"namespace": namespace}
+    row = await (await connection.execute(SQL.is_known, asked)).fetchone()
+    return row is not None and bool(row["is_known"])
+
+
 class _Apart:
     """A connection of the halt's own, asked for until the deadline: the server may be full."""
 
@@ -448,6 +483,7 @@ def _answer(namespace: str, row: dict[str, Any], proof: _Proof, seconds: float) 
         waited_seconds=seconds,
         in_flight=proof.flights,
         is_seen=proof.is_seen,
+        is_known=proof.is_known,
     )
 
 

@@ -29,7 +29,10 @@ _HIGHEST = str(2**62)
 
 @dataclass(frozen=True, slots=True)
 class HaltedNamespace(View):
-    """A namespace that is halted now; `resume_asked_by` the first of two persons."""
+    """A namespace that is halted now; `resume_asked_by` the first of two persons.
+
+    `reason` is the last that was given since it ran.
+    """
 
     namespace: str
     epoch: int

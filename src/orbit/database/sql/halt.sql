@@ -35,6 +35,15 @@ SELECT set_config('lock_timeout', %(milliseconds)s::int::text, true);
 -- that ask for it wait behind; so to follow bound_pass, in a transaction of its own.
 SELECT pg_advisory_xact_lock(orbit_fence_key(%(namespace)s));
 
+-- name: is_known
+-- Whether anything is of a namespace: a run profile of the configuration in force, a schedule, or a
+-- cycle of any time. The primary keys serve it.
+SELECT EXISTS (SELECT FROM config_active JOIN config_revision USING (revision)
+        CROSS JOIN LATERAL jsonb_array_elements(body::jsonb -> 'run_profiles') AS one
+        WHERE one ->> 'namespace' = %(namespace)s)
+    OR EXISTS (SELECT FROM schedule WHERE namespace = %(namespace)s)
+    OR EXISTS (SELECT FROM cycle_run WHERE namespace = %(namespace)s) AS is_known;
+
 -- name: attempts_in_flight
 -- The open attempts of a namespace, on whichever node. dispatch_lease_taken serves it.
 SELECT job_id::text, cycle_id::text, endpoint_key, node_id::text, lease_number, attempt
