@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from datetime import timedelta
+from typing import Any
 
 import psycopg
 import pytest
@@ -78,7 +79,7 @@ async def test_a_drill_passes_beside_running_nodes(
         assert shown["cycleRunId"] == sent.cycle_id
         lanes = (await api.get("/lanes")).json()["items"]
         assert [one["namespace"] for one in lanes] == ["brand"]
-        asked = {"namespace": found.namespace, "limit": 200}
+        asked: dict[str, Any] = {"namespace": found.namespace, "limit": 200}
         drilled = (await api.get("/cycles", params=asked)).json()["items"]
         assert len(drilled) == REQUESTS
     assert facts("SELECT FROM lane_tally WHERE namespace = %s", found.namespace) == []

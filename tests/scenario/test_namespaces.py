@@ -470,7 +470,7 @@ async def test_a_viewer_sees_no_text_of_a_free_object(
     free: dict[str, Any] = {"a": [{"b": "SECRET", "c": 1}], "d": True, "e": None}
     shown = {"a": [{"b": "(withheld)", "c": 1}], "d": True, "e": None}
     names = ("style_vector", "asset_bindings", "execution_rules", "distribution_map")
-    nova = profile(value_tags={"team": "blue"}, **dict.fromkeys(names, free))
+    nova = profile(value_tags={"team": "blue"}) | dict.fromkeys(names, free)
     configure(run_profile(namespace=OWN, asset_bundle=free), profiles=[nova])
     node = await make_node(auth="on", dispatch_endpoints=(receiver.endpoint("out"),))
     for scope, expected in (("viewer", shown), ("operator", free), ("approver", free)):
