@@ -42,7 +42,7 @@ from orbit.execution.transformation import Transformer
 from orbit.execution.wire import Wire
 from orbit.governance import local_key
 from orbit.governance.actor import EVERYWHERE, Scope
-from orbit.governance.authentication import Authentication
+from orbit.governance.authentication import WAYS_IN, Authentication
 from orbit.governance.fence import Fences
 from orbit.governance.halt import Brake
 from orbit.governance.keys import Grant, Keys
@@ -74,7 +74,6 @@ from orbit.vault import Vault, load_or_create_key_file
 
 NODE_SQL = load("node")
 _LEAST_TRANSACTION_SECONDS = 10.0
-_ENTRANCE_CONNECTIONS = 2
 _LEAVING_SECONDS = 0.5  # at the end of a drain: for the last services and the node's row
 _LAST_SECONDS = LAST_WORDS_SECONDS + 2 * _LEAVING_SECONDS  # kept back of the drain's time
 log = structlog.get_logger(__name__)
@@ -119,8 +118,11 @@ class Store:
         await self.database.open()
 
     async def open_entrance(self) -> Database:
-        """A few connections beside the pool, to look at keys: who halts waits for no work."""
-        self.entrance = self._pool(self.database.dsn, 1, _ENTRANCE_CONNECTIONS)
+        """Connections beside the pool, open before they are needed, to look at keys.
+
+        Who halts waits for no work, nor for a new connection to a busy server.
+        """
+        self.entrance = self._pool(self.database.dsn, WAYS_IN, WAYS_IN)
         await self.entrance.open()
         return self.entrance
 

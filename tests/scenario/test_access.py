@@ -457,6 +457,30 @@ async def test_no_flood_of_bad_keys_keeps_a_good_one_out(node: Node) -> None:
         await asyncio.gather(*attackers)
 
 
+async def test_a_flood_keeps_waiting_only_who_comes_the_same_way(node: Node) -> None:
+    """While those who failed are looked at, others' new keys, and who was in before, get in."""
+    before, new, beside = [await key_of(node, "operator") for _ in range(3)]
+    async with (
+        asking(node, Token.make(), peer="10.1.1.1") as failing,
+        asking(node, beside, peer="10.1.1.1") as behind,
+        asking(node, before, peer="10.1.1.1") as known,
+        asking(node, new, peer="10.1.1.2") as elsewhere,
+    ):
+        assert (await known.get("/cycles")).status_code == 200
+        for _ in range(FREE_FAILURES):
+            assert (await failing.get("/cycles")).status_code == 401
+        node.authentication.forget()
+        async with (
+            node.authentication._suspect
+        ):  # a look at one of a flood, for as long as it takes
+            waiting = asyncio.create_task(behind.get("/cycles"))
+            async with asyncio.timeout(30):
+                assert (await elsewhere.get("/cycles")).status_code == 200
+                assert (await known.get("/cycles")).status_code == 200
+            assert not waiting.done()
+        assert (await waiting).status_code == 200
+
+
 async def test_a_dead_session_locks_nobody_out(node: Node, acts: list[Act]) -> None:
     """A tab that goes on polling is 401, loses its cookie, and counts as no guess."""
     token = await key_of(node, "viewer")

@@ -38,6 +38,21 @@ def test_pauses_grow_to_a_minute_and_no_further() -> None:
     assert slowing.wait_seconds("b") == 0.0
 
 
+def test_who_has_used_up_what_is_free_is_known_for_a_while() -> None:
+    """Also between pauses; and no longer than a quarter of an hour after the last failure."""
+    clock = Hand()
+    slowing = Slowing(clock)
+    for _ in range(FREE_FAILURES):
+        assert not slowing.is_slowed("a")
+        slowing.failed("a")
+    assert slowing.is_slowed("a")
+    assert not slowing.is_slowed("b")
+    clock.seconds = 900.0
+    assert slowing.is_slowed("a")
+    clock.seconds = 900.5
+    assert not slowing.is_slowed("a")
+
+
 def test_tries_during_a_pause_do_not_lengthen_it() -> None:
     """They are counted, for the trail, and change nothing."""
     clock = Hand()

@@ -5,9 +5,11 @@ within that, and busy clients cost the database one look a second. What is wrong
 remembered. Whatever goes wrong while it is decided is raised: nobody comes in by an error.
 
 No pause keeps a good key out: it is looked for all the same, and a pause only says how what is
-wrong is answered, and that the trail is spared it. So that a flood costs the database little, who
-was not in before shares a few looks at a time, in the order of coming. A session or a link that is
-over is nobody's guess, and counts as no failure.
+wrong is answered, and that the trail is spared it. So that a flood costs the database little and
+keeps nobody waiting but those who come the same way, there are three ways in, each with a
+connection of its own: for who was in before, for new keys from where nobody failed, and for the
+rest, one after the other in the order of coming. Failures are told one at a time. A session or a
+link that is over is nobody's guess, and counts as no failure.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from orbit.governance.slowing import Ration, Slowing
 STALE_SECONDS = 1.0
 _MOST_REMEMBERED = 4096
 _USE_SECONDS = 60.0
-_LOOKS_AT_ONCE = 4
+WAYS_IN = 3
 _Presented = tuple[str, bytes]  # what kind of secret it is, and its SHA-256
 log = structlog.get_logger(__name__)
 
@@ -55,7 +57,8 @@ class Authentication:
         self._ration = Ration(clock, MOST_A_MINUTE)
         self._remembered: OrderedDict[_Presented, tuple[Actor, float]] = OrderedDict()
         self._proven: OrderedDict[_Presented, None] = OrderedDict()
-        self._looks = asyncio.Semaphore(_LOOKS_AT_ONCE)
+        self._new, self._suspect = asyncio.Lock(), asyncio.Lock()
+        self._telling = asyncio.Lock()
         self._touched: dict[str, float] = {}
 
     async def by_key(self, text: str, source: str) -> Actor | None:
@@ -66,7 +69,8 @@ class Authentication:
         token = Token.of(text)
         if token is not None:
             presented = "key", hashlib.sha256(text.encode()).digest()
-            actor = await self._verified(presented, lambda: self._keys.verify(token))
+            way = self._suspect if self._slowing.is_slowed(source) else self._new
+            actor = await self._verified(presented, lambda: self._keys.verify(token), way)
             if actor is not None:
                 return actor
         self._check_pause(source)
@@ -76,11 +80,11 @@ class Authentication:
     async def by_session(self, secret: str) -> Actor | None:
         """The actor of a session's secret, or None; raises what the database raises."""
         presented = "session", hashlib.sha256(secret.encode()).digest()
-        return await self._verified(presented, lambda: self._sessions.verify(secret))
+        return await self._verified(presented, lambda: self._sessions.verify(secret), self._suspect)
 
     async def by_link(self, code: str) -> tuple[Actor, Session] | None:
         """The session that a link opens, or None."""
-        async with self._looks:
+        async with self._suspect:
             return await self._sessions.follow(code)
 
     async def failed(self, source: str, key_id: str | None = None) -> None:
@@ -95,7 +99,8 @@ class Authentication:
             "refusedBefore": refused,
             "leftOutOfAll": left_out,
         }
-        async with self._database.batch() as connection:  # the head is held for no round trip
+        # The head is held for no round trip, and a flood takes one connection of those for work.
+        async with self._telling, self._database.batch() as connection:
             await trail.append(connection, Act(EVERYWHERE, "access.failed", source, detail=detail))
 
     def forget(self) -> None:
@@ -108,15 +113,19 @@ class Authentication:
             raise TooManyFailures(seconds)
 
     async def _verified(
-        self, presented: _Presented, look: Callable[[], Awaitable[Verified | None]]
+        self,
+        presented: _Presented,
+        look: Callable[[], Awaitable[Verified | None]],
+        way: asyncio.Lock,
     ) -> Actor | None:
+        """Who it is; who was not in before comes in by `way`."""
         remembered = self._remembered.get(presented)
         if remembered is not None and self._clock.monotonic() < remembered[1]:
             return remembered[0]
         if presented in self._proven:
             verified = await look()
         else:
-            async with self._looks:
+            async with way:
                 verified = await look()
         if verified is None:
             self._remembered.pop(presented, None)

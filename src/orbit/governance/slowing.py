@@ -44,6 +44,13 @@ class Slowing:
         record.refused += 1
         return left
 
+    def is_slowed(self, source: str) -> bool:
+        """Whether the source has used up lately what is free, in a pause or not."""
+        record = self._records.get(source)
+        if record is None or self._clock.monotonic() - record.failed_at > _FORGOTTEN_SECONDS:
+            return False
+        return record.failures >= FREE_FAILURES
+
     def failed(self, source: str) -> int:
         """Counts a failure; how many tries were refused unseen since the last one."""
         now = self._clock.monotonic()
