@@ -206,6 +206,18 @@ def _walked_rows(node: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
         yield from _walked_rows(inner)
 
 
+def indexes(plan: Mapping[str, Any], tables: set[str]) -> set[str]:
+    """The indexes by which a plan finds rows of these tables; a scan without one by its kind."""
+    return set(_indexes(plan["Plan"], tables))
+
+
+def _indexes(node: Mapping[str, Any], tables: set[str]) -> Iterator[str]:
+    if node.get("Relation Name") in tables and node["Node Type"] != "ModifyTable":
+        yield node.get("Index Name", node["Node Type"])
+    for inner in node.get("Plans", ()):
+        yield from _indexes(inner, tables)
+
+
 def big_tables(connection: Connection) -> set[str]:
     """The tables, and the partitions of tables, with many rows."""
     rows = connection.execute(
