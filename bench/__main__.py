@@ -1,6 +1,6 @@
 """Measures one node as its users meet it: start, latency, cost, backlogs, bad neighbours.
 
-    python -m bench [start latency idle payload neighbours backlog halt audit pipeline drain]
+    python -m bench [start latency idle payload neighbours backlog halt fence audit pipeline drain]
 
 Each figure is of the real program (`orbit up` on an embedded server in a folder of its own) and
 the real receiver, printed as one JSON line. `pipeline` and `drain` run Orbit beside the peers'
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.audit import audit
+from bench.fence import fence
 from bench.halts import halt
 from bench.peers import drain, pipeline
 from bench.program import Bench
@@ -111,6 +112,7 @@ MEASUREMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "neighbours": neighbours,
     "backlog": backlog,
     "halt": halt,
+    "fence": fence,
     "audit": audit,
     "pipeline": pipeline,
     "drain": drain,
