@@ -380,6 +380,7 @@ class Node:
                 self.brake,
                 poll_seconds=settings.poll_seconds,
                 on_halted=self._recall,
+                is_busy=self._is_busy,
             )
         if "scheduler" in self.roles:
             self.scheduler = Scheduler(
@@ -485,6 +486,10 @@ class Node:
     async def _recall(self) -> None:
         if self.dispatcher is not None:
             await self.dispatcher.recall()
+
+    def _is_busy(self) -> bool:
+        has_cycles = self.runner is not None and bool(self.runner.running)
+        return has_cycles or (self.dispatcher is not None and self.dispatcher.in_flight > 0)
 
     def _wake_keeper(self) -> None:
         if self.keeper is not None:

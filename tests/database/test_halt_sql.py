@@ -427,9 +427,7 @@ async def test_a_halt_that_cannot_be_ended_now_keeps_no_other_from_its_end(
     for space in (SPACE, OTHER):
         await brake.halt(order(space=space), until=soon)
     fences = Fences()
-    keeper = FenceKeeper(
-        worker.database, fences, brake, poll_seconds=1.0, on_halted=_nothing_to_recall
-    )
+    keeper = keeper_of(worker, fences, brake)
 
     async def is_ended() -> bool:
         await keeper.run_once()
@@ -441,6 +439,26 @@ async def test_a_halt_that_cannot_be_ended_now_keeps_no_other_from_its_end(
             await eventually(is_ended, "the end of the other's halt")
     await keeper.run_once()
     assert await count(worker.database, "namespace_fence", "is_halted") == 0
+
+
+async def test_a_node_with_work_in_hand_looks_more_often(worker: Worker, brake: Brake) -> None:
+    """A halt on another node waits for it; one that has none rests for a poll length."""
+    assert await keeper_of(worker, Fences(), brake).run_once() == 1.0
+    assert await keeper_of(worker, Fences(), brake, is_busy=True).run_once() == 0.2
+
+
+def keeper_of(
+    worker: Worker, fences: Fences, brake: Brake, *, is_busy: bool = False
+) -> FenceKeeper:
+    """A keeper of a node that has nothing to give back."""
+    return FenceKeeper(
+        worker.database,
+        fences,
+        brake,
+        poll_seconds=1.0,
+        on_halted=_nothing_to_recall,
+        is_busy=lambda: is_busy,
+    )
 
 
 async def _nothing_to_recall() -> None:

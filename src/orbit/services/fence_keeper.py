@@ -1,6 +1,7 @@
 """The fence keeper: hears of halts, and ends those whose time is over.
 
-Every node that works looks once a poll length, at the halted namespaces only. What it hears is
+Every node that works looks once a poll length, at the halted namespaces only, and five times a
+second while it has work in hand, which a halt on another node may be waiting for. What it hears is
 handed on at once: what was claimed before a halt and has not begun is given back. The proof of a
 halt does not rest on it (`governance/halt`). That a halt ends at its time does: while no node is
 up, nobody ends it, and nothing is sent either.
@@ -20,10 +21,14 @@ from orbit.governance.halt import Brake
 from orbit.services.base import Service
 
 SQL = load("halt")
+_BUSY_SECONDS = 0.2
 
 
 class FenceKeeper(Service):
-    """Keeps a node's fences; `on_halted` is called when a halt was heard of."""
+    """Keeps a node's fences; `on_halted` is called when a halt was heard of.
+
+    `is_busy`: whether the node has work in hand.
+    """
 
     name = "fence_keeper"
 
@@ -35,14 +40,15 @@ class FenceKeeper(Service):
         *,
         poll_seconds: float,
         on_halted: Callable[[], Awaitable[None]],
+        is_busy: Callable[[], bool],
     ) -> None:
         super().__init__(database)
         self._fences, self._brake = fences, brake
-        self._poll_seconds, self._on_halted = poll_seconds, on_halted
+        self._poll_seconds, self._on_halted, self._is_busy = poll_seconds, on_halted, is_busy
         self._recalling: set[asyncio.Task[None]] = set()
 
     async def run_once(self) -> float:
-        """One look; rests for a poll length, or until woken by a change made here."""
+        """One look; rests until the next, or until woken by a change made here."""
         rows = await self._database.fetch_all(SQL.halted)
         if self._fences.learn(rows):
             # Beside the loop: giving jobs back may take a while, and another halt may come.
@@ -52,7 +58,7 @@ class FenceKeeper(Service):
         for row in rows:
             if row["is_over"]:
                 await self._end(row["namespace"])
-        return self._poll_seconds
+        return min(self._poll_seconds, _BUSY_SECONDS) if self._is_busy() else self._poll_seconds
 
     async def _recall(self) -> None:
         try:
