@@ -177,7 +177,7 @@ async def running_nodes(folder: Path, environ: dict[str, str]) -> AsyncIterator[
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request that reached the receiver; `at` is monotonic seconds."""
+    """One request that reached the receiver; `at` is monotonic seconds, `epoch` the claim's."""
 
     endpoint_key: str
     job_id: str
@@ -185,6 +185,7 @@ class Arrival:
     attempt: int
     digest: str
     at: float
+    epoch: int
 
 
 class CountingReceiver:
@@ -212,6 +213,7 @@ class CountingReceiver:
             attempt=int(headers["Orbit-Attempt"]),
             digest=sha256_hex(content),
             at=time.monotonic(),
+            epoch=int(headers["Orbit-Epoch"]),
         )
         assert headers["Idempotency-Key"] == arrival.job_id
         self.arrivals.append(arrival)

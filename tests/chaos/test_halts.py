@@ -97,7 +97,11 @@ class Load:
 async def test_nothing_arrives_between_quiesced_and_resume(
     dsn: str, owner_dsn: str, tmp_path: Path
 ) -> None:
-    """Three nodes under load, 200 halts over two namespaces, counted at the receiver."""
+    """Three nodes under load, 200 halts over two namespaces, counted at the receiver.
+
+    By the time at which a request came, and by the epoch that it was claimed under: none from
+    before a halt comes once that was quiesced, not even after the resumption.
+    """
     chance = random.Random(11)
     quiet: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
     in_flight = 0
@@ -135,6 +139,14 @@ async def test_nothing_arrives_between_quiesced_and_resume(
         if began < arrival.at < ended
     ]
     assert late == []
+    outdated = [
+        arrival
+        for arrival in arrivals
+        if arrival.epoch
+        < sum(began < arrival.at for began, _ in quiet[load.spaces[arrival.cycle_id]])
+    ]
+    assert outdated == []
+    assert max(arrival.epoch for arrival in arrivals) >= HALTS - 1
     assert sum(map(len, quiet.values())) == HALTS * len(SPACES)
     assert in_flight > HALTS, "the halts met with nothing"
     log.info("%d arrivals, %d in flight when halted, 0 late", len(arrivals), in_flight)

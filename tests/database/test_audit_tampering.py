@@ -107,6 +107,33 @@ def test_a_dropped_tail_is_found(
 
 
 @pytest.mark.usefixtures("trail")
+def test_an_entry_that_is_replaced_with_its_hash_is_found(dsn: str, owner: Owner) -> None:
+    """It is whole in itself; what comes after it names the hash that was there before."""
+    body, prev = owner.execute(
+        "SELECT replace(body, 'thing-4', 'thing-9'), prev FROM audit_trail_entry"
+        " WHERE log = 'ns' AND seq = 4"
+    ).fetchone() or ("", b"")
+    assert "thing-9" in body
+    owner.execute(
+        "UPDATE audit_trail_entry SET body = %s, hash = %s WHERE log = 'ns' AND seq = 4",
+        (body, Chain("ns").hash(4, prev, body.encode())),
+    )
+    assert found(dsn) == [
+        "ns entry 5: does not follow entry 4: its predecessor's hash differs",
+    ]
+
+
+@pytest.mark.usefixtures("trail")
+def test_dropped_entries_are_found(dsn: str, owner: Owner) -> None:
+    """The first is named, and up to which others are missing."""
+    owner.execute("DELETE FROM audit_trail_entry WHERE log = 'ns' AND seq IN (2, 4, 5)")
+    assert found(dsn) == [
+        "ns entry 2: is missing",
+        "ns entry 4: is missing, and those up to 5 are",
+    ]
+
+
+@pytest.mark.usefixtures("trail")
 def test_two_swapped_rows_are_found(dsn: str, owner: Owner) -> None:
     """Both are named."""
     owner.execute("ALTER TABLE audit_trail_entry DROP CONSTRAINT audit_trail_entry_pkey")
