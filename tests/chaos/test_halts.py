@@ -246,6 +246,37 @@ async def test_a_node_that_froze_before_its_first_byte_never_sends_it(
         assert all(b"Orbit-Attempt: 2\r\n" in end for end in sent)
 
 
+async def test_a_node_that_froze_longer_than_its_lease_does_not_send_afterwards(
+    dsn: str, tmp_path: Path
+) -> None:
+    """Nobody halted, so its own clock alone tells it; another node has the job, and sends it."""
+    authority = Authority(tmp_path)
+    server = SilentServer(authority.server("localhost"))
+    url = f"https://localhost:{server.port}/in"
+    endpoints = json.dumps([{"key": "alpha", "url": url, "timeout_seconds": 60}])
+    shape = RunProfileShape("only", "east", steps=(0, 0, 0), endpoint_keys=("alpha",))
+    given = {"ORBIT_DISPATCH_ENDPOINTS": endpoints, "SSL_CERT_FILE": str(authority.file)}
+
+    async def are_connected() -> bool:
+        return server.accepted == len(stage.nodes.alive)
+
+    async def have_ended() -> bool:
+        return len(server.ends) >= 2 and any(server.ends)
+
+    async with scene(tmp_path, [shape], dsn, ORBIT_LEASE_SECONDS="3", **given) as stage:
+        frozen = await stage.nodes.start()
+        await stage.client.trigger("only")
+        await eventually(are_connected, "a connection")
+        frozen.signal(signal.SIGSTOP)
+        await stage.nodes.start()
+        await eventually(are_connected, "the connection of who took it over")
+        server.may_speak.set()
+        frozen.signal(signal.SIGCONT)
+        await eventually(have_ended, "the end of both connections")
+    server.close()
+    assert not [end for end in server.ends if b"Orbit-Attempt: 1\r\n" in end]
+
+
 class SlowReader:
     """Takes connections and little of what comes; reads to the end when it is told to."""
 

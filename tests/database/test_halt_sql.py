@@ -119,6 +119,50 @@ async def test_no_claim_is_committed_after_a_halt_has_answered(
     assert claims[SPACE] > HALTS
 
 
+AMID_A_CLAIM = """
+CREATE FUNCTION wait_for_the_test() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    WHILE NOT pg_try_advisory_xact_lock_shared(42) LOOP PERFORM pg_sleep(0.01); END LOOP;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER wait_for_the_test BEFORE UPDATE ON dispatch_lease
+    FOR EACH ROW EXECUTE FUNCTION wait_for_the_test();
+"""
+FENCE_WAITS = "locktype = 'advisory' AND NOT granted"
+
+
+async def test_a_claim_that_has_read_the_flag_is_waited_for(
+    worker: Worker, brake: Brake, dsn: str, owner_dsn: str
+) -> None:
+    """It finds no halt, and commits after the halt did: what it took is in flight, and told."""
+    await add_snapshot(worker.database)
+    await worker.begin_dispatch()
+    await worker.queue.lanes()
+    with psycopg.connect(owner_dsn, autocommit=True) as owner:
+        owner.execute(AMID_A_CLAIM)
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as gate:
+        await gate.execute("SELECT pg_advisory_lock(42)")
+        claiming = asyncio.create_task(worker.take("one"))
+
+        async def is_amid_it() -> bool:
+            return await count(worker.database, "pg_stat_activity", "wait_event = 'PgSleep'") > 0
+
+        await eventually(is_amid_it, "a claim that has read the flag")
+        halting = asyncio.create_task(brake.halt(order(), wait_seconds=0.2))
+        await raised(worker)
+
+        async def is_waited_for() -> bool:
+            return halting.done() or await count(worker.database, "pg_locks", FENCE_WAITS) > 0
+
+        await eventually(is_waited_for, "the halt at the fence")
+        assert not halting.done()
+        await gate.execute("SELECT pg_advisory_unlock(42)")
+    (job,) = await claiming
+    answer = await halting
+    assert (answer.is_fenced, answer.is_quiesced) == (True, False)
+    assert [one.job_id for one in answer.in_flight] == [job.job_id]
+
+
 async def test_cycles_of_a_halted_namespace_are_not_claimed(worker: Worker, brake: Brake) -> None:
     """Nor accepted; another namespace's are; all go on after the resumption."""
     await worker.accept(worker.request(SPACE), worker.request(OTHER))
