@@ -36,7 +36,7 @@ from orbit.vocabulary import is_drill
 
 SQL = load("dispatch")
 CYCLE_SQL = load("cycle")
-INLINE_BYTES = 65536
+INLINE_BYTES = 16384
 RETRY_SHARE = 0.25  # of a lane's places and tokens, for later attempts while first ones wait
 SECRET_UNREADABLE = "secret unreadable"  # noqa: S105 - a cause
 NOT_PREPARED = "not prepared"
