@@ -153,7 +153,7 @@ def halted_line(one: Any) -> str:
     why = f": {one['reason']}" if one.get("reason") else ""
     asked = one.get("resumeAskedBy")
     second = f"; {asked} asks to resume it, and a second person has to agree" if asked else ""
-    return f"{one['namespace']} (by {one['actor']} at {when(one['haltedAt'])}{until}{why}){second}"
+    return f"{one['namespace']} (by {one['actor']} at {when(one['haltedAt'])}{until}{why}{second})"
 
 
 def _cycles_text(cycles: Mapping[str, Any]) -> str:
