@@ -37,10 +37,10 @@ SELECT pg_advisory_xact_lock(orbit_fence_key(%(namespace)s));
 
 -- name: is_known
 -- Whether anything is of a namespace: a run profile of the configuration in force, a schedule, or a
--- cycle of any time. The primary keys serve it.
+-- cycle of any time. The configuration is canonical JSON, and looked at as a text: not all that it
+-- may hold becomes a jsonb, and a halt does not fail for it. The primary keys serve it.
 SELECT EXISTS (SELECT FROM config_active JOIN config_revision USING (revision)
-        CROSS JOIN LATERAL jsonb_array_elements(body::jsonb -> 'run_profiles') AS one
-        WHERE one ->> 'namespace' = %(namespace)s)
+        WHERE strpos(body, '"namespace":"' || %(namespace)s || '"') > 0)
     OR EXISTS (SELECT FROM schedule WHERE namespace = %(namespace)s)
     OR EXISTS (SELECT FROM cycle_run WHERE namespace = %(namespace)s) AS is_known;
 
