@@ -2,7 +2,8 @@
 
 The server is the embedded one, in a folder of this run; ORBIT_TEST_DATABASE_URL names another
 (of a role that may create databases). A test's database is a copy of a template with the
-schema in place, which takes tens of milliseconds.
+schema in place, which takes tens of milliseconds. Nothing waits for the disk: a process that is
+killed loses nothing by that, and no test cuts the power.
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ def server() -> Iterator[TestServer]:
     folder.chmod(0o755)  # for root's server, which runs as another user
     embedded = None if given else EmbeddedServer.start(folder / "data")
     found = TestServer(given or (embedded.owner_dsn if embedded else ""), APPLICATION_ROLE)
+    if embedded is not None:
+        for name in ("fsync", "full_page_writes"):
+            found.run(f"ALTER SYSTEM SET {name} = off")
+        found.run("SELECT pg_reload_conf()")
     template = f"orbit_template_{os.getpid()}"
     found.run(
         f"DO $$ BEGIN CREATE ROLE {APPLICATION_ROLE} LOGIN; "

@@ -104,9 +104,10 @@ def test_a_released_schema_is_upgraded_and_its_work_goes_on(
     known = "SELECT cycle_id::text, run_profile_id FROM cycle_run"
     cycles = dict(rows(owner_dsn, known))
     assert sorted(cycles.values()) == sorted(RUN_PROFILES)
-    refused = project.run("up")
-    assert refused.returncode == 1
-    assert f"schema is {revision}, this program needs {HEAD}" in refused.stderr
+    if revision != HEAD:
+        refused = project.run("up")
+        assert refused.returncode == 1
+        assert f"schema is {revision}, this program needs {HEAD}" in refused.stderr
 
     assert HEAD in project.ok("db", "upgrade")
     project.ok("db", "check")
