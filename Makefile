@@ -47,8 +47,8 @@ setup: .venv/.dev ## Make .venv with all that work on Orbit needs
 run: .venv/.run ## Run the newsroom example; ONCE=1 ends after one pass
 	@$(VENV_PYTHON) examples/newsroom/run.py $(if $(filter-out 0,$(ONCE)),--once)
 
-test: .venv/.dev ## Run the tests; ARGS='tests/unit -k cron' narrows, JOBS=2 runs files side by side
-	@$(VENV_PYTHON) -m pytest $(if $(JOBS),--numprocesses=$(JOBS) --dist=loadfile) $(ARGS)
+test: .venv/.dev ## Run the tests; ARGS='tests/unit -k cron' narrows, JOBS=4 runs them side by side
+	@$(VENV_PYTHON) -m pytest $(if $(JOBS),--numprocesses=$(JOBS) --dist=loadgroup) $(ARGS)
 
 check: .venv/.dev ## Check format, lint, types, import floors, dependencies, dead code
 	@echo '== format'

@@ -24,6 +24,8 @@ from tests.delivery.conftest import (
     tracked,
 )
 
+pytestmark = pytest.mark.xdist_group("package")  # one worker: they share what takes long to make
+
 
 @pytest.fixture(scope="module")
 def tree(place: Path) -> Path:
