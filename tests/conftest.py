@@ -2,8 +2,9 @@
 
 The server is the embedded one, in a folder of this run; ORBIT_TEST_DATABASE_URL names another
 (of a role that may create databases). A test's database is a copy of a template with the
-schema in place, which takes tens of milliseconds. Nothing waits for the disk: a process that is
-killed loses nothing by that, and no test cuts the power.
+schema in place, which takes tens of milliseconds. Nothing waits for the disk, and where there is
+plenty of memory the databases are in it: a process that is killed loses nothing by that, and no
+test cuts the power.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import hypothesis
+import psutil
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
@@ -31,6 +33,7 @@ from orbit.database.upgrade import upgrade
 hypothesis.settings.register_profile("orbit", derandomize=True)
 hypothesis.settings.load_profile("orbit")
 
+_ROOM_BYTES = 6 << 30
 _numbers = itertools.count(1)
 
 
@@ -57,13 +60,13 @@ class TestServer:
 def server() -> Iterator[TestServer]:
     """The PostgreSQL server of this test run, with a template database."""
     given = os.environ.get("ORBIT_TEST_DATABASE_URL")
-    folder = Path(tempfile.mkdtemp(prefix="orbit-tests-"))
+    folder = Path(tempfile.mkdtemp(prefix="orbit-tests-", dir=None if given else _memory()))
     folder.chmod(0o755)  # for root's server, which runs as another user
     embedded = None if given else EmbeddedServer.start(folder / "data")
     found = TestServer(given or (embedded.owner_dsn if embedded else ""), APPLICATION_ROLE)
     if embedded is not None:
-        for name in ("fsync", "full_page_writes"):
-            found.run(f"ALTER SYSTEM SET {name} = off")
+        for setting in ("fsync = off", "full_page_writes = off", "max_wal_size = '256MB'"):
+            found.run(f"ALTER SYSTEM SET {setting}")
         found.run("SELECT pg_reload_conf()")
     template = f"orbit_template_{os.getpid()}"
     found.run(
@@ -79,6 +82,15 @@ def server() -> Iterator[TestServer]:
         embedded.leave()
         erase(folder / "data")
     shutil.rmtree(folder)
+
+
+def _memory() -> Path | None:
+    """A folder in memory, if there is room for some workers' servers; else None, the usual one."""
+    folder = Path("/dev/shm")
+    is_usable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    if is_usable and shutil.disk_usage(folder).free > _ROOM_BYTES:
+        return folder if psutil.virtual_memory().available > _ROOM_BYTES else None
+    return None
 
 
 @pytest.fixture
