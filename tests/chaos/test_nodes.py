@@ -43,16 +43,17 @@ async def test_another_node_finishes_a_killed_nodes_cycles_within_the_lease_time
     given = {"ORBIT_LEASE_SECONDS": str(lease_seconds), "ORBIT_WORKER_CONCURRENCY": "20"}
     async with scene(tmp_path, [_SLOW], dsn, **given) as stage:
         killed = await stage.nodes.start()
-        await _start_cycles(stage, 20)
         await stage.nodes.start()
-        held = "SELECT count(*) FROM cycle_lease WHERE node_id IS NOT NULL"
+        held = "SELECT count(*) FROM cycle_lease JOIN node USING (node_id) WHERE name LIKE '%:{}'"
+        triggering = asyncio.create_task(_start_cycles(stage, 20))
 
         async def is_busy() -> bool:
-            return await _count(owner_dsn, held) >= 10
+            return await _count(owner_dsn, held.format(killed.pid)) >= 5
 
         await eventually(is_busy, "cycles in hand")
         await killed.kill()
         killed_at = time.monotonic()
+        await triggering
         await finished(owner_dsn, lease_seconds + margin_seconds)
         seconds = time.monotonic() - killed_at
         evidence = assert_exactly_once(owner_dsn, stage)
