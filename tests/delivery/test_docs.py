@@ -30,12 +30,12 @@ PAGES = [
 ]
 NOT_RUN = {
     "CI runs it whole",  # .ci/run, and tests/delivery
-    "installs packages",  # test_package
+    "installs packages",  # test_package, test_image
     "needs systemd",  # test_unit_file
     "needs PM2",  # test_pm2
     "needs Docker",  # test_image runs the steps one by one
     "needs your database",  # test_released_schemas, test_cli
-    "needs one under way",  # test_dead_letters
+    "needs one under way",  # test_dead_letters, test_proposals
 }
 KINDS = {"sh", "text", "python", "json", "js", "sql", "mermaid", "ini", "toml"}
 PORTS = (3000, 3001, 8787, 9000)
