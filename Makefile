@@ -48,7 +48,7 @@ run: .venv/.run ## Run the newsroom example; ONCE=1 ends after one pass
 	@$(VENV_PYTHON) examples/newsroom/run.py $(if $(filter-out 0,$(ONCE)),--once)
 
 test: .venv/.dev ## Run the tests; ARGS='tests/unit -k cron' narrows, JOBS=4 runs them side by side
-	@$(VENV_PYTHON) -m pytest $(if $(JOBS),--numprocesses=$(JOBS) --dist=loadgroup) $(ARGS)
+	@$(VENV_PYTHON) -m pytest $(if $(JOBS),--numprocesses=$(JOBS) --dist=loadscope) $(ARGS)
 
 check: .venv/.dev ## Check format, lint, types, import floors, dependencies, dead code
 	@echo '== format'

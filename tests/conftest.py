@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import psutil
@@ -27,6 +28,7 @@ from orbit.clock import DatabaseClock, SystemClock, new_id
 from orbit.database.embedded import APPLICATION_ROLE, EmbeddedServer, erase
 from orbit.database.pool import Database
 from orbit.database.upgrade import upgrade
+from tests.dealing import Dealing
 
 # The same examples in every run: what fails fails for a change, and again on another machine.
 # `ARGS='--hypothesis-profile=default'` draws others.
@@ -35,6 +37,12 @@ hypothesis.settings.load_profile("orbit")
 
 _ROOM_BYTES = 6 << 30
 _numbers = itertools.count(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Dealing:
+    """Which worker gets which tests."""
+    return Dealing(config, log)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from orbit.database import embedded_place
 from orbit.database.embedded import EmbeddedServer, erase
 from orbit.errors import EmbeddedServerFailed
 
-pytestmark = pytest.mark.xdist_group("embedded")  # one worker: they share what takes long to make
 IS_ROOT = os.geteuid() == 0
 as_root = pytest.mark.skipif(not IS_ROOT, reason="only root has to hand the server to another user")
 NOBODY = pwd.getpwnam("nobody")

@@ -27,7 +27,6 @@ from orbit.database.queries import load
 from orbit.database.upgrade import SchemaStatus
 from orbit.errors import DatabaseUnavailable, SchemaMismatch
 
-pytestmark = pytest.mark.xdist_group("upgrade")  # one worker: they share what takes long to make
 SHORT = timedelta(milliseconds=100)
 
 UPGRADE = """

@@ -24,7 +24,6 @@ from orbit.payload import Payload
 from orbit.settings import Settings
 from orbit.vault import generate_key
 
-pytestmark = pytest.mark.xdist_group("versions")  # one worker: they share what takes long to make
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
 BOUNCER = shutil.which("pgbouncer") or shutil.which("/usr/sbin/pgbouncer")
 ROLE = "orbit"

@@ -45,7 +45,6 @@ from tests.delivery.conftest import (
 )
 from tests.scenario.test_cli import answers, free_port, wait_for
 
-pytestmark = pytest.mark.xdist_group("image")  # one worker: they share what takes long to make
 STAGES = dockerfile.stages((ROOT / "Dockerfile").read_text())
 BUILD, FINAL = STAGES
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())

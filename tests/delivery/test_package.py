@@ -24,8 +24,6 @@ from tests.delivery.conftest import (
     tracked,
 )
 
-pytestmark = pytest.mark.xdist_group("package")  # one worker: they share what takes long to make
-
 
 @pytest.fixture(scope="module")
 def tree(place: Path) -> Path:

@@ -23,7 +23,6 @@ from tests.plans.explaining import (
     whole_scans,
 )
 
-pytestmark = pytest.mark.xdist_group("plans")  # one worker: they share what takes long to make
 NODE = "01900000-0000-7000-8000-000000000000"
 BATCH = 100
 

@@ -26,7 +26,6 @@ from orbit.cli.scaffold import write_project
 from orbit.database.embedded import APPLICATION_ROLE, EmbeddedServer
 from orbit.database.upgrade import upgrade
 
-pytestmark = pytest.mark.xdist_group("cli")  # one worker: they share what takes long to make
 PROGRAM = Path(sys.executable).with_name("orbit")
 COMMAND = [str(PROGRAM)] if PROGRAM.exists() else [sys.executable, "-m", "orbit"]
 ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
