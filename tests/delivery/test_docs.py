@@ -232,8 +232,13 @@ def _ported(text: str, ports: dict[str, str]) -> str:
 
 
 def _put_program(place: Path, ports: dict[str, str]) -> None:
-    """`orbit` on PATH: the program of this environment, with the receiver on its other port."""
+    """`orbit` on PATH: the program of this environment, with the receiver on its other port.
+
+    And `python` as many systems have it: not at all.
+    """
     place.mkdir()
+    (place / "python").write_text("#!/bin/sh\necho 'python: not found' >&2\nexit 127\n")
+    (place / "python").chmod(0o755)
     program = place / "orbit"
     real = shlex.quote(str(Path(sys.executable).with_name("orbit")))
     program.write_text(
