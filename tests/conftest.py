@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from orbit.clock import DatabaseClock, SystemClock, new_id
 from orbit.database.embedded import APPLICATION_ROLE, EmbeddedServer, erase
 from orbit.database.pool import Database
 from orbit.database.upgrade import upgrade
+from orbit.errors import EmbeddedServerFailed
 from tests.dealing import Dealing
 
 # The same examples in every run: what fails fails for a change, and again on another machine.
@@ -69,6 +71,7 @@ def server() -> Iterator[TestServer]:
     """The PostgreSQL server of this test run, with a template database."""
     given = os.environ.get("ORBIT_TEST_DATABASE_URL")
     folder = Path(tempfile.mkdtemp(prefix="orbit-tests-", dir=None if given else _memory()))
+    _sweep(folder)
     folder.chmod(0o755)  # for root's server, which runs as another user
     embedded = None if given else EmbeddedServer.start(folder / "data")
     found = TestServer(given or (embedded.owner_dsn if embedded else ""), APPLICATION_ROLE)
@@ -99,6 +102,16 @@ def _memory() -> Path | None:
     if is_usable and shutil.disk_usage(folder).free > _ROOM_BYTES:
         return folder if psutil.virtual_memory().available > _ROOM_BYTES else None
     return None
+
+
+def _sweep(folder: Path) -> None:
+    """Ends servers that killed runs have left beside this folder; those in use are left alone."""
+    before = SystemClock().now().timestamp() - 3600  # a younger one may be just starting
+    for other in folder.parent.glob("orbit-tests-*"):
+        with suppress(OSError, EmbeddedServerFailed):
+            if other.stat().st_mtime < before:
+                erase(other / "data")
+                shutil.rmtree(other)
 
 
 @pytest.fixture
