@@ -423,6 +423,13 @@ def load_settings(
         raise SettingInvalid("\n".join(lines)) from None
 
 
+def share_with_libraries(env_file: str | Path = ".env") -> None:
+    """Puts the OTEL_* variables of `.env` where OpenTelemetry looks: the process's environment."""
+    for name, value in _read_file(env_file).items():
+        if name.startswith("OTEL_"):
+            os.environ.setdefault(name, value)
+
+
 def _read_file(path: str | Path | None) -> dict[str, str]:
     if path is None or not os.path.lexists(path):
         return {}

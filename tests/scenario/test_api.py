@@ -23,7 +23,7 @@ from orbit.settings import Endpoint, Settings
 
 UNKNOWN = "01890000-0000-7000-8000-000000000000"
 TOKEN = "token-that-nobody-may-see"
-SECONDS = 20.0
+SECONDS = 60.0
 
 
 class Receiver:

@@ -113,7 +113,7 @@ class Project:
         assert code == 0, log.read_text(errors="replace")
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 40) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
     """Polls until the condition holds."""
     deadline = time.monotonic() + seconds
     while not condition():

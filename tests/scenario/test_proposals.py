@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,6 +25,7 @@ from orbit.telemetry.catalogue import EventType
 from orbit.telemetry.emission import Event, emit
 from tests.scenario.access import asking, key_of
 from tests.scenario.conftest import (
+    SECRET_KEY,
     Configure,
     Facts,
     MakeNode,
@@ -32,6 +35,7 @@ from tests.scenario.conftest import (
     run_profile,
     until,
 )
+from tests.scenario.test_cli import clean_environment
 
 SIGNALS = load("signals")
 RULES = ("low_performance", "unknown_share_rising", "breaker_flapping", "value_per_cost_falling")
@@ -142,6 +146,38 @@ async def test_what_a_rule_suggests_another_person_approves_and_nothing_is_appli
     assert verify(dsn).findings == []
     _show(shown, is_json=False)
     assert "/execution_rules/intensity: 5 becomes 4" in capsys.readouterr().out
+
+
+async def test_a_person_decides_at_the_command_line(
+    node: Node, people: People, dsn: str, config_dir: Path
+) -> None:
+    """The verbs as the guide has them, beside the node: listed, shown, approved, and refused."""
+    ann, _ = people
+    await say(node, "low_performance", 7)
+    (proposal,) = await made(ann)
+    environment = clean_environment(
+        DATABASE_URL=dsn,
+        ORBIT_ROLES="worker",  # so that the command line asks the database itself
+        ORBIT_SECRET_KEYS=SECRET_KEY,
+        ORBIT_CONFIG_DIR=str(config_dir),
+    )
+
+    async def orbit(*arguments: str, code: int = 0) -> str:
+        child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "orbit", "proposals", *arguments),
+            env=environment,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        told = (await child.communicate())[0].decode()
+        assert child.returncode == code, told
+        return told
+
+    assert proposal in await orbit("ls", "--state", "pending")
+    assert "5 becomes 4" in await orbit("show", proposal)
+    await orbit("approve", proposal, "--reason", "as agreed")
+    assert "is approved by" in await orbit("reject", proposal, "--reason", "late", code=3)
+    assert "No proposals." in await orbit("ls", "--state", "pending")
 
 
 async def test_a_rejection_has_a_reason_and_holds_until_there_is_new_evidence(

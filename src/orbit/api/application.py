@@ -53,6 +53,8 @@ def create_application(
         responses=PROBLEM_RESPONSES,
         generate_unique_id_function=lambda route: f"{route.tags[0]}_{route.name}",
         redirect_slashes=False,
+        # Its own spans and logs would hold queries, bodies and errors.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     settings = node.settings
     # Base64 takes four bytes for three.
