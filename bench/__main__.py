@@ -1,6 +1,7 @@
 """Measures one node as its users meet it: start, latency, cost, backlogs, bad neighbours.
 
-    python -m bench [start latency idle payload neighbours backlog halt audit pipeline drain]
+    python -m bench [start latency idle payload neighbours backlog halt audit telemetry
+                     pipeline drain]
 
 Each figure is of the real program (`orbit up` on an embedded server in a folder of its own) and
 the real receiver, printed as one JSON line. `pipeline` and `drain` run Orbit beside the peers'
@@ -22,6 +23,7 @@ from bench.halts import halt
 from bench.peers import drain, pipeline
 from bench.program import Bench
 from bench.queues import backlog, neighbours
+from bench.telemetry import telemetry
 
 
 def start() -> dict[str, Any]:
@@ -112,6 +114,7 @@ MEASUREMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "backlog": backlog,
     "halt": halt,
     "audit": audit,
+    "telemetry": telemetry,
     "pipeline": pipeline,
     "drain": drain,
 }

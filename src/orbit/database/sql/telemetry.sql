@@ -91,24 +91,32 @@ WITH next AS MATERIALIZED (
             - LEAST(events, last_position - %(after)s::bigint) AS before
         FROM next
     ) counted WHERE before < %(count)s
+), named AS MATERIALIZED (
+    SELECT namespace, batch_id, events, last_position, to_json(namespace)::text AS name,
+        '{"specversion":"1.0","id":"' || batch_id || '-' AS head,
+        '","source":' || to_json('/namespaces/' || namespace)::text || ',"type":"orbit.' AS source
+    FROM batch
 ), chosen AS MATERIALIZED (
-    SELECT last_position - events + ordinal AS position, event.* FROM batch CROSS JOIN LATERAL (
-        SELECT ordinal, namespace AS of, batch_id AS id, event_type, occurred_at, profile_id,
-            run_profile_id, run_id, metadata
+    SELECT last_position - events + ordinal AS position, name, head, source, event.*
+    FROM named CROSS JOIN LATERAL (
+        SELECT ordinal, event_type, occurred_at, profile_id, run_profile_id, run_id, metadata
         FROM telemetry_event
-        WHERE telemetry_event.namespace = batch.namespace
-            AND telemetry_event.batch_id = batch.batch_id
-            AND ordinal > batch.events - (batch.last_position - %(after)s::bigint)
+        WHERE telemetry_event.namespace = named.namespace
+            AND telemetry_event.batch_id = named.batch_id
+            AND ordinal > named.events - (named.last_position - %(after)s::bigint)
         OFFSET 0
     ) event
     ORDER BY position LIMIT %(count)s
 ), shown AS MATERIALIZED (
-    SELECT position, json_build_object('specversion', '1.0', 'id', id || '-' || ordinal,
-        'source', '/namespaces/' || of, 'type', 'orbit.' || event_type || '.v1',
-        'time', to_char(occurred_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
-        'subject', COALESCE(run_id::text, of), 'datacontenttype', 'application/json',
-        'position', position, 'data', metadata || jsonb_build_object('namespace', of,
-            'profileId', profile_id, 'runProfileId', run_profile_id, 'runId', run_id))::text
+    SELECT position, head || ordinal || source || event_type || '.v1","time":'
+        || left(to_json(occurred_at AT TIME ZONE 'UTC')::text, -1) || 'Z","subject":'
+        || COALESCE('"' || run_id || '"', name)
+        || ',"datacontenttype":"application/json","position":' || position
+        || ',"data":{"namespace":' || name
+        || ',"profileId":' || COALESCE(to_json(profile_id)::text, 'null')
+        || ',"runProfileId":' || COALESCE(to_json(run_profile_id)::text, 'null')
+        || ',"runId":' || COALESCE('"' || run_id || '"', 'null')
+        || CASE WHEN metadata = '{}' THEN '}}' ELSE ',' || substr(metadata::text, 2) || '}' END
         AS line
     FROM chosen
 )
@@ -134,24 +142,32 @@ WITH next AS MATERIALIZED (
             - LEAST(events, last_position - %(after)s::bigint) AS before
         FROM next
     ) counted WHERE before < %(count)s
+), named AS MATERIALIZED (
+    SELECT namespace, batch_id, events, last_position, to_json(namespace)::text AS name,
+        '{"specversion":"1.0","id":"' || batch_id || '-' AS head,
+        '","source":' || to_json('/namespaces/' || namespace)::text || ',"type":"orbit.' AS source
+    FROM batch
 ), chosen AS MATERIALIZED (
-    SELECT last_position - events + ordinal AS position, event.* FROM batch CROSS JOIN LATERAL (
-        SELECT ordinal, namespace AS of, batch_id AS id, event_type, occurred_at, profile_id,
-            run_profile_id, run_id, metadata
+    SELECT last_position - events + ordinal AS position, name, head, source, event.*
+    FROM named CROSS JOIN LATERAL (
+        SELECT ordinal, event_type, occurred_at, profile_id, run_profile_id, run_id, metadata
         FROM telemetry_event
-        WHERE telemetry_event.namespace = batch.namespace
-            AND telemetry_event.batch_id = batch.batch_id
-            AND ordinal > batch.events - (batch.last_position - %(after)s::bigint)
+        WHERE telemetry_event.namespace = named.namespace
+            AND telemetry_event.batch_id = named.batch_id
+            AND ordinal > named.events - (named.last_position - %(after)s::bigint)
         OFFSET 0
     ) event
     ORDER BY position LIMIT %(count)s
 ), shown AS MATERIALIZED (
-    SELECT position, json_build_object('specversion', '1.0', 'id', id || '-' || ordinal,
-        'source', '/namespaces/' || of, 'type', 'orbit.' || event_type || '.v1',
-        'time', to_char(occurred_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
-        'subject', COALESCE(run_id::text, of), 'datacontenttype', 'application/json',
-        'position', position, 'data', metadata || jsonb_build_object('namespace', of,
-            'profileId', profile_id, 'runProfileId', run_profile_id, 'runId', run_id))::text
+    SELECT position, head || ordinal || source || event_type || '.v1","time":'
+        || left(to_json(occurred_at AT TIME ZONE 'UTC')::text, -1) || 'Z","subject":'
+        || COALESCE('"' || run_id || '"', name)
+        || ',"datacontenttype":"application/json","position":' || position
+        || ',"data":{"namespace":' || name
+        || ',"profileId":' || COALESCE(to_json(profile_id)::text, 'null')
+        || ',"runProfileId":' || COALESCE(to_json(run_profile_id)::text, 'null')
+        || ',"runId":' || COALESCE('"' || run_id || '"', 'null')
+        || CASE WHEN metadata = '{}' THEN '}}' ELSE ',' || substr(metadata::text, 2) || '}' END
         AS line
     FROM chosen
 )
