@@ -198,6 +198,12 @@ class AlreadyDecided(Refused):
     code = "already_decided"
 
 
+class ConsumerExists(Refused):
+    """A consumer of telemetry has this name already."""
+
+    code = "consumer_exists"
+
+
 class NotEntitled(Refused):
     """The change reaches namespaces in which who asks has no say."""
 

@@ -10,10 +10,11 @@ import pytest
 
 from orbit.clock import DatabaseClock, new_id
 from orbit.database.pool import Database
-from orbit.errors import VerificationImpossible
+from orbit.errors import ConsumerExists, NotFound, RequestInvalid, VerificationImpossible
 from orbit.telemetry.catalogue import EventType
+from orbit.telemetry.consumers import add, commit, remove
 from orbit.telemetry.emission import SQL, Event, emit
-from orbit.telemetry.retention import Retention, archive, read_chunk, retain
+from orbit.telemetry.retention import Retained, Retention, archive, read_chunk, retain
 from orbit.telemetry.sequencing import sequence
 
 WEEK = "2026-01-05"  # a Monday long ago
@@ -53,22 +54,72 @@ async def weeks(database: Database) -> list[str]:
     return [row["week"] for row in rows]
 
 
+async def stored(database: Database, name: str, position: int) -> None:
+    """A consumer at a position."""
+    async with database.transaction() as connection:
+        await add(connection, name, after=position)
+
+
 async def test_what_a_consumer_has_not_read_stays(database: Database, old: int) -> None:
     """A week goes when the last stored consumer has passed it, and not before."""
-    await database.execute(SQL.move_consumer, {"name": "bi", "position": old - 1})
-    assert await retain(database, Retention(30)) == []
+    await stored(database, "bi", old - 1)
+    await stored(database, "dwh", old)
+    assert await retain(database, Retention(30)) == Retained([], ["bi"])
     assert await weeks(database) == [WEEK]
     with pytest.raises(psycopg.errors.ObjectInUse):
         await database.execute(SQL.drop_week, {"week": WEEK, "is_forced": False})
-    await database.execute(SQL.move_consumer, {"name": "bi", "position": old})
-    assert await retain(database, Retention(30)) == [WEEK]
+    async with database.transaction() as connection:
+        await commit(connection, "bi", old)
+    assert await retain(database, Retention(30)) == Retained([WEEK], [])
     assert await weeks(database) == []
+
+
+async def test_what_signals_have_not_taken_in_stays(database: Database, old: int) -> None:
+    """The detector's own place counts as a consumer's, as far as there is something for it."""
+    feed = b"INSERT INTO signal_feed VALUES (%s, 2, %s, NULL)"
+    await database.execute(feed, ["another", 0])
+    await database.execute(feed, ["ns", old - 3])
+    assert await retain(database, Retention(30)) == Retained([], ["signals of ns"])
+    await database.execute(b"UPDATE signal_feed SET position = %s WHERE namespace = 'ns'", [old])
+    assert await retain(database, Retention(30)) == Retained([WEEK], [])
+
+
+async def test_a_consumer_that_is_being_stored_is_waited_for(database: Database, old: int) -> None:
+    """While its transaction is open no week is dropped; after it, none that it needs."""
+    async with database.transaction() as connection:
+        await add(connection, "bi")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            await retain(database, Retention(30))
+    assert await retain(database, Retention(30)) == Retained([], ["bi"])
+
+
+async def test_a_place_only_goes_on(database: Database, old: int) -> None:
+    """It begins at what is kept, never goes back, and is nowhere that was not given yet."""
+    async with database.transaction() as connection:
+        await add(connection, "bi")
+        assert await commit(connection, "bi", 5) == 5
+        assert await commit(connection, "bi", 3) == 5
+    for refused in (commit(connection, "bi", old + 1), add(connection, "dwh", after=old + 1)):
+        with pytest.raises(RequestInvalid, match=f"the last one is {old}"):
+            async with database.transaction() as connection:
+                await refused
+    await retain(database, Retention(30, hard_days=60))
+    async with database.transaction() as connection:
+        await add(connection, "dwh", after=2)
+        with pytest.raises(ConsumerExists):
+            await add(connection, "bi")
+        await remove(connection, "bi")
+        for gone in (commit(connection, "bi", 1), remove(connection, "bi")):
+            with pytest.raises(NotFound):
+                await gone
+    rows = await database.fetch_all(b"SELECT name, position FROM telemetry_consumer")
+    assert rows == [{"name": "dwh", "position": old}]
 
 
 async def test_a_hard_limit_is_told(database: Database, old: int, clock: DatabaseClock) -> None:
     """What is dropped unread leaves an event that names who had not read it."""
-    await database.execute(SQL.move_consumer, {"name": "bi", "position": 1})
-    assert await retain(database, Retention(30, hard_days=60)) == [WEEK]
+    await stored(database, "bi", 1)
+    assert await retain(database, Retention(30, hard_days=60)) == Retained([WEEK], [])
     row = await database.fetch_one(b"SELECT event_type, namespace, metadata FROM telemetry_event")
     assert row == {
         "event_type": "telemetry_dropped",
@@ -79,7 +130,7 @@ async def test_a_hard_limit_is_told(database: Database, old: int, clock: Databas
 
 async def test_an_archive_has_every_event(database: Database, old: int) -> None:
     """With the archive on a dropped week can be read, line by line, in order of position."""
-    assert await retain(database, Retention(30, is_archiving=True)) == [WEEK]
+    assert await retain(database, Retention(30, is_archiving=True)) == Retained([WEEK], [])
     lines = [json.loads(line) for line in await read_chunk(database, WEEK, 1)]
     assert [line["position"] for line in lines] == list(range(1, old + 1))
     assert [line["metadata"]["n"] for line in lines] == [1, 2, 3] * 4

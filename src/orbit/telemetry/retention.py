@@ -1,4 +1,4 @@
-"""Retention: a week of events goes as a whole, once all stored consumers have read it.
+"""Retention: a week of events goes as a whole, once all stored consumers have read it, and signals.
 
 With the cold archive on, a week is first written to `telemetry_archive` in chunks, each read back
 and compared with its digest, and their count with the week's; only then is it dropped. A pass
@@ -33,26 +33,37 @@ class Retention:
     is_archiving: bool = False
 
 
-async def retain(database: Database, retention: Retention) -> list[str]:
-    """Drops what is over, the oldest week first, up to one that somebody needs; the weeks."""
+@dataclass(frozen=True, slots=True)
+class Retained:
+    """The weeks that were dropped, and who has yet to read the next one that is over."""
+
+    dropped: list[str]
+    waiting_for: list[str]
+
+
+async def retain(database: Database, retention: Retention) -> Retained:
+    """Drops what is over, the oldest week first, up to one that somebody needs."""
+    dropped: list[str] = []
     if not retention.days:
-        return []
+        return Retained(dropped, [])
     asked = {"days": max(retention.days, 1), "hard_days": retention.hard_days}
-    dropped = []
     for row in await database.fetch_all(SQL.weeks, asked):
-        if not await _drop(database, row, is_archiving=retention.is_archiving):
-            break
+        needed_by = await _drop(database, row, is_archiving=retention.is_archiving)
+        if needed_by:
+            return Retained(dropped, needed_by)
         dropped.append(row["week"])
-    return dropped
+    return Retained(dropped, [])
 
 
-async def _drop(database: Database, row: dict[str, Any], *, is_archiving: bool) -> bool:
+async def _drop(database: Database, row: dict[str, Any], *, is_archiving: bool) -> list[str]:
+    """Drops a week, unless somebody needs it: then who does."""
     week = row["week"]
     size = await database.fetch_one(SQL.week_size, {"week": week})
     assert size is not None
-    behind = await database.fetch_all(SQL.behind, {"position": size["last_position"]})
+    rows = await database.fetch_all(SQL.behind, {"position": size["last_position"]})
+    behind = [one["name"] for one in rows]
     if behind and not row["is_over_limit"]:
-        return False
+        return behind
     if is_archiving and size["events"]:
         await archive(database, week)
     async with database.transaction() as connection:
@@ -60,11 +71,11 @@ async def _drop(database: Database, row: dict[str, Any], *, is_archiving: bool) 
             told = {
                 "week": week,
                 "lastPosition": size["last_position"],
-                "consumers": [one["name"] for one in behind],
+                "consumers": behind,
             }
             await emit(connection, Event(INSTALLATION, EventType.TELEMETRY_DROPPED, told))
         await connection.execute(SQL.drop_week, {"week": week, "is_forced": bool(behind)})
-    return True
+    return []
 
 
 async def archive(database: Database, week: str) -> int:

@@ -73,11 +73,12 @@ SELECT count(*)::int AS batches, COALESCE(sum(events), 0)::int AS events,
 FROM placed;
 
 -- name: bounds
--- The first position there is, and the last one given.
-SELECT COALESCE((SELECT last_position - events + 1 FROM telemetry_batch
-        ORDER BY last_position LIMIT 1), 1) AS first_position,
-    GREATEST((SELECT last_position FROM telemetry_sequencer), COALESCE((SELECT last_position
-        FROM telemetry_batch ORDER BY last_position DESC LIMIT 1), 0)) AS last_position;
+-- The first position that is kept, or that comes next, and the last one given.
+SELECT COALESCE((SELECT batch.last_position - events + 1 FROM telemetry_batch batch
+        ORDER BY batch.last_position LIMIT 1), last.position + 1) AS first_position,
+    last.position AS last_position
+FROM (SELECT GREATEST((SELECT last_position FROM telemetry_sequencer), COALESCE((SELECT last_position
+        FROM telemetry_batch ORDER BY last_position DESC LIMIT 1), 0)) AS position) last;
 
 -- name: window
 -- What follows a position, as CloudEvents in their order: the whole answer, or frames of a stream.
@@ -274,24 +275,60 @@ SELECT to_char(week, 'YYYY-MM-DD') AS week, count(*)::int AS chunks,
 FROM telemetry_archive GROUP BY telemetry_archive.week ORDER BY telemetry_archive.week;
 
 -- name: behind
--- The stored consumers that have not read up to a position.
-SELECT name FROM telemetry_consumer WHERE position < %(position)s ORDER BY name;
+-- Who has not read up to a position: stored consumers, and namespaces' signals as far as there is
+-- something for them. telemetry_batch_of_namespace serves it.
+SELECT name FROM telemetry_consumer WHERE position < %(position)s::bigint
+UNION ALL
+SELECT 'signals of ' || namespace FROM signal_feed feed
+WHERE EXISTS (SELECT FROM telemetry_batch batch WHERE batch.namespace = feed.namespace
+    AND batch.last_position > feed.position AND batch.last_position <= %(position)s::bigint)
+ORDER BY name;
 
 -- name: drop_week
 -- Drops a week's events; the database refuses while somebody has yet to read them.
 SELECT orbit_drop_telemetry(%(week)s::date, %(is_forced)s) AS last_position;
 
+-- name: hold_weeks
+-- Lets no week be dropped until the transaction ends; waits for one that is being dropped.
+SELECT pg_advisory_xact_lock_shared(hashtext('orbit.partitions'));
+
+-- name: add_consumer
+-- A consumer, unless its name is taken or its place not given yet; in a statement after hold_weeks.
+WITH edge AS MATERIALIZED (
+    {{bounds}}
+), made AS (
+    INSERT INTO telemetry_consumer (name, namespaces, position)
+    SELECT %(name)s, %(namespaces)s::text[],
+        GREATEST(COALESCE(%(after)s::bigint, 0), edge.first_position - 1)
+    FROM edge WHERE COALESCE(%(after)s::bigint, 0) <= edge.last_position
+    ON CONFLICT DO NOTHING RETURNING name
+)
+SELECT EXISTS (SELECT FROM made) AS is_new, last_position FROM edge;
+
 -- name: move_consumer
--- Keeps a consumer's place, which never goes back by this.
-INSERT INTO telemetry_consumer AS kept (name, position) VALUES (%(name)s, %(position)s)
-ON CONFLICT (name) DO UPDATE SET position = GREATEST(kept.position, EXCLUDED.position),
-    moved_at = orbit_now()
-RETURNING position;
+-- Keeps a consumer's place, which never goes back and not beyond what was given. By its key.
+WITH edge AS MATERIALIZED (
+    {{bounds}}
+)
+UPDATE telemetry_consumer consumer SET moved_at = orbit_now(), position = CASE
+    WHEN %(position)s::bigint <= edge.last_position
+    THEN GREATEST(consumer.position, %(position)s::bigint) ELSE consumer.position END
+FROM edge WHERE name = %(name)s
+RETURNING consumer.position, edge.last_position;
 
--- name: consumer
--- A consumer's place.
-SELECT position FROM telemetry_consumer WHERE name = %(name)s;
+-- name: consumers
+-- The consumers after a name, or the one of a name, with how much each has not read, and how much of
+-- that is gone; of those that may be seen from some namespaces. By their key.
+WITH edge AS MATERIALIZED (
+    {{bounds}}
+)
+SELECT name, namespaces, position, GREATEST(last_position - position, 0) AS behind,
+    GREATEST(first_position - 1 - position, 0) AS lost, moved_at
+FROM telemetry_consumer CROSS JOIN edge
+WHERE name > %(after)s AND (%(name)s::text IS NULL OR name = %(name)s::text)
+    AND (%(within)s::text[] IS NULL OR namespaces <@ %(within)s::text[])
+ORDER BY name LIMIT %(count)s;
 
--- name: forget_consumer
+-- name: remove_consumer
 -- Lets a consumer go: nothing is kept for it any more.
 DELETE FROM telemetry_consumer WHERE name = %(name)s;
