@@ -120,6 +120,12 @@ class VerificationImpossible(OrbitError):
     code = "verification_impossible"
 
 
+class ArchiveDamaged(OrbitError):
+    """Archived telemetry does not read back as it was written, or cannot be written."""
+
+    code = "archive_damaged"
+
+
 class Refused(OrbitError):
     """The request is understood and not allowed now (paused, halted, busy, disabled)."""
 

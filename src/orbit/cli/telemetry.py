@@ -191,26 +191,26 @@ def rm(name: ConsumerName, reason: Why = None, is_json: Json = False) -> None:
 
 @archive.command("ls")
 def listed(is_json: Json = False) -> None:
-    """List the archived weeks, by the Monday each began."""
+    """List the archived weeks, by the Monday each began, and the file written of each."""
     weeks = asyncio.run(_archives())
     if is_json:
         print_json({"items": weeks})
         return
-    names = ("WEEK", "EVENTS", "FIRST", "LAST", "BYTES")
-    fields = ("week", "events", "first_position", "last_position", "bytes")
-    show(table(names, [[one[name] for name in fields] for one in weeks], ids=("WEEK",)))
+    names = ("WEEK", "EVENTS", "FIRST", "LAST", "BYTES", "FILE")
+    fields = ("week", "events", "first_position", "last_position", "bytes", "file")
+    show(table(names, [[one[name] for name in fields] for one in weeks], ids=("WEEK", "FILE")))
 
 
 @archive.command()
 def restore(
     week: Annotated[str, typer.Argument(help="The Monday on which it began, as in `ls`.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; else stdout.")] = None,
+    parquet: Annotated[
+        Path | None, typer.Option(help="Read this Parquet file of the week, and not the archive.")
+    ] = None,
 ) -> None:
-    """Write a week's events as JSON lines; each chunk is compared with its digest before."""
-    with ExitStack() as stack:
-        file = sys.stdout.buffer if out is None else stack.enter_context(out.open("wb"))
-        for line in asyncio.run(_restored(week)):
-            file.write(line + b"\n")
+    """Write a week's events as JSON lines; digests are compared before."""
+    asyncio.run(_restore(week, out, parquet))
     if out is not None:
         note(f"Written to {out}.")
 
@@ -231,18 +231,27 @@ async def _opened() -> AsyncIterator[Database]:
 
 
 async def _archives() -> list[dict[str, Any]]:
-    from orbit.telemetry.retention import SQL
+    from orbit.telemetry.archive import SQL
 
     async with _opened() as database:
         return await database.fetch_all(SQL.archives)
 
 
-async def _restored(week: str) -> list[bytes]:
-    from orbit.telemetry.retention import SQL, read_chunk
+async def _restore(week: str, out: Path | None, parquet: Path | None) -> None:
+    """A chunk, or a row group, is in memory at a time."""
+    from orbit.telemetry.archive import SQL, read_chunk
+    from orbit.telemetry.parquet import check_parquet, parquet_lines
 
     async with _opened() as database:
         weeks = {one["week"]: one["chunks"] for one in await database.fetch_all(SQL.archives)}
         if week not in weeks:
             raise RequestInvalid(f"{week} is not in the archive; `orbit telemetry archive ls`")
-        chunks = [await read_chunk(database, week, one + 1) for one in range(weeks[week])]
-        return [line for lines in chunks for line in lines]
+        with ExitStack() as stack:
+            if parquet is not None:
+                await check_parquet(database, week, parquet)
+            file = sys.stdout.buffer if out is None else stack.enter_context(out.open("wb"))
+            if parquet is not None:
+                file.writelines(line + b"\n" for line in parquet_lines(parquet))
+                return
+            for number in range(1, weeks[week] + 1):
+                file.writelines(line + b"\n" for line in await read_chunk(database, week, number))

@@ -10,7 +10,7 @@ from psycopg.errors import LockNotAvailable, ObjectInUse
 
 from orbit.database.pool import Database, first_line
 from orbit.database.queries import load
-from orbit.errors import VerificationImpossible
+from orbit.errors import ArchiveDamaged
 from orbit.services.base import Service
 from orbit.services.leftovers import Leftovers
 from orbit.telemetry.retention import Retention, retain
@@ -65,7 +65,7 @@ class Janitor(Service):
     async def _retain_telemetry(self) -> None:
         try:
             retained = await retain(self._database, self._telemetry)
-        except VerificationImpossible as error:
+        except ArchiveDamaged as error:
             self._log.error("telemetry_kept", error=str(error))
             return
         except (LockNotAvailable, ObjectInUse) as error:  # somebody reads: better the next time

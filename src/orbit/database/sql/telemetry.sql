@@ -268,11 +268,26 @@ SELECT events, sha256, content FROM telemetry_archive
 WHERE week = %(week)s::date AND chunk = %(chunk)s;
 
 -- name: archives
--- The archived weeks.
-SELECT to_char(week, 'YYYY-MM-DD') AS week, count(*)::int AS chunks,
-    sum(events)::bigint AS events, min(first_position) AS first_position,
-    max(last_position) AS last_position, sum(octet_length(content))::bigint AS bytes
-FROM telemetry_archive GROUP BY telemetry_archive.week ORDER BY telemetry_archive.week;
+-- The archived weeks, each with the newest file that was written of it.
+SELECT to_char(archive.week, 'YYYY-MM-DD') AS week, chunks, archive.events, first_position,
+    last_position, archive.bytes, written.file, encode(written.sha256, 'hex') AS file_sha256
+FROM (SELECT week, count(*)::int AS chunks, sum(events)::bigint AS events,
+        min(first_position) AS first_position, max(last_position) AS last_position,
+        sum(octet_length(content))::bigint AS bytes
+    FROM telemetry_archive GROUP BY week) archive
+LEFT JOIN LATERAL (SELECT file, sha256 FROM telemetry_archive_file file
+    WHERE file.week = archive.week ORDER BY written_at DESC LIMIT 1) written ON true
+ORDER BY archive.week;
+
+-- name: add_archive_file
+-- A file that was written of a week; the same again is no other.
+INSERT INTO telemetry_archive_file (week, sha256, file, events, bytes)
+VALUES (%(week)s::date, %(sha256)b, %(file)s, %(events)s, %(bytes)s) ON CONFLICT DO NOTHING;
+
+-- name: archive_file
+-- Which week a file with this digest has. A scan: there is a row a week.
+SELECT to_char(week, 'YYYY-MM-DD') AS week, events FROM telemetry_archive_file
+WHERE sha256 = %(sha256)b;
 
 -- name: behind
 -- Who has not read up to a position: stored consumers, and namespaces' signals as far as there is
