@@ -179,7 +179,7 @@ FROM shown;
 
 -- name: outcome_subject
 -- What an outcome is of: a cycle, one of its items, or a job, in the namespace. By their keys.
-SELECT run.cycle_id, run.profile_id, run.run_profile_id,
+SELECT run.cycle_id, run.profile_id, run.run_profile_id, run.revision,
     COALESCE(job.item_index, %(item_index)s::int) AS item_index
 FROM (SELECT %(namespace)s::text AS namespace, %(run_id)s::uuid AS run_id,
     %(job_id)s::uuid AS job_id) asked
