@@ -79,6 +79,14 @@ INSERT INTO schedule_slot SELECT namespace, 'p', orbit_now() - n * interval '1 m
     node_id FROM filled WHERE n % 10 = 0;
 INSERT INTO namespace_fence SELECT 'n-' || lpad(n::text, 6, '0'), 1, n % 1000 = 0 FROM filled
 WHERE n % 10 = 0;
+INSERT INTO telemetry_event (namespace, batch_id, ordinal, event_type, profile_id, run_id)
+SELECT namespace, job_id, 1, 'execution_finished', 'p', cycle_id FROM filled;
+INSERT INTO telemetry_batch (namespace, batch_id, events, last_position)
+SELECT namespace, job_id, 1, n FROM filled;
+INSERT INTO telemetry_pending SELECT cycle_id, namespace, 1 FROM filled WHERE n % 10 = 0;
+INSERT INTO signal_stream SELECT namespace, 'p' || n, 'r', 'delivered', '{}' FROM filled WHERE n
+    % 10 = 0;
+INSERT INTO signal_feed SELECT DISTINCT namespace, 2, 199990, '{}' FROM filled;
 INSERT INTO endpoint_snapshot SELECT namespace, 's' || n, 'e', '', 'POST', '', NULL, 1, '{}'
 FROM filled WHERE n % 10 = 0;
 """

@@ -23,7 +23,8 @@ SELECT namespace, batch_id, count(*) FROM told GROUP BY namespace, batch_id;
 -- Who leads, and whether there is something to number. telemetry_pending_oldest serves it.
 SELECT node_id IS NOT DISTINCT FROM %(node_id)s::uuid AS is_mine, due_at <= orbit_now() AS is_free,
     due_at < orbit_now() + %(lease_seconds)s * interval '0.5 second' AS is_due,
-    EXISTS (SELECT FROM telemetry_pending) AS has_pending,
+    (SELECT batch_id FROM telemetry_pending ORDER BY batch_id, namespace LIMIT 1) IS NOT NULL
+        AS has_pending,
     GREATEST(0.05, CASE WHEN due_at = '-infinity' THEN 0
         ELSE extract(epoch FROM due_at - orbit_now()) END)::float8 AS wait_seconds
 FROM telemetry_sequencer;
