@@ -2,7 +2,8 @@
 
 Events are written as settlements write them, some fifty in a batch. Replays are of the real
 program over its sockets, by one client that keeps nothing; `lag` is each event's, from its
-statement to its position, and on to a client of the stream.
+statement to its position, and on to a client of the stream. What telling costs is measured on the
+statement that writes receipts, as it is and without what it tells, in turns.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ import psutil
 import psycopg
 
 from bench.program import Bench, Node
+from orbit.clock import SystemClock, new_id
 from orbit.database.embedded import APPLICATION_ROLE
+from orbit.database.pool import session_settings
+from orbit.database.queries import array, load
 from orbit.database.upgrade import upgrade
 from orbit.insight.detector import Detector
 from orbit.insight.signals import Observation, StreamKey
 
 _PER_BATCH = 50
+_RECEIPTS = 500
 _LIMIT = 5000
 _EVENTS = b"""WITH batch AS MATERIALIZED (
     SELECT orbit_new_batch() AS batch_id, 'space-' || (n %% 20) AS namespace
@@ -53,6 +58,7 @@ def telemetry(events: int = 1_000_000, rate: int = 5000, seconds: int = 10) -> d
         for _ in range(events // 10_000):
             connection.execute(_EVENTS, {"batches": 10_000 // _PER_BATCH, "per": _PER_BATCH})
         connection.execute("ANALYZE")
+        emission = _emission(connection)
         with bench.node() as node:
             while _last(node) < events:
                 time.sleep(0.05)
@@ -65,7 +71,7 @@ def telemetry(events: int = 1_000_000, rate: int = 5000, seconds: int = 10) -> d
                 **_lag(node, connection, events, rate, seconds),
             }
     bench.close()
-    return {"events": events, **found, **detector()}
+    return {"events": events, **emission, **found, **detector()}
 
 
 def detector(profiles: int = 1000, cycles: int = 1000) -> dict[str, Any]:
@@ -84,6 +90,65 @@ def detector(profiles: int = 1000, cycles: int = 1000) -> dict[str, Any]:
         "detector_observations": position,
         "detector_s": round(taken, 2),
         "detector_cpu_s": round(cpu, 2),
+    }
+
+
+def _emission(connection: psycopg.Connection[Any], batches: int = 60) -> dict[str, float]:
+    """What the statement of receipts takes for each, in batches of 500; and how much is telling.
+
+    Nothing is kept of it. Raises ValueError where the statement is not as it was.
+    """
+    told = load("dispatch").insert_receipts
+    begin, end = told.index(b"), batch AS MATERIALIZED ("), told.index(b")\nINSERT INTO lane_tally")
+    silent = told[:begin] + told[end:]
+    taken: dict[bytes, list[float]] = {told: [], silent: []}
+    for name, value in session_settings().items():
+        connection.execute("SELECT set_config(%s, %s, false)", (name, value))
+    for _ in range(batches):
+        for statement, seconds in taken.items():
+            receipts = _receipts()
+            with connection.transaction(force_rollback=True):
+                began = time.monotonic()
+                connection.execute(statement, receipts, prepare=True)
+                seconds.append((time.monotonic() - began) / _RECEIPTS)
+    each = {one: statistics.median(seconds) * 1e6 for one, seconds in taken.items()}
+    return {
+        "receipt_us": round(each[told], 1),
+        "of_it_emission_us": round(each[told] - each[silent], 1),
+    }
+
+
+def _receipts() -> dict[str, Any]:
+    at = SystemClock().now()
+    ids = [new_id(at) for _ in range(_RECEIPTS)]
+    constant = {
+        "attempt": 1,
+        "endpoint_key": "sink",
+        "outcome": "delivered",
+        "status": 200,
+        "error": None,
+        "digest": "0" * 64,
+        "size": 1024,
+        "queue_seconds": 0.01,
+        "connect_seconds": 0.001,
+        "first_byte_seconds": 0.002,
+        "total_seconds": 0.003,
+        "answer_content_type": None,
+        "is_probe": False,
+        "is_reused": True,
+        "lease_number": 1,
+        "node_id": ids[0],
+        "started_at": at.isoformat(),
+        "profile_id": "bench",
+        "run_profile_id": "bench-0",
+    }
+    return {
+        **{name: array([value] * _RECEIPTS) for name, value in constant.items()},
+        "namespace": array(f"space-{number % 20}" for number in range(_RECEIPTS)),
+        "job_id": array(ids),
+        "cycle_id": array(ids),
+        "answer": [b""] * _RECEIPTS,
+        "part": 0,
     }
 
 
