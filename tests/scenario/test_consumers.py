@@ -41,6 +41,8 @@ async def test_a_consumer_goes_on_where_it_was(make_node: MakeNode) -> None:
             "lost": 0,
             "movedAt": None,
         }
+        metrics = (await api.get("/metrics")).text
+        assert f"orbit_telemetry_consumer_behind_events {float(last)}" in metrics
         read: list[int] = []
         for _ in range(4):
             after = (await api.get(f"{CONSUMERS}/bi")).json()["position"]

@@ -65,6 +65,12 @@ async def consumer(
     return ConsumerView(**row)
 
 
+async def most_behind(database: Database) -> dict[str, int]:
+    """`consumer_behind`: how much the consumer that is furthest behind has yet to read."""
+    (row,) = await read_all(database, SQL.most_behind)
+    return row
+
+
 def _asked(
     within: Sequence[str] | None, *, after: str = "", name: str | None = None, count: int = 1
 ) -> dict[str, object]:

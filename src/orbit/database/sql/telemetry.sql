@@ -345,6 +345,15 @@ WHERE name > %(after)s AND (%(name)s::text IS NULL OR name = %(name)s::text)
     AND (%(within)s::text[] IS NULL OR namespaces <@ %(within)s::text[])
 ORDER BY name LIMIT %(count)s;
 
+-- name: most_behind
+-- How much the consumer that is furthest behind has yet to read.
+WITH edge AS MATERIALIZED (
+    {{bounds}}
+)
+SELECT GREATEST(0, last_position - COALESCE((SELECT min(position) FROM telemetry_consumer),
+    last_position))::bigint AS consumer_behind
+FROM edge;
+
 -- name: remove_consumer
 -- Lets a consumer go: nothing is kept for it any more.
 DELETE FROM telemetry_consumer WHERE name = %(name)s;
