@@ -2,7 +2,8 @@
 
 Two pages are held at most: the next is read while the client takes one. A client that takes
 nothing for ten seconds is cut off, and goes on later where it was by `Last-Event-ID`. The key is
-looked at again each second, so that a revoked one gets nothing more. Streams that wait look for
+looked at again each second, so that a revoked one gets nothing more. Who comes back too late is
+told of the gap, in an event of that name. Streams that wait look for
 the last position together, so that they cost one small query a twentieth of a second between them.
 """
 
@@ -116,6 +117,8 @@ class _EventStream(Response):
     async def _frames(self, send: Send) -> None:
         loop = asyncio.get_running_loop()
         looked_at, sent_at = loop.time(), float("-inf")
+        if (first := (await bounds(self._node.database)).first_position) > self._after + 1:
+            await _send(send, f'event: gap\ndata: {{"firstPosition":{first}}}\n\n')
         ahead = self._ahead(_Page("", 0, self._after, -1))
         try:
             while not self._node.is_draining:
