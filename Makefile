@@ -85,7 +85,7 @@ lock: | $(VENV_PYTHON) ## Write the locks anew; ARGS=--upgrade takes the newest 
 	@[ -x .venv/lock/bin/python ] || $(VENV_PYTHON) -m venv .venv/lock
 	@.venv/lock/bin/python -m pip --quiet --quiet --no-input --disable-pip-version-check install '$(UV)'
 	@$(COMPILE) --extra embedded --extra otel --group build --output-file requirements/run.txt $(ARGS)
-	@$(COMPILE) --extra embedded --extra otel --group dev --constraint requirements/run.txt \
+	@$(COMPILE) --extra embedded --extra otel --extra parquet --group dev --constraint requirements/run.txt \
 		--output-file requirements/dev.txt $(ARGS)
 
 clean: ## Remove .venv, caches and builds (data in .orbit stays)

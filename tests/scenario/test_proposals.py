@@ -18,6 +18,7 @@ from orbit.audit.verification import verify
 from orbit.cli.proposals import _show
 from orbit.database.queries import array, load
 from orbit.insight.proposals import Proposals
+from orbit.insight.signals import DETECTOR_VERSION
 from orbit.insight.source import profile_revisions
 from orbit.insight.strategy import Finding, Situation
 from orbit.profiles.model import document_body
@@ -57,7 +58,13 @@ async def node(make_node: MakeNode, configure: Configure, receiver: Receiver) ->
     return await make_node(auth="on", dispatch_endpoints=(receiver.endpoint("out"),))
 
 
-async def say(node: Node, name: str, position: int, namespace: str = "sea") -> str:
+async def say(
+    node: Node,
+    name: str,
+    position: int,
+    namespace: str = "sea",
+    detector: int = DETECTOR_VERSION,
+) -> str:
     """Records that the detector said something of nova's deliveries; the signal's id."""
     documents = node.configuration.active.documents
     signal_id = f"{position:032x}"
@@ -71,7 +78,7 @@ async def say(node: Node, name: str, position: int, namespace: str = "sea") -> s
         "confidence": 0.97,
         "from_position": position,
         "to_position": position,
-        "detector_version": 1,
+        "detector_version": detector,
         "body": '{"recent":0.6,"baseline":{"mean":0.9}}',
     }
     values = {key: array([value]) for key, value in row.items()}
@@ -205,6 +212,14 @@ async def test_a_proposal_ends_when_its_evidence_does(node: Node, people: People
     (shown,) = await listed(ben)
     assert (shown["state"], shown["decidedBy"]) == ("superseded", "orbit")
     assert verify(dsn).findings == []
+
+
+async def test_the_newest_detector_has_the_last_word(node: Node, people: People) -> None:
+    """What an older one said later in the stream is passed over once the newer has spoken."""
+    ann, _ = people
+    await say(node, "stable", 7)
+    await say(node, "low_performance", 8, detector=DETECTOR_VERSION - 1)
+    assert await made(ann) == []
 
 
 async def test_a_proposal_ends_when_its_profile_changes(

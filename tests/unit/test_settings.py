@@ -246,6 +246,13 @@ def test_a_value_of_several_lines_is_shown_on_one() -> None:
             {"ORBIT_DATABASE_OWNER_URL": "postgresql://db/orbit"},
             "ORBIT_DATABASE_OWNER_URL is set: accepted only together with DATABASE_URL",
         ),
+        (
+            {"ORBIT_TELEMETRY_PARQUET_DIR": "weeks"},
+            (
+                "ORBIT_TELEMETRY_PARQUET_DIR is set: accepted only together with"
+                " ORBIT_TELEMETRY_COLD_ARCHIVE_ENABLED=true"
+            ),
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(
@@ -253,6 +260,14 @@ def test_settings_that_contradict_each_other_are_refused(
 ) -> None:
     """Each value alone is fine; together they are not."""
     assert _refusal(**environ) == message
+
+
+def test_parquet_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for files that nobody could write is told what to install."""
+    given = {"ORBIT_TELEMETRY_PARQUET_DIR": "weeks", "ORBIT_TELEMETRY_COLD_ARCHIVE_ENABLED": "1"}
+    assert load_settings(given, env_file=None).telemetry_parquet_dir == Path("weeks")
+    monkeypatch.setattr("orbit.settings.find_spec", lambda _: None)
+    assert _refusal(**given).endswith("needs pyarrow: pip install 'orbit-control-plane[parquet]'")
 
 
 @pytest.mark.parametrize(
