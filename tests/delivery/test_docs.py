@@ -184,7 +184,7 @@ def test_the_commands_of_a_page_work_as_written(
             start_new_session=True,
         )
         try:
-            code = shell.wait(timeout=180)
+            code = shell.wait(timeout=400)
         except subprocess.TimeoutExpired:
             code = -1
         finally:
