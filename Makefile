@@ -47,8 +47,8 @@ setup: .venv/.dev ## Make .venv with all that work on Orbit needs
 run: .venv/.run ## Run the newsroom example; ONCE=1 ends after one pass
 	@$(VENV_PYTHON) examples/newsroom/run.py $(if $(filter-out 0,$(ONCE)),--once)
 
-test: .venv/.dev ## Run the tests; ARGS='tests/unit -k cron' narrows, JOBS=2 runs files side by side
-	@$(VENV_PYTHON) -m pytest $(if $(JOBS),--numprocesses=$(JOBS) --dist=loadfile) $(ARGS)
+test: .venv/.dev ## Run the tests; ARGS='tests/unit -k cron' narrows, JOBS=4 runs them side by side
+	@$(VENV_PYTHON) -m pytest $(if $(JOBS),--numprocesses=$(JOBS) --dist=loadscope) $(ARGS)
 
 check: .venv/.dev ## Check format, lint, types, import floors, dependencies, dead code
 	@echo '== format'
@@ -84,8 +84,8 @@ docs: .venv/.dev ## Write docs/reference anew from the program
 lock: | $(VENV_PYTHON) ## Write the locks anew; ARGS=--upgrade takes the newest versions
 	@[ -x .venv/lock/bin/python ] || $(VENV_PYTHON) -m venv .venv/lock
 	@.venv/lock/bin/python -m pip --quiet --quiet --no-input --disable-pip-version-check install '$(UV)'
-	@$(COMPILE) --extra embedded --group build --output-file requirements/run.txt $(ARGS)
-	@$(COMPILE) --extra embedded --group dev --constraint requirements/run.txt \
+	@$(COMPILE) --extra embedded --extra otel --group build --output-file requirements/run.txt $(ARGS)
+	@$(COMPILE) --extra embedded --extra otel --extra parquet --group dev --constraint requirements/run.txt \
 		--output-file requirements/dev.txt $(ARGS)
 
 clean: ## Remove .venv, caches and builds (data in .orbit stays)

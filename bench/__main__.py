@@ -1,6 +1,7 @@
 """Measures one node as its users meet it: start, latency, cost, backlogs, bad neighbours.
 
-    python -m bench [start latency idle payload neighbours backlog halt fence audit pipeline drain]
+    python -m bench [start latency idle payload neighbours backlog halt fence audit telemetry
+                     pipeline drain]
 
 Each figure is of the real program (`orbit up` on an embedded server in a folder of its own) and
 the real receiver, printed as one JSON line. `pipeline` and `drain` run Orbit beside the peers'
@@ -23,6 +24,7 @@ from bench.halts import halt
 from bench.peers import drain, pipeline
 from bench.program import Bench
 from bench.queues import backlog, neighbours
+from bench.telemetry import telemetry
 
 
 def start() -> dict[str, Any]:
@@ -114,6 +116,7 @@ MEASUREMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "halt": halt,
     "fence": fence,
     "audit": audit,
+    "telemetry": telemetry,
     "pipeline": pipeline,
     "drain": drain,
 }

@@ -2,7 +2,9 @@
 
 The server is the embedded one, in a folder of this run; ORBIT_TEST_DATABASE_URL names another
 (of a role that may create databases). A test's database is a copy of a template with the
-schema in place, which takes tens of milliseconds.
+schema in place, which takes tens of milliseconds. Nothing waits for the disk, and where there is
+plenty of memory the databases are in it: a process that is killed loses nothing by that, and no
+test cuts the power.
 """
 
 from __future__ import annotations
@@ -12,9 +14,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import hypothesis
+import psutil
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
@@ -23,8 +29,22 @@ from orbit.clock import DatabaseClock, SystemClock, new_id
 from orbit.database.embedded import APPLICATION_ROLE, EmbeddedServer, erase
 from orbit.database.pool import Database
 from orbit.database.upgrade import upgrade
+from orbit.errors import EmbeddedServerFailed
+from tests.dealing import Dealing
 
+# The same examples in every run: what fails fails for a change, and again on another machine.
+# `ARGS='--hypothesis-profile=default'` draws others.
+hypothesis.settings.register_profile("orbit", derandomize=True)
+hypothesis.settings.load_profile("orbit")
+
+_ROOM_BYTES = 6 << 30
 _numbers = itertools.count(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Dealing:
+    """Which worker gets which tests."""
+    return Dealing(config, log)
 
 
 @dataclass(frozen=True)
@@ -50,10 +70,15 @@ class TestServer:
 def server() -> Iterator[TestServer]:
     """The PostgreSQL server of this test run, with a template database."""
     given = os.environ.get("ORBIT_TEST_DATABASE_URL")
-    folder = Path(tempfile.mkdtemp(prefix="orbit-tests-"))
+    folder = Path(tempfile.mkdtemp(prefix="orbit-tests-", dir=None if given else _memory()))
+    _sweep(folder)
     folder.chmod(0o755)  # for root's server, which runs as another user
     embedded = None if given else EmbeddedServer.start(folder / "data")
     found = TestServer(given or (embedded.owner_dsn if embedded else ""), APPLICATION_ROLE)
+    if embedded is not None:
+        for setting in ("fsync = off", "full_page_writes = off", "max_wal_size = '256MB'"):
+            found.run(f"ALTER SYSTEM SET {setting}")
+        found.run("SELECT pg_reload_conf()")
     template = f"orbit_template_{os.getpid()}"
     found.run(
         f"DO $$ BEGIN CREATE ROLE {APPLICATION_ROLE} LOGIN; "
@@ -68,6 +93,25 @@ def server() -> Iterator[TestServer]:
         embedded.leave()
         erase(folder / "data")
     shutil.rmtree(folder)
+
+
+def _memory() -> Path | None:
+    """A folder in memory, if there is room for some workers' servers; else None, the usual one."""
+    folder = Path("/dev/shm")
+    is_usable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    if is_usable and shutil.disk_usage(folder).free > _ROOM_BYTES:
+        return folder if psutil.virtual_memory().available > _ROOM_BYTES else None
+    return None
+
+
+def _sweep(folder: Path) -> None:
+    """Ends servers that killed runs have left beside this folder; those in use are left alone."""
+    before = SystemClock().now().timestamp() - 3600  # a younger one may be just starting
+    for other in folder.parent.glob("orbit-tests-*"):
+        with suppress(OSError, EmbeddedServerFailed):
+            if other.stat().st_mtime < before:
+                erase(other / "data")
+                shutil.rmtree(other)
 
 
 @pytest.fixture

@@ -253,6 +253,7 @@ class Node:
                 self.settings.telemetry_retention_days,
                 self.settings.telemetry_hard_limit_days,
                 self.settings.telemetry_cold_archive_enabled,
+                self.settings.telemetry_parquet_dir,
             ),
         )
         await janitor.run_once()

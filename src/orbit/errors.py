@@ -120,6 +120,12 @@ class VerificationImpossible(OrbitError):
     code = "verification_impossible"
 
 
+class ArchiveDamaged(OrbitError):
+    """Archived telemetry does not read back as it was written, or cannot be written."""
+
+    code = "archive_damaged"
+
+
 class Refused(OrbitError):
     """The request is understood and not allowed now (paused, halted, busy, disabled)."""
 
@@ -202,6 +208,12 @@ class AlreadyDecided(Refused):
     """The proposal was decided on, has expired, or does not hold any more."""
 
     code = "already_decided"
+
+
+class ConsumerExists(Refused):
+    """A consumer of telemetry has this name already."""
+
+    code = "consumer_exists"
 
 
 class NotEntitled(Refused):

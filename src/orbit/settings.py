@@ -17,6 +17,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -292,6 +293,10 @@ class Settings(BaseSettings):
         36_500,
     )
     telemetry_cold_archive_enabled: bool = _knob(False, "Archive telemetry before it is removed.")
+    telemetry_parquet_dir: Path | None = _knob(
+        None,
+        "The folder that archived weeks are written to as Parquet, too; needs the extra `parquet`.",
+    )
     proposal_hours: int = _knob(
         72, "Hours after which a proposal that nobody decided on expires.", 1, 8_760
     )
@@ -361,6 +366,15 @@ class Settings(BaseSettings):
             self.database_owner_url is not None and self.database_url is None,
             "ORBIT_DATABASE_OWNER_URL is set: accepted only together with DATABASE_URL",
         )
+        parquet = "ORBIT_TELEMETRY_PARQUET_DIR is set: "
+        yield (
+            self.telemetry_parquet_dir is not None and not self.telemetry_cold_archive_enabled,
+            f"{parquet}accepted only together with ORBIT_TELEMETRY_COLD_ARCHIVE_ENABLED=true",
+        )
+        yield (
+            self.telemetry_parquet_dir is not None and find_spec("pyarrow") is None,
+            f"{parquet}needs pyarrow: pip install 'orbit-control-plane[parquet]'",
+        )
         has_target = self.audit_checkpoint_dir or self.audit_checkpoint_command
         yield (
             self.database_url is not None and bool(has_target) != bool(self.audit_signing_key_file),
@@ -421,6 +435,13 @@ def load_settings(
         details = error.errors(include_url=False, include_input=False)
         lines = dict.fromkeys(_line(detail, values, used) for detail in details)
         raise SettingInvalid("\n".join(lines)) from None
+
+
+def share_with_libraries(env_file: str | Path = ".env") -> None:
+    """Puts the OTEL_* variables of `.env` where OpenTelemetry looks: the process's environment."""
+    for name, value in _read_file(env_file).items():
+        if name.startswith("OTEL_"):
+            os.environ.setdefault(name, value)
 
 
 def _read_file(path: str | Path | None) -> dict[str, str]:

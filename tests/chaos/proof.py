@@ -19,14 +19,14 @@ from psycopg.rows import dict_row
 from orbit.canonical import sha256_hex
 from orbit.execution.context import TIERS, Stage
 from tests.chaos import steps
-from tests.chaos.harness import RunProfileShape, Scene, eventually
+from tests.chaos.harness import PATIENCE_SECONDS, RunProfileShape, Scene, eventually
 
 Row = dict[str, Any]
 _ORDER = [str(stage) for stage in Stage]
 _STAGES = _ORDER[:-1]
 
 
-async def finished(owner_dsn: str, seconds: float) -> None:
+async def finished(owner_dsn: str, seconds: float = PATIENCE_SECONDS) -> None:
     """Waits until no cycle is active and no job is left to send."""
     await eventually(lambda: _is_idle(owner_dsn), "the end of all cycles and jobs", seconds)
 

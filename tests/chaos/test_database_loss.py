@@ -95,7 +95,7 @@ async def test_nodes_bring_their_embedded_server_back(
     """The nodes' own server is stopped, or killed, amid work: they start it and finish."""
     async with scene(tmp_path, _SHAPES, None) as stage:
         await _lose_database(stage, own_server, how)
-        await finished(own_server.owner_dsn, 30)
+        await finished(own_server.owner_dsn)
         assert_exactly_once(own_server.owner_dsn, stage)
 
 
@@ -105,7 +105,7 @@ async def test_nodes_wait_for_a_database_that_restarts(
     """A database that is not theirs restarts amid work: they wait for it and finish."""
     async with scene(tmp_path, _SHAPES, own_server.dsn) as stage:
         await _lose_database(stage, own_server, signal.SIGINT)
-        await finished(own_server.owner_dsn, 30)
+        await finished(own_server.owner_dsn)
         assert_exactly_once(own_server.owner_dsn, stage)
 
 
@@ -120,8 +120,8 @@ async def test_sigterm_without_a_database_ends_in_time(
         os.kill(_postmaster(own_server), signal.SIGINT)
         await _noticed(node)
         node.signal(signal.SIGTERM)
-        assert await node.ended(25) == 0, node.tail()
+        assert await node.ended() == 0, node.tail()
         await asyncio.to_thread(own_server.ensure_running)
         await stage.nodes.start()
-        await finished(own_server.owner_dsn, 20)
+        await finished(own_server.owner_dsn)
         assert_exactly_once(own_server.owner_dsn, stage)

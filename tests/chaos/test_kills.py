@@ -61,7 +61,7 @@ async def test_a_hundred_kills_lose_nothing_and_double_nothing(
     async with scene(tmp_path, SHAPES, dsn) as stage:
         kills = await _kill_at_every_boundary(stage)
         kills += await _kill_at_random(stage)
-        await finished(owner_dsn, 30)
+        await finished(owner_dsn)
         evidence = assert_exactly_once(owner_dsn, stage)
     assert kills >= 100
     unknown = sum(receipt["outcome"] == "unknown" for receipt in evidence.receipts)

@@ -61,7 +61,7 @@ async def test_repair_after_the_loss_of_all_leases(
             lost += await _delete_leases(owner_dsn)
             found = await repair(database)
             rebuilt = {name: rebuilt[name] + found[name] for name in rebuilt}
-        await finished(owner_dsn, 30)
+        await finished(owner_dsn)
         assert not any((await repair(database)).values())
         assert_exactly_once(owner_dsn, stage, is_lease_loss=True)
     assert rebuilt["configuration"] == _LOSSES

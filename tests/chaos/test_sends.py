@@ -146,7 +146,7 @@ async def _struck(
         async with scene(folder, (), dsn, ORBIT_DISPATCH_ENDPOINTS=endpoints) as stage:
             await _killed(stage.nodes, striker, point)
             await stage.nodes.start()
-            await finished(owner_dsn, 30)
+            await finished(owner_dsn)
     if point.body_bytes is not None:
         assert striker.cut_bytes is not None
         assert (striker.cut_bytes == len(BODY)) is (point.body_bytes == len(BODY))

@@ -35,6 +35,7 @@ BOOKKEEPING = {"alembic_version"}
 # What belongs to the installation: keys are for namespaces, they are not in one.
 OF_ALL = {
     "telemetry_archive",
+    "telemetry_archive_file",
     "telemetry_consumer",
     "telemetry_sequencer",
     "config_revision",

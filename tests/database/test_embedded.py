@@ -98,9 +98,9 @@ def empty() -> Iterator[Path]:
 
 def wait_until(condition: Callable[[], bool]) -> None:
     """Returns when the condition holds; fails after 30 s."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, "waited 30 s in vain"
+        assert time.monotonic() < deadline, "waited 60 s in vain"
         time.sleep(0.005)
 
 

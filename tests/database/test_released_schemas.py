@@ -90,6 +90,18 @@ def project(
     )
 
 
+def ask(project: Project, key: str, path: str, body: dict[str, Any]) -> None:
+    """A request to the project's node that it has to grant."""
+    answer = httpx.post(
+        f"http://127.0.0.1:{project.environment['PORT']}/{path}",
+        json=body,
+        headers={"Authorization": f"Bearer {key}"},
+        timeout=60,
+        trust_env=False,
+    )
+    assert answer.is_success, answer.text
+
+
 def test_there_is_a_dump_of_each_released_schema() -> None:
     """The first is there, and each is of a revision that this program knows."""
     assert DUMPS.keys() <= set(REVISIONS)
@@ -104,9 +116,10 @@ def test_a_released_schema_is_upgraded_and_its_work_goes_on(
     known = "SELECT cycle_id::text, run_profile_id FROM cycle_run"
     cycles = dict(rows(owner_dsn, known))
     assert sorted(cycles.values()) == sorted(RUN_PROFILES)
-    refused = project.run("up")
-    assert refused.returncode == 1
-    assert f"schema is {revision}, this program needs {HEAD}" in refused.stderr
+    if revision != HEAD:
+        refused = project.run("up")
+        assert refused.returncode == 1
+        assert f"schema is {revision}, this program needs {HEAD}" in refused.stderr
 
     assert HEAD in project.ok("db", "upgrade")
     project.ok("db", "check")
@@ -118,12 +131,14 @@ def test_a_released_schema_is_upgraded_and_its_work_goes_on(
     project.environment["ORBIT_API_KEY"] = key
     with project.running("up"):
         wait_for(lambda: answers(f"http://127.0.0.1:{project.environment['PORT']}/ready"), "ready")
-        project.ok("trigger", "ends", "--watch")
+        ask(project, key, "run-profiles/trigger", {"runProfileIds": ["ends"]})
         wait_for(lambda: rows(owner_dsn, IDLE) == [(0,)], "the end of all work")
         dead = rows(owner_dsn, "SELECT job_id::text FROM dead_letter_dispatch")
         assert len(dead) == 2
         for (job_id,) in dead:
-            project.ok("dlq", "requeue", job_id, "--reason", "the receiver is mended")
+            ask(
+                project, key, f"dead-letters/{job_id}/requeue", {"reason": "the receiver is mended"}
+            )
         wait_for(lambda: rows(owner_dsn, IDLE) == [(0,)], "the end of what was requeued")
     states = rows(owner_dsn, "SELECT run_profile_id, state FROM cycle_status ORDER BY cycle_id")
     ended = {name: "failed" if name == "fails" else "finished" for name in RUN_PROFILES}

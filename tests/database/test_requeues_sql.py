@@ -272,7 +272,7 @@ async def test_a_worker_killed_amid_its_commit_leaves_nothing_half_done(
 
 async def _killed(owner_dsn: str) -> bool:
     """Ends the session that waits for another's lock, as soon as there is one."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     async with await psycopg.AsyncConnection.connect(owner_dsn, autocommit=True) as owner:
         while time.monotonic() < deadline:
             cursor = await owner.execute(
@@ -483,7 +483,7 @@ async def test_a_resting_node_finds_what_another_began(desk: Desk) -> None:
 
 
 async def _are_requeued(desk: Desk, expected: int) -> bool:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if await count(desk.database, "dead_letter_decision") == expected:
             return True

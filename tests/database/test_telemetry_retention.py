@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import sys
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
 
 import psycopg
+import pyarrow.parquet
 import pytest
+from cryptography.fernet import Fernet
 
 from orbit.clock import DatabaseClock, new_id
 from orbit.database.pool import Database
-from orbit.errors import VerificationImpossible
+from orbit.errors import ArchiveDamaged, ConsumerExists, NotFound, RequestInvalid
+from orbit.telemetry import parquet
+from orbit.telemetry.archive import archive, read_chunk
 from orbit.telemetry.catalogue import EventType
+from orbit.telemetry.consumers import add, commit, remove
 from orbit.telemetry.emission import SQL, Event, emit
-from orbit.telemetry.retention import Retention, archive, read_chunk, retain
+from orbit.telemetry.parquet import check_parquet, parquet_lines, write_parquet
+from orbit.telemetry.retention import Retained, Retention, retain
 from orbit.telemetry.sequencing import sequence
 
 WEEK = "2026-01-05"  # a Monday long ago
@@ -53,22 +67,72 @@ async def weeks(database: Database) -> list[str]:
     return [row["week"] for row in rows]
 
 
+async def stored(database: Database, name: str, position: int) -> None:
+    """A consumer at a position."""
+    async with database.transaction() as connection:
+        await add(connection, name, after=position)
+
+
 async def test_what_a_consumer_has_not_read_stays(database: Database, old: int) -> None:
     """A week goes when the last stored consumer has passed it, and not before."""
-    await database.execute(SQL.move_consumer, {"name": "bi", "position": old - 1})
-    assert await retain(database, Retention(30)) == []
+    await stored(database, "bi", old - 1)
+    await stored(database, "dwh", old)
+    assert await retain(database, Retention(30)) == Retained([], ["bi"])
     assert await weeks(database) == [WEEK]
     with pytest.raises(psycopg.errors.ObjectInUse):
         await database.execute(SQL.drop_week, {"week": WEEK, "is_forced": False})
-    await database.execute(SQL.move_consumer, {"name": "bi", "position": old})
-    assert await retain(database, Retention(30)) == [WEEK]
+    async with database.transaction() as connection:
+        await commit(connection, "bi", old)
+    assert await retain(database, Retention(30)) == Retained([WEEK], [])
     assert await weeks(database) == []
+
+
+async def test_what_signals_have_not_taken_in_stays(database: Database, old: int) -> None:
+    """The detector's own place counts as a consumer's, as far as there is something for it."""
+    feed = b"INSERT INTO signal_feed VALUES (%s, 2, %s, NULL)"
+    await database.execute(feed, ["another", 0])
+    await database.execute(feed, ["ns", old - 3])
+    assert await retain(database, Retention(30)) == Retained([], ["signals of ns"])
+    await database.execute(b"UPDATE signal_feed SET position = %s WHERE namespace = 'ns'", [old])
+    assert await retain(database, Retention(30)) == Retained([WEEK], [])
+
+
+async def test_a_consumer_that_is_being_stored_is_waited_for(database: Database, old: int) -> None:
+    """While its transaction is open no week is dropped; after it, none that it needs."""
+    async with database.transaction() as connection:
+        await add(connection, "bi")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            await retain(database, Retention(30))
+    assert await retain(database, Retention(30)) == Retained([], ["bi"])
+
+
+async def test_a_place_only_goes_on(database: Database, old: int) -> None:
+    """It begins at what is kept, never goes back, and is nowhere that was not given yet."""
+    async with database.transaction() as connection:
+        await add(connection, "bi")
+        assert await commit(connection, "bi", 5) == 5
+        assert await commit(connection, "bi", 3) == 5
+    for refused in (commit(connection, "bi", old + 1), add(connection, "dwh", after=old + 1)):
+        with pytest.raises(RequestInvalid, match=f"the last one is {old}"):
+            async with database.transaction() as connection:
+                await refused
+    await retain(database, Retention(30, hard_days=60))
+    async with database.transaction() as connection:
+        await add(connection, "dwh", after=2)
+        with pytest.raises(ConsumerExists):
+            await add(connection, "bi")
+        await remove(connection, "bi")
+        for gone in (commit(connection, "bi", 1), remove(connection, "bi")):
+            with pytest.raises(NotFound):
+                await gone
+    rows = await database.fetch_all(b"SELECT name, position FROM telemetry_consumer")
+    assert rows == [{"name": "dwh", "position": old}]
 
 
 async def test_a_hard_limit_is_told(database: Database, old: int, clock: DatabaseClock) -> None:
     """What is dropped unread leaves an event that names who had not read it."""
-    await database.execute(SQL.move_consumer, {"name": "bi", "position": 1})
-    assert await retain(database, Retention(30, hard_days=60)) == [WEEK]
+    await stored(database, "bi", 1)
+    assert await retain(database, Retention(30, hard_days=60)) == Retained([WEEK], [])
     row = await database.fetch_one(b"SELECT event_type, namespace, metadata FROM telemetry_event")
     assert row == {
         "event_type": "telemetry_dropped",
@@ -79,7 +143,7 @@ async def test_a_hard_limit_is_told(database: Database, old: int, clock: Databas
 
 async def test_an_archive_has_every_event(database: Database, old: int) -> None:
     """With the archive on a dropped week can be read, line by line, in order of position."""
-    assert await retain(database, Retention(30, is_archiving=True)) == [WEEK]
+    assert await retain(database, Retention(30, is_archiving=True)) == Retained([WEEK], [])
     lines = [json.loads(line) for line in await read_chunk(database, WEEK, 1)]
     assert [line["position"] for line in lines] == list(range(1, old + 1))
     assert [line["metadata"]["n"] for line in lines] == [1, 2, 3] * 4
@@ -89,11 +153,11 @@ async def test_a_changed_archive_stops_the_drop(
     database: Database, old: int, owner_dsn: str
 ) -> None:
     """Nothing is dropped while the archive does not read back as it was written."""
-    assert await archive(database, WEEK) == old
+    assert await archive(database, WEEK) == 1
     with psycopg.connect(owner_dsn, autocommit=True) as owner:
         owner.execute("ALTER TABLE telemetry_archive DISABLE TRIGGER append_only")
         owner.execute("UPDATE telemetry_archive SET sha256 = sha256('x')")
-    with pytest.raises(VerificationImpossible):
+    with pytest.raises(ArchiveDamaged):
         await retain(database, Retention(30, is_archiving=True))
     assert await weeks(database) == [WEEK]
 
@@ -109,3 +173,115 @@ async def test_numbering_goes_on_after_a_drop(
         pass
     row = await database.fetch_one(b"SELECT position FROM telemetry_stream")
     assert row == {"position": old + 1}
+
+
+def names(folder: Path) -> list[str]:
+    """What is in a folder."""
+    return [one.name for one in folder.iterdir()]
+
+
+async def files(database: Database) -> list[dict[str, object]]:
+    """What is known of files that were written."""
+    return await database.fetch_all(
+        b"SELECT file, events, bytes, encode(sha256, 'hex') AS sha256 FROM telemetry_archive_file"
+    )
+
+
+async def test_a_parquet_file_has_every_event(
+    database: Database, old: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a folder a dropped week is in a file too: the archive's own events, its digest kept."""
+    monkeypatch.setattr("orbit.telemetry.archive._CHUNK_EVENTS", 5)
+    folder = tmp_path / "made" / "anew"
+    await retain(database, Retention(30, is_archiving=True, parquet_folder=folder))
+    path = folder / f"telemetry-{WEEK}.parquet"
+    assert names(folder) == [path.name]
+    content = path.read_bytes()
+    wanted = {"sha256": sha256(content).hexdigest(), "bytes": len(content), "events": old}
+    assert await files(database) == [{"file": path.name, **wanted}]
+    chunks = [await read_chunk(database, WEEK, number) for number in (1, 2)]
+    lines = [json.loads(line) for chunk in chunks for line in chunk]
+    assert [json.loads(line) for line in parquet_lines(path)] == lines
+    assert [line["position"] for line in lines] == list(range(1, old + 1))
+    await check_parquet(database, WEEK, path)
+    path.write_bytes(content[:-1] + b"x")
+    with pytest.raises(ArchiveDamaged, match="not as it was written"):
+        await check_parquet(database, WEEK, path)
+
+
+async def test_a_file_that_is_there_as_written_stays(
+    database: Database, old: int, tmp_path: Path
+) -> None:
+    """A pass that died before the drop writes no second file; a damaged one is written anew."""
+    chunks = await archive(database, WEEK)
+    await write_parquet(database, WEEK, chunks, tmp_path)
+    path = tmp_path / f"telemetry-{WEEK}.parquet"
+    before = path.stat()
+    await write_parquet(database, WEEK, chunks, tmp_path)
+    assert path.stat().st_ino == before.st_ino
+    path.write_bytes(b"damaged")
+    await write_parquet(database, WEEK, chunks, tmp_path)
+    await check_parquet(database, WEEK, path)
+    assert len(list(parquet_lines(path))) == old
+
+
+async def test_a_file_that_cannot_be_written_or_read_back_stops_the_drop(
+    database: Database, old: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is dropped, nothing half-written stays, and no file is known that there is not."""
+    taken = tmp_path / "taken"
+    taken.write_text("a file where the folder should be")
+    retention = Retention(30, is_archiving=True, parquet_folder=taken)
+    with pytest.raises(ArchiveDamaged, match="cannot be written"):
+        await retain(database, retention)
+    monkeypatch.setattr(parquet, "_write", partial(_write_less, parquet._write))
+    with pytest.raises(ArchiveDamaged, match="does not read back"):
+        await retain(database, replace(retention, parquet_folder=tmp_path))
+    assert names(tmp_path) == [taken.name]
+    assert await weeks(database) == [WEEK]
+    assert await files(database) == []
+
+
+async def test_archived_weeks_are_listed_and_restored(
+    database: Database, old: int, dsn: str, tmp_path: Path
+) -> None:
+    """`orbit telemetry archive ls|restore` from the archive, and from the file of a week."""
+    await retain(database, Retention(30, is_archiving=True, parquet_folder=tmp_path))
+    path = tmp_path / f"telemetry-{WEEK}.parquet"
+
+    given = {"DATABASE_URL": dsn, "ORBIT_SECRET_KEYS": Fernet.generate_key().decode()}
+
+    async def run(*arguments: str, code: int = 0) -> str:
+        child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "orbit", "telemetry", "archive", *arguments),
+            env=os.environ | given,
+            cwd=tmp_path,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        out, _ = await child.communicate()
+        assert child.returncode == code, out.decode()
+        return out.decode()
+
+    (listed,) = json.loads(await run("ls", "--json"))["items"]
+    assert (listed["week"], listed["events"], listed["file"]) == (WEEK, old, path.name)
+    assert listed["file_sha256"] == sha256(path.read_bytes()).hexdigest()
+    lines = [json.loads(line) for line in (await run("restore", WEEK)).splitlines()]
+    assert [line["position"] for line in lines] == list(range(1, old + 1))
+    await run("restore", WEEK, "--out", "week.jsonl", "--parquet", path.name)
+    restored = (tmp_path / "week.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in restored] == lines
+    assert "is not in the archive" in await run("restore", "2026-01-12", code=2)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    refused = await run("restore", WEEK, "--parquet", path.name, "--out", "no.jsonl", code=6)
+    assert "not as it was written" in refused
+    assert not (tmp_path / "no.jsonl").exists()
+
+
+async def _write_less(write: Any, database: Database, week: str, chunks: int, path: Path) -> int:
+    """As a disk that loses something: the last event is another."""
+    events: int = await write(database, week, chunks, path)
+    table = pyarrow.parquet.read_table(path)
+    changed = table.slice(0, table.num_rows - 1)
+    pyarrow.parquet.write_table(pyarrow.concat_tables([changed, table.slice(0, 1)]), path)
+    return events

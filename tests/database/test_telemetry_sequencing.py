@@ -1,7 +1,7 @@
 """Telemetry's promise: each committed event has one position, and no reader misses or doubles one.
 
 Writers here hold transactions open, commit out of order and roll back, while sequencers, each a
-process of its own, are killed in the middle of their work and replaced.
+process of its own, lose their sessions, are killed in the middle of their work and replaced.
 """
 
 from __future__ import annotations
@@ -27,17 +27,24 @@ from tests.database.engine import FAILED, Worker, add_snapshot
 _DEADLINE_SECONDS = 60.0
 _SEQUENCER = """
 import asyncio, sys
-from orbit.database.pool import Database
+from orbit.database.pool import TRANSIENT, Database
 from orbit.telemetry.sequencing import sequence
 
 async def main(dsn, node_id):
     database = Database(dsn, minimum=1, maximum=1)
     await database.open()
     while True:
-        await sequence(database, node_id, lease_seconds=0.2, count=3)
+        try:
+            await sequence(database, node_id, lease_seconds=0.2, count=3)
+        except TRANSIENT:
+            pass
 
 asyncio.run(main(*sys.argv[1:]))
 """
+
+_END_SEQUENCERS = b"""SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid()
+    AND query LIKE '%telemetry_sequencer%'"""
 
 
 async def page(
@@ -105,9 +112,9 @@ class Course:
                 assert isinstance(data, dict)
                 self.read.append((position, data["n"]))
 
-    async def kill(self, clock: DatabaseClock) -> int:
-        """Has two sequencers at a time, each a process, and kills them while they number."""
-        kills = 0
+    async def kill(self, clock: DatabaseClock) -> tuple[int, int]:
+        """Has two sequencers at a time, each a process; ends their sessions, then kills them."""
+        kills = ended = 0
         while not self.is_written:
             pair = [
                 await asyncio.create_subprocess_exec(
@@ -115,12 +122,15 @@ class Course:
                 )
                 for _ in range(2)
             ]
-            await self._progress(len(self.read) + 20)
+            for _ in range(2):
+                await self._progress(len(self.read) + 15)
+                ended += len(await self.database.fetch_all(_END_SEQUENCERS))
+            await self._progress(len(self.read) + 15)
             for process in pair:
                 process.send_signal(signal.SIGKILL)
                 await process.wait()
                 kills += 1
-        return kills
+        return kills, ended
 
     async def _progress(self, count: int) -> None:
         while len(self.read) < count and not self.is_written:  # noqa: ASYNC110
@@ -130,18 +140,19 @@ class Course:
 async def test_no_event_is_missed_or_doubled(
     database: Database, writers: Database, dsn: str, clock: DatabaseClock
 ) -> None:
-    """Long transactions, rollbacks, and sequencers killed and replaced: each is read just once."""
+    """Long transactions, rollbacks, sequencers that lose sessions and lives: each is read once."""
     course = Course(database, writers, dsn)
     reader = asyncio.create_task(course.follow())
     killer = asyncio.create_task(course.kill(clock))
     await asyncio.gather(*(course.write(1000 * number) for number in range(8)))
     course.is_written = True
-    kills = await killer
+    kills, ended = await killer
     replacement = new_id(clock.now())
     while not reader.done():
         await sequence(database, replacement)
     await reader
     assert kills >= 4
+    assert ended >= 2
     assert sorted(number for _, number in course.read) == sorted(course.committed)
     assert [position for position, _ in course.read] == list(range(1, len(course.committed) + 1))
 

@@ -216,7 +216,7 @@ def test_a_table_locked_by_another_session_bounds_the_wait_and_names_it(empty: s
             upgrade.upgrade(empty, lock_timeout=SHORT)
         with pytest.raises(DatabaseUnavailable, match="backup job"):
             upgrade.check(empty, lock_timeout=SHORT)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 30
         other.rollback()
     assert upgrade.upgrade(empty).status is SchemaStatus.MISSING
 

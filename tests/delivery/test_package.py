@@ -81,6 +81,7 @@ def test_the_wheel_has_every_file_of_the_program(packages: dict[str, Path]) -> N
     for ending in (".sql", ".schema.json", ".mako", "templates/steps.py"):
         assert any(name.endswith(ending) for name in found), ending
     assert "Provides-Extra: embedded" in declared
+    assert "Provides-Extra: otel" in declared
 
 
 def test_the_sdist_makes_the_same_wheel(packages: dict[str, Path], place: Path) -> None:

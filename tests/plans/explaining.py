@@ -87,8 +87,14 @@ INSERT INTO advisory_signal (namespace, signal_id, profile_id, revision, metric,
     confidence, from_position, to_position, detector_version, body)
 SELECT namespace, digest, 'p', 'r', 'm', 'stable', 'none', 0.5, n, n, 1, '{}' FROM filled
 WHERE n % 50 = 0;
-INSERT INTO telemetry_batch (namespace, batch_id, last_position, events)
-SELECT namespace, cycle_id, n, 1 FROM filled WHERE n % 50 = 0;
+INSERT INTO telemetry_event (namespace, batch_id, ordinal, event_type, profile_id, run_id)
+SELECT namespace, job_id, 1, 'execution_finished', 'p', cycle_id FROM filled;
+INSERT INTO telemetry_batch (namespace, batch_id, events, last_position)
+SELECT namespace, job_id, 1, n FROM filled;
+INSERT INTO telemetry_pending SELECT cycle_id, namespace, 1 FROM filled WHERE n % 10 = 0;
+INSERT INTO signal_stream SELECT namespace, 'p' || n, 'r', 'delivered', '{}' FROM filled WHERE n
+    % 10 = 0;
+INSERT INTO signal_feed SELECT DISTINCT namespace, 2, 199990, '{}' FROM filled;
 INSERT INTO endpoint_snapshot SELECT namespace, 's' || n, 'e', '', 'POST', '', NULL, 1, '{}'
 FROM filled WHERE n % 10 = 0;
 """

@@ -11,7 +11,8 @@ import httpx
 from orbit.api.application import create_application
 from orbit.app import Node
 from orbit.governance.actor import Scope, actor_here
-from orbit.governance.keys import Grant, Token
+from orbit.governance.keys import Grant
+from orbit.governance.token import Token
 
 
 async def key_of(

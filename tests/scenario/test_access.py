@@ -21,9 +21,9 @@ from orbit.audit.trail import Act
 from orbit.errors import SettingInvalid
 from orbit.governance.actor import actor_here
 from orbit.governance.authentication import STALE_SECONDS
-from orbit.governance.keys import Token
 from orbit.governance.sessions import MOST_LINKS, MOST_SESSIONS
 from orbit.governance.slowing import FREE_FAILURES
+from orbit.governance.token import Token
 from orbit.settings import load_settings
 from tests.scenario.access import asking, bearer, key_of
 from tests.scenario.conftest import Facts, MakeNode, SetTime, database_now, until

@@ -113,7 +113,7 @@ class Project:
         assert code == 0, log.read_text(errors="replace")
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 40) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
     """Polls until the condition holds."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -445,6 +445,35 @@ def test_insight_replays_what_is_stored(project: Project) -> None:
     text = project.run("insight", "replay")
     assert "nothing was stored" in text.stdout
     assert "100 cycles" in text.stderr
+
+
+def test_a_consumer_is_told_each_event_once(project: Project) -> None:
+    """`telemetry replay --consumer` goes on where it was; the place is listed, moved, let go."""
+    project.ok("trigger", "nova-daily", "--watch")
+    added = project.json("telemetry", "consumers", "add", "bi", "--reason", "a warehouse")
+    assert (added["name"], added["position"]) == ("bi", 0)
+    replay = ("telemetry", "replay", "--consumer", "bi", "--json")
+
+    def told() -> list[int]:
+        return [json.loads(line)["position"] for line in project.ok(*replay).splitlines()]
+
+    read, more = told(), True
+    while more:
+        more = bool(found := told())
+        read += found
+    assert read == list(range(1, len(read) + 1))
+    assert len(read) >= 5
+    table = project.ok("telemetry", "consumers", "ls")
+    assert re.search(rf"^bi +{len(read)} +0 +0 ", table, re.MULTILINE)
+    assert project.json("telemetry", "consumers", "commit", "bi", "2")["position"] == len(read)
+    beyond = project.run("telemetry", "consumers", "commit", "bi", "999999")
+    assert beyond.returncode == 2
+    assert "expected a position that was given" in beyond.stderr
+    assert project.run(*replay, "--after", "1").returncode == 2
+    assert project.run("telemetry", "consumers", "add", "bi").returncode == 3
+    project.ok("telemetry", "consumers", "rm", "bi", "--reason", "no longer used")
+    assert project.json("telemetry", "consumers", "ls")["items"] == []
+    assert project.run("telemetry", "replay", "--consumer", "bi").returncode == 1
 
 
 def test_a_failed_cycle_is_code_1_and_runs_again(project: Project) -> None:

@@ -207,7 +207,7 @@ async def test_a_database_that_hangs_does_not_hold_up_the_drain(
         began = time.monotonic()
         await node.drain()
         await node.close()
-        assert time.monotonic() - began < 1 + 4
+        assert time.monotonic() - began < 30  # the step and the sends would never end
     assert facts(RECEIPTS) == []
 
 

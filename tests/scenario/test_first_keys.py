@@ -111,14 +111,14 @@ def test_who_has_the_database_makes_the_first_key(given: Project) -> None:
     """Straight on the database, while a node is up that lets nobody in."""
     assert not (given.folder / ".orbit" / "admin.key").exists()
     made = given.json(*OPERATE)
-    wait_for(lambda: _status(given, made["token"]) == 200, "the key", 5)
+    wait_for(lambda: _status(given, made["token"]) == 200, "the key")
     assert made["key"]["createdBy"].endswith("(cli)")
     with_key = given.run("trigger", ORBIT_API_KEY=made["token"])
     assert with_key.returncode == 0, with_key.stderr
     assert given.run("keys", "list", ORBIT_API_KEY=made["token"]).returncode == 3
     key_id = made["key"]["keyId"]
     given.ok("keys", "revoke", key_id, "--direct", ORBIT_API_KEY=made["token"])
-    wait_for(lambda: _status(given, made["token"]) == 401, "the refusal", 5)
+    wait_for(lambda: _status(given, made["token"]) == 401, "the refusal")
     assert given.json("trigger")["items"][0]["cycleRunId"]
 
 

@@ -86,6 +86,10 @@ BY_THEIR_OWN_TEST = {
     ("GET", "/audit/export"),  # an_export_has_no_foreign_log
     ("GET", "/telemetry"),  # test_telemetry
     ("GET", "/telemetry/stream"),
+    ("GET", "/telemetry/consumers/{name}"),
+    ("POST", "/telemetry/consumers"),
+    ("POST", "/telemetry/consumers/{name}/commit"),
+    ("POST", "/telemetry/consumers/{name}/remove"),
     ("GET", "/profiles/{profileId}/signals"),  # test_signals
     ("POST", "/profiles/{profileId}/signals"),
     ("POST", "/profiles/{profileId}/strategy-proposals"),  # test_proposals

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +18,7 @@ from orbit.audit.verification import verify
 from orbit.cli.proposals import _show
 from orbit.database.queries import array, load
 from orbit.insight.proposals import Proposals
+from orbit.insight.signals import DETECTOR_VERSION
 from orbit.insight.source import profile_revisions
 from orbit.insight.strategy import Finding, Situation
 from orbit.profiles.model import document_body
@@ -23,6 +26,7 @@ from orbit.telemetry.catalogue import EventType
 from orbit.telemetry.emission import Event, emit
 from tests.scenario.access import asking, key_of
 from tests.scenario.conftest import (
+    SECRET_KEY,
     Configure,
     Facts,
     MakeNode,
@@ -32,6 +36,7 @@ from tests.scenario.conftest import (
     run_profile,
     until,
 )
+from tests.scenario.test_cli import clean_environment
 
 SIGNALS = load("signals")
 RULES = ("low_performance", "unknown_share_rising", "breaker_flapping", "value_per_cost_falling")
@@ -53,7 +58,13 @@ async def node(make_node: MakeNode, configure: Configure, receiver: Receiver) ->
     return await make_node(auth="on", dispatch_endpoints=(receiver.endpoint("out"),))
 
 
-async def say(node: Node, name: str, position: int, namespace: str = "sea") -> str:
+async def say(
+    node: Node,
+    name: str,
+    position: int,
+    namespace: str = "sea",
+    detector: int = DETECTOR_VERSION,
+) -> str:
     """Records that the detector said something of nova's deliveries; the signal's id."""
     documents = node.configuration.active.documents
     signal_id = f"{position:032x}"
@@ -67,7 +78,7 @@ async def say(node: Node, name: str, position: int, namespace: str = "sea") -> s
         "confidence": 0.97,
         "from_position": position,
         "to_position": position,
-        "detector_version": 1,
+        "detector_version": detector,
         "body": '{"recent":0.6,"baseline":{"mean":0.9}}',
     }
     values = {key: array([value]) for key, value in row.items()}
@@ -144,6 +155,38 @@ async def test_what_a_rule_suggests_another_person_approves_and_nothing_is_appli
     assert "/execution_rules/intensity: 5 becomes 4" in capsys.readouterr().out
 
 
+async def test_a_person_decides_at_the_command_line(
+    node: Node, people: People, dsn: str, config_dir: Path
+) -> None:
+    """The verbs as the guide has them, beside the node: listed, shown, approved, and refused."""
+    ann, _ = people
+    await say(node, "low_performance", 7)
+    (proposal,) = await made(ann)
+    environment = clean_environment(
+        DATABASE_URL=dsn,
+        ORBIT_ROLES="worker",  # so that the command line asks the database itself
+        ORBIT_SECRET_KEYS=SECRET_KEY,
+        ORBIT_CONFIG_DIR=str(config_dir),
+    )
+
+    async def orbit(*arguments: str, code: int = 0) -> str:
+        child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "orbit", "proposals", *arguments),
+            env=environment,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        told = (await child.communicate())[0].decode()
+        assert child.returncode == code, told
+        return told
+
+    assert proposal in await orbit("ls", "--state", "pending")
+    assert "5 becomes 4" in await orbit("show", proposal)
+    await orbit("approve", proposal, "--reason", "as agreed")
+    assert "is approved by" in await orbit("reject", proposal, "--reason", "late", code=3)
+    assert "No proposals." in await orbit("ls", "--state", "pending")
+
+
 async def test_a_rejection_has_a_reason_and_holds_until_there_is_new_evidence(
     node: Node, people: People
 ) -> None:
@@ -169,6 +212,14 @@ async def test_a_proposal_ends_when_its_evidence_does(node: Node, people: People
     (shown,) = await listed(ben)
     assert (shown["state"], shown["decidedBy"]) == ("superseded", "orbit")
     assert verify(dsn).findings == []
+
+
+async def test_the_newest_detector_has_the_last_word(node: Node, people: People) -> None:
+    """What an older one said later in the stream is passed over once the newer has spoken."""
+    ann, _ = people
+    await say(node, "stable", 7)
+    await say(node, "low_performance", 8, detector=DETECTOR_VERSION - 1)
+    assert await made(ann) == []
 
 
 async def test_a_proposal_ends_when_its_profile_changes(

@@ -18,7 +18,7 @@ from orbit.api.server import bind
 from orbit.errors import AddressInUse, SettingInvalid
 from orbit.settings import Settings
 
-SECONDS = 30.0
+SECONDS = 60.0
 PASSWORD = "password-that-nobody-may-see"
 _PROGRAM = """
 import sys
@@ -126,7 +126,7 @@ def test_a_second_signal_ends_at_once(program: Callable[..., Program]) -> None:
         begun = time.monotonic()
         node.process.send_signal(signal.SIGTERM)
         assert node.process.wait(SECONDS) == 1
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 20  # the drain would take 30
 
 
 def test_without_the_api_role_only_probes_answer(program: Callable[..., Program]) -> None:

@@ -117,6 +117,12 @@ async def test_a_node_feeds_what_its_cycles_come_to(node: Node) -> None:
     assert [one["metric"] for one in streams] == ["clicks", "delivered", "latency"]
     assert {one["profile_id"] for one in streams} == {"p2"}
     assert all(re.fullmatch("[0-9a-f]{64}", one["revision"]) for one in streams)
+    told = await node.database.fetch_one(
+        b"SELECT metadata->>'revision' AS revision FROM telemetry_event"
+        b" WHERE event_type = 'outcome_reported' AND run_id = %s",
+        [run_id],
+    )
+    assert told == {"revision": node.configuration.active.revision}
 
 
 async def test_another_namespaces_profile_is_one_that_is_not_there(

@@ -21,7 +21,7 @@ from orbit.payload import Payload
 from orbit.telemetry.catalogue import EventType
 from orbit.telemetry.emission import Event, emit
 from tests.scenario.access import asking, bearer, key_of
-from tests.scenario.conftest import MakeNode, send, until
+from tests.scenario.conftest import Facts, MakeNode, send, until
 
 
 async def tell(node: Node, count: int, namespace: str = "brand-a") -> int:
@@ -113,6 +113,51 @@ async def test_a_stream_goes_on_after_the_last_event_id(make_node: MakeNode) -> 
     assert [position for position, _ in before] == list(range(3, last + 1))
     assert [position for position, _ in after] == [later - 1, later]
     assert all(position == event["position"] for position, event in before + after)
+
+
+async def test_who_comes_back_too_late_is_told(make_node: MakeNode, facts: Facts) -> None:
+    """A stream begins by saying that what comes next is not kept any more; else it says nothing."""
+    facts("UPDATE telemetry_sequencer SET last_position = 500 RETURNING 1")
+    node = await make_node()
+    last = await tell(node, 3)
+    async with (
+        serving(node) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client,
+    ):
+        for after, expected in ((400, "event: gap"), (500, "id: 501"), (last - 1, f"id: {last}")):
+            async with client.stream("GET", f"/telemetry/stream?after={after}") as answer:
+                lines = answer.aiter_lines()
+                assert await anext(lines) == expected
+                if expected == "event: gap":
+                    assert await anext(lines) == 'data: {"firstPosition":501}'
+                    assert (await frames(lines, 1))[0][0] == 501
+
+
+async def test_a_stream_of_many_pages_misses_and_doubles_nothing(make_node: MakeNode) -> None:
+    """Pages are read ahead, and a namespace's own go on while others' events come between."""
+    node = await make_node()
+    third = await tell(node, 3000, "brand-a")
+    other = await tell(node, 5001, "brand-b")
+    last = await tell(node, 1500, "brand-a")
+    async with (
+        serving(node) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client,
+        client.stream("GET", "/telemetry/stream?after=0") as whole,
+        client.stream("GET", "/telemetry/stream?after=0&namespace=brand-a") as own,
+    ):
+        everything = await frames(whole.aiter_lines(), last)
+        lines = own.aiter_lines()
+        before = await frames(lines, 4500)
+        await tell(node, 7, "brand-b")
+        latest = await tell(node, 2, "brand-a")
+        after = await frames(lines, 2)
+    assert [position for position, _ in everything] == list(range(1, last + 1))
+    assert [position for position, _ in before] == [
+        *range(third - 2999, third + 1),
+        *range(other + 1, last + 1),
+    ]
+    assert [position for position, _ in after] == [latest - 1, latest]
+    assert {event["source"] for _, event in before + after} == {"/namespaces/brand-a"}
 
 
 async def test_a_revoked_key_ends_its_stream(make_node: MakeNode) -> None:

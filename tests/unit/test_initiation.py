@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orbit.canonical import canonical_digest, sha256_hex
-from orbit.execution.initiation import CycleRequest, new_traceparent, select_initiation
+from orbit.execution.initiation import CycleRequest, select_initiation
 from orbit.payload import Payload
 
 KEYS = st.text("abc-", min_size=1, max_size=4)
@@ -109,13 +109,6 @@ def test_a_requests_digest_is_of_what_it_asks_for(one: bytes, other: bytes) -> N
     ]
     assert len({one.digest() for one in asked}) == len(asked)
     assert base.digest() != replace(base, payload=Payload(one, "text/plain")).digest()
-
-
-def test_each_cycle_has_a_trace_of_its_own() -> None:
-    """A W3C trace context: version, trace, parent, flags."""
-    found = {new_traceparent() for _ in range(100)}
-    assert len({one.split("-")[1] for one in found}) == 100
-    assert all([len(part) for part in one.split("-")] == [2, 32, 16, 2] for one in found)
 
 
 def test_reruns_of_one_slot_are_one_whatever_their_keys() -> None:

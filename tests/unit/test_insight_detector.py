@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from itertools import pairwise
 from random import Random
 
 import pytest
@@ -15,6 +14,7 @@ from scipy import stats
 from orbit.errors import RequestInvalid
 from orbit.insight.detector import Detector
 from orbit.insight.evidence import NO_EVIDENCE, STAKES, RunningInterval, grown, total, wilson_bounds
+from orbit.insight.gate import signals_of
 from orbit.insight.signals import (
     INSUFFICIENT_DATA,
     BaselineKind,
@@ -24,6 +24,9 @@ from orbit.insight.signals import (
     SignalName,
     StreamKey,
 )
+from orbit.insight.simulation import Fleet, Scenario, simulated
+from orbit.insight.stickiness import Stickiness
+from tests.unit.detector_reference import autocorrelation, expected, residuals
 
 ALONE = StreamKey("nova", "r1", "delivered")
 exactly = settings(derandomize=True, deadline=None, max_examples=25)
@@ -74,7 +77,7 @@ def reference_evidence(values: list[float], limits: list[Fraction]) -> Fraction:
     return sum(parts, start=Fraction(0)) / len(parts)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [1, 2, 4, 5])
 def test_evidence_equals_the_formulas(seed: int) -> None:
     """E alone, of both directions, equals the definition computed exactly."""
     values = draws(seed, 0.88, 160)
@@ -83,7 +86,7 @@ def test_evidence_equals_the_formulas(seed: int) -> None:
     standing = detector.standing(ALONE)
     stream = detector._streams[ALONE]
     assert stream.baseline is not None
-    assert not stream.baseline.is_sticky
+    assert stream._stickiness.block == 1
     mean = sum(values[:100]) / 100
     low, high = stats.binomtest(round(sum(values[:100])), 100).proportion_ci(
         2 * stats.norm.cdf(1.28) - 1, method="wilson"
@@ -101,7 +104,7 @@ def test_evidence_equals_the_formulas(seed: int) -> None:
 
 def test_peers_ratio_equals_the_formula() -> None:
     """With peers the limits move with the others' last ten over their baselines, as defined."""
-    events = fleet_of(3, 6, 130)
+    events = fleet_of(4, 6, 130)
     detector = Detector()
     for one in events:
         detector.observe(one)
@@ -109,7 +112,7 @@ def test_peers_ratio_equals_the_formula() -> None:
     mine = StreamKey("p5", "r1", "delivered")
     baseline = detector._streams[mine].baseline
     assert baseline is not None
-    assert not baseline.is_sticky
+    assert detector._streams[mine]._stickiness.block == 1
     limits = []
     for now in range(100, 130):  # p5 is last in its round: its peers have seen this round
         recent = sum(sum(history[now - 9 : now + 1]) for history in histories[:5])
@@ -131,20 +134,69 @@ def test_wilson_bounds_equal_scipys(successes: int, count: int, z: float) -> Non
     assert high == pytest.approx(wanted.high, abs=1e-9)
 
 
-def test_sticky_outcomes_are_recognised_and_fed_as_means_of_five() -> None:
-    """A baseline whose lag-1 autocorrelation is over 0.1 feeds means of five."""
-    values = [float(now // 5 % 4 != 0) for now in range(110)]
+@pytest.mark.parametrize(
+    ("scenario", "seed"),
+    [
+        (Scenario.HEALTHY, 1),
+        (Scenario.DROPPED, 3),
+        (Scenario.LIFTED, 2),
+        (Scenario.SHARED_OUTAGE, 5),
+        (Scenario.STICKY, 4),
+    ],
+)
+def test_the_detector_equals_a_slow_reference(scenario: Scenario, seed: int) -> None:
+    """Six profiles, 800 rounds: the very signals that the formulas give from whole histories."""
+    rounds = [row[3:9] for row in simulated(scenario, seed).rounds]
+    wanted = expected(rounds)
+    fleet = Fleet(tuple(rounds), (None,) * 6)
+    found = list(signals_of(fleet))
+    assert [(now, place, one.name, one.averaged, one.count) for now, place, one in found] == [
+        (one.round, one.profile, one.name, one.averaged, one.count) for one in wanted
+    ]
+    for (_, _, one), other in zip(found, wanted, strict=True):
+        assert one.evidence == pytest.approx(other.evidence, rel=1e-6)
+        assert one.peer_ratio == pytest.approx(other.ratio, rel=1e-12)
+    assert found
+
+
+@exactly
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=300))
+def test_stickiness_equals_its_definition(values: list[float]) -> None:
+    """The running estimate of the autocorrelation equals the one from the whole history."""
+    stickiness = Stickiness()
+    for value in values:
+        stickiness.add(value)
+    wanted = autocorrelation(residuals(values))
+    assert stickiness.autocorrelation == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+
+
+def test_outcomes_in_runs_are_fed_as_means() -> None:
+    """Long runs make ten count as one; values that have nothing to do with the last do not."""
     detector = Detector()
-    fed(detector, ALONE, values)
-    baseline = detector._streams[ALONE].baseline
-    assert baseline is not None
-    centred = [value - baseline.mean for value in values[:100]]
-    lag = sum(a * b for a, b in pairwise(centred)) / sum(a * a for a in centred)
-    assert lag > 0.1
-    assert baseline.is_sticky
-    means = [sum(values[start : start + 5]) / 5 for start in (100, 105)]
-    wanted = reference_evidence(means, [Fraction(baseline.lower_limit)] * 2)
-    assert detector.standing(ALONE).low_evidence == pytest.approx(float(wanted), rel=1e-9)
+    fed(detector, ALONE, [float(now // 5 % 4 != 0) for now in range(110)])
+    stream = detector._streams[ALONE]
+    assert stream.autocorrelation > 0.1
+    assert stream._stickiness.block == 10
+    other = StreamKey("other", "r1", "delivered")
+    fed(detector, other, draws(3, 0.9, 400))
+    assert detector._streams[other]._stickiness.block == 1
+
+
+def test_stickiness_that_begins_late_is_noticed() -> None:
+    """A stream whose outcomes come in runs from some day on is fed as means soon after."""
+    detector = Detector()
+    fed(detector, ALONE, draws(5, 0.8, 300))
+    assert detector._streams[ALONE]._stickiness.block == 1
+    fed(detector, ALONE, [float(now // 4 % 5 != 0) for now in range(150)])
+    assert detector._streams[ALONE]._stickiness.block >= 5
+
+
+def test_a_perfect_profile_that_fails_is_told_of_at_once() -> None:
+    """Nothing ever differed, so nothing is taken for a run: three failures are enough."""
+    detector = Detector()
+    assert fed(detector, ALONE, [1.0] * 150) == []
+    said = fed(detector, ALONE, [0.0] * 3)
+    assert [one.name for one in said] == [SignalName.LOW]
 
 
 @exactly
@@ -302,7 +354,7 @@ def test_positions_only_go_on() -> None:
 def test_other_versions_and_short_baselines_are_refused() -> None:
     """State of another detector version must be rebuilt; fewer than 50 are no baseline."""
     with pytest.raises(RequestInvalid):
-        Detector.restored(Detector().state().replace(b'"version":1', b'"version":0'))
+        Detector.restored(Detector().state().replace(b'"version":2', b'"version":0'))
     with pytest.raises(RequestInvalid):
         Detector(49)
 

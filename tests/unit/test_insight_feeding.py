@@ -131,6 +131,16 @@ def test_parts_of_a_cycle_count_once_as_their_mean() -> None:
     assert state["recent"] == [0.5, 1.0, 0.0, 0.125, 0.875]
 
 
+def test_a_late_score_counts_for_the_profile_as_its_cycle_ran() -> None:
+    """A score of a cycle from before a change goes to the stream from before it."""
+    feed = Feed(50)
+    list(feed.take([ended(1, "nova", 1.0), scored(2, "nova", "a", 0.5, revision="r1")]))
+    list(feed.take([ended(3, "nova", 1.0, "r2"), scored(4, "nova", "b", 0.25, revision="r1")]))
+    list(feed.take([scored(5, "nova", "c", 1.0, revision="r2"), scored(6, "nova", "d", 0.75)]))
+    found = [feed.detector.stream_state(StreamKey("nova", one, "clicks")) for one in ("r1", "r2")]
+    assert [state and state["recent"] for state in found] == [[0.5, 0.25], [1.0, 0.75]]
+
+
 def test_a_metric_that_stays_away_is_an_alarm_and_a_slower_pace_is_learned() -> None:
     """Ten cycles more than ever before; afterwards that pause is the longest known one."""
     feed, events = Feed(50), []

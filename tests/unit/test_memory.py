@@ -97,7 +97,7 @@ async def test_one_that_gives_up_makes_room_for_those_behind() -> None:
     assert third.has.is_set(), "who stood behind the one that left gets what is free"
     await first.let_go()
     await third.let_go()
-    async with asyncio.timeout(1), memory.reserve(100):
+    async with asyncio.timeout(30), memory.reserve(100):
         pass
 
 
@@ -110,7 +110,7 @@ async def test_a_grant_that_meets_a_cancellation_is_not_lost() -> None:
     await asyncio.wait({first.task})
     second.task.cancel()
     await asyncio.gather(second.task, return_exceptions=True)
-    async with asyncio.timeout(1), memory.reserve(100):
+    async with asyncio.timeout(30), memory.reserve(100):
         pass
 
 

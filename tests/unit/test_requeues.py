@@ -56,7 +56,7 @@ def test_no_looking_often_or_late_exceeds_the_rate(rate: float, waits: list[floa
     for wait in waits:
         move = next_move(Pace(rate=rate), Progress(Phase.FLOWING, 0, False, False, owed + wait))
         assert isinstance(move, Step)
-        assert move.count <= max(1.0, rate * TICK_SECONDS)
+        assert move.count <= max(1.0, rate * TICK_SECONDS) + 1e-6
         assert move.rest_seconds >= 0
         count, owed = count + move.count, move.owed_seconds
     assert count <= rate * sum(waits) + 1e-6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 
 from orbit.endpoints import Breaker, Endpoint
 from orbit.errors import SettingInvalid
-from orbit.settings import Settings, env_example, load_settings
+from orbit.settings import Settings, env_example, load_settings, share_with_libraries
 from orbit.vault import generate_key
 
 _KEY = generate_key()
@@ -87,6 +88,24 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
     file.write_text("PORT=4000\nORBIT_LOG_LEVEL='debug'\n# a remark\nexport ORBIT_TIMEZONE=UTC\n")
     settings = load_settings({"PORT": "5000"}, env_file=file)
     assert (settings.port, settings.log_level) == (5000, "debug")
+
+
+def test_opentelemetry_finds_its_variables_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are put into the process's environment, which wins; nothing else is."""
+    for name in ("OTEL_SERVICE_NAME", "OTEL_EXPORTER_OTLP_ENDPOINT", "ORBIT_POLL_SECONDS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
+    file = tmp_path / ".env"
+    file.write_text(
+        "OTEL_SERVICE_NAME=theirs\nOTEL_EXPORTER_OTLP_ENDPOINT=http://c:1\nORBIT_POLL_SECONDS=2\n"
+    )
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    share_with_libraries(file)
+    assert os.environ["OTEL_SERVICE_NAME"] == "mine"
+    assert os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://c:1"
+    assert "ORBIT_POLL_SECONDS" not in os.environ
 
 
 def test_by_default_the_process_environment_and_the_working_folder_are_read(
@@ -227,6 +246,13 @@ def test_a_value_of_several_lines_is_shown_on_one() -> None:
             {"ORBIT_DATABASE_OWNER_URL": "postgresql://db/orbit"},
             "ORBIT_DATABASE_OWNER_URL is set: accepted only together with DATABASE_URL",
         ),
+        (
+            {"ORBIT_TELEMETRY_PARQUET_DIR": "weeks"},
+            (
+                "ORBIT_TELEMETRY_PARQUET_DIR is set: accepted only together with"
+                " ORBIT_TELEMETRY_COLD_ARCHIVE_ENABLED=true"
+            ),
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(
@@ -234,6 +260,14 @@ def test_settings_that_contradict_each_other_are_refused(
 ) -> None:
     """Each value alone is fine; together they are not."""
     assert _refusal(**environ) == message
+
+
+def test_parquet_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for files that nobody could write is told what to install."""
+    given = {"ORBIT_TELEMETRY_PARQUET_DIR": "weeks", "ORBIT_TELEMETRY_COLD_ARCHIVE_ENABLED": "1"}
+    assert load_settings(given, env_file=None).telemetry_parquet_dir == Path("weeks")
+    monkeypatch.setattr("orbit.settings.find_spec", lambda _: None)
+    assert _refusal(**given).endswith("needs pyarrow: pip install 'orbit-control-plane[parquet]'")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from orbit.api.openapi import PROBLEM_RESPONSES, describe, docs_router
 from orbit.api.problems import install
 from orbit.api.routes_audit import audit_router
 from orbit.api.routes_configuration import configuration_router
+from orbit.api.routes_consumers import consumers_router
 from orbit.api.routes_cycles import cycles_router
 from orbit.api.routes_dead_letters import dead_letters_router
 from orbit.api.routes_drills import drills_router
@@ -53,6 +54,8 @@ def create_application(
         responses=PROBLEM_RESPONSES,
         generate_unique_id_function=lambda route: f"{route.tags[0]}_{route.name}",
         redirect_slashes=False,
+        # Its own spans and logs would hold queries, bodies and errors.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     settings = node.settings
     # Base64 takes four bytes for three.
@@ -70,6 +73,7 @@ def create_application(
         governance_router(node, bodies),
         drills_router(node, bodies),
         audit_router(node),
+        consumers_router(node, bodies),
         telemetry_router(node),
         outcomes_router(node, bodies),
         keys_router(node, bodies),

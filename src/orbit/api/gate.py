@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from orbit import tracing
 from orbit.api.problems import HttpRefusal, problem_of, unexpected
 from orbit.api.refusals import SAFE_METHODS
 from orbit.app import Node
@@ -61,6 +62,7 @@ class Gate:
 
         try:
             self._check(scope)
+            tracing.called_by(Headers(scope=scope).get("traceparent"))
             await self._app(scope, receive, answer)
         except (HttpRefusal, PayloadTooLarge) as refusal:
             await self._note(scope, refusal)

@@ -1,6 +1,6 @@
 """`GET /metrics`: what the node counted, and what it has in hand at this moment.
 
-Prometheus text, or JSON for who asks for it. What all nodes share costs one query, which is
+Prometheus text, or JSON for who asks for it. What all nodes share costs two queries, which are
 bounded; it is left out while the database does not answer.
 """
 
@@ -21,6 +21,7 @@ from orbit.api.access import require
 from orbit.app import Node
 from orbit.database.pool import TRANSIENT
 from orbit.metrics import REGISTRY
+from orbit.reading.consumers import most_behind
 from orbit.reading.lanes import dispatch_load
 
 _SHARED_SECONDS = 2.0
@@ -28,6 +29,10 @@ _SHARED = {
     "lanes_held": ("orbit_lanes_held", "Lanes that all nodes' breakers hold."),
     "waiting": ("orbit_jobs_waiting", "Jobs of all nodes to be sent, counted up to 10,000."),
     "in_flight": ("orbit_jobs_in_flight", "Attempts of all nodes, counted up to 10,000."),
+    "consumer_behind": (
+        "orbit_telemetry_consumer_behind_events",
+        "Events that the stored consumer furthest behind has yet to read.",
+    ),
 }
 
 
@@ -96,7 +101,7 @@ async def _load(node: Node) -> dict[str, int]:
         return {}
     try:
         async with asyncio.timeout(_SHARED_SECONDS):
-            return await dispatch_load(node.database)
+            return await dispatch_load(node.database) | await most_behind(node.database)
     except (*TRANSIENT, TimeoutError):
         return {}
 

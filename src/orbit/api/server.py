@@ -20,12 +20,15 @@ from typing import Any
 import structlog
 import uvicorn
 
+from orbit import __version__, metering, tracing
 from orbit.api.application import create_application
+from orbit.api.metrics import NodeCollector
 from orbit.app import Node, spare_the_collector
 from orbit.database.pool import TRANSIENT, first_line
 from orbit.errors import AddressInUse, OrbitError, SettingInvalid
 from orbit.execution.transformation import abandoned_steps
 from orbit.logging import configure_logging
+from orbit.metrics import REGISTRY
 from orbit.settings import Settings
 
 __all__ = ["create_application", "serve", "serve_node"]
@@ -65,6 +68,9 @@ async def serve_node(settings: Settings) -> int:
     """The same on a running event loop."""
     listening = bind(settings)
     node = Node(settings)
+    is_which = {"service.version": __version__, "service.instance.id": node.node_id}
+    tracing.start(is_which)
+    meter = metering.start(lambda: (*NodeCollector(node).collect(), *REGISTRY.collect()), is_which)
     http = _HttpServer(_http_config(settings, node))
     stopping = asyncio.create_task(_on_signals().wait(), name="orbit-signals")
     serving = asyncio.create_task(http.serve([listening]), name="orbit-http")
@@ -81,6 +87,9 @@ async def serve_node(settings: Settings) -> int:
         await asyncio.gather(serving, return_exceptions=True)
         listening.close()
         await node.close()
+        tracing.stop()
+        if meter is not None:
+            meter.stop()
     log.info("node_stopped", node=node.node_id)
     return 0
 

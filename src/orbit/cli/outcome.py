@@ -16,6 +16,7 @@ import typer
 
 from orbit.cli.terminal import count
 from orbit.errors import (
+    ArchiveDamaged,
     ConfigurationInvalid,
     GlobalPause,
     NamespaceHalted,
@@ -60,6 +61,7 @@ _CODES = {
     NamespaceHalted: ExitCode.HALTED,
     Refused: ExitCode.REFUSED,
     RequestInvalid: ExitCode.USAGE,
+    ArchiveDamaged: ExitCode.VERIFICATION_FAILED,
 }
 
 

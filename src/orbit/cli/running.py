@@ -14,8 +14,9 @@ from orbit.errors import RequestInvalid
 def up(is_json: Json = False) -> None:
     """Run a node until SIGTERM or Ctrl-C."""
     from orbit.api.server import serve
-    from orbit.settings import load_settings
+    from orbit.settings import load_settings, share_with_libraries
 
+    share_with_libraries()
     raise typer.Exit(serve(load_settings()))  # which logs what is odd about the settings
 
 

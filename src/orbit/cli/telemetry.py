@@ -1,7 +1,8 @@
 """`telemetry`: events replayed from a position, or followed as they come, one JSON a line.
 
 The last line's `position` is where to go on with `--after`; a reader that keeps it misses nothing
-and sees nothing twice.
+and sees nothing twice. With `--consumer` the place is kept by Orbit, and moved on when a page is
+printed: what was not printed is not passed over, and retention waits for it.
 """
 
 from __future__ import annotations
@@ -18,56 +19,93 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orbit.cli.client import connected
+from orbit.cli.cycles import paged
 from orbit.cli.options import Json, group, settings
 from orbit.cli.schema import access, refuse_without_data
 from orbit.cli.terminal import note, print_json, say, show, table, when
 from orbit.errors import RequestInvalid
 
 if TYPE_CHECKING:
+    from orbit.cli.client import Api
     from orbit.database.pool import Database
 
 _PAGE = 1000
 _POLL_SECONDS = 0.5
+_MOST_CONSUMERS = 10_000
 
 app = group("Telemetry: replay and follow events.")
 archive = group("The cold archive: weeks of events that were dropped.")
 app.add_typer(archive, name="archive")
+consumers = group("Readers whose place is stored: retention waits for them.")
+app.add_typer(consumers, name="consumers")
+ConsumerName = Annotated[str, typer.Argument(metavar="NAME", help="The consumer's name.")]
+Why = Annotated[str | None, typer.Option("--reason", help="Why; it is kept.")]
 
 After = Annotated[int | None, typer.Option(min=0, help="Only events after this position.")]
 Namespace = Annotated[str | None, typer.Option(help="Only this namespace; `*`: the installation.")]
+Consumer = Annotated[
+    str | None, typer.Option(help="Go on where this stored consumer is, and move it on.")
+]
 
 
 @app.command()
-def replay(after: After = None, namespace: Namespace = None, is_json: Json = False) -> None:
+def replay(
+    after: After = None,
+    namespace: Namespace = None,
+    consumer: Consumer = None,
+    is_json: Json = False,
+) -> None:
     """Print all events after a position (from the first that is kept), and end."""
     with connected(settings()) as api:
-        for event in _events(api, after or 0, namespace, is_following=False):
-            _print(event, is_json=is_json)
+        place = _place(api, after, consumer)
+        for page in _pages(api, place or 0, namespace, is_following=False):
+            _tell(api, page, consumer, is_json=is_json)
 
 
 @app.command()
-def tail(after: After = None, namespace: Namespace = None, is_json: Json = False) -> None:
+def tail(
+    after: After = None,
+    namespace: Namespace = None,
+    consumer: Consumer = None,
+    is_json: Json = False,
+) -> None:
     """Print events as they come, until interrupted; with --after, those before as well."""
     with connected(settings()) as api:
-        if after is None:
-            after = api.get("/telemetry", limit=1, after=0)["lastPosition"]
-        for event in _events(api, after, namespace, is_following=True):
-            _print(event, is_json=is_json)
+        place = _place(api, after, consumer)
+        if place is None:
+            place = api.get("/telemetry", limit=1, after=0)["lastPosition"]
+        for page in _pages(api, place, namespace, is_following=True):
+            _tell(api, page, consumer, is_json=is_json)
 
 
-def _events(
-    api: Any, after: int, namespace: str | None, *, is_following: bool
+def _place(api: Api, after: int | None, consumer: str | None) -> int | None:
+    if consumer is None:
+        return after
+    if after is not None:
+        raise RequestInvalid("--after: a consumer has its own place; name one of the two")
+    return int(api.get(f"/telemetry/consumers/{consumer}")["position"])
+
+
+def _pages(
+    api: Api, after: int, namespace: str | None, *, is_following: bool
 ) -> Iterator[dict[str, Any]]:
-    named = {} if namespace is None else {"namespace": namespace}
     while True:
-        page = api.get("/telemetry", after=after, limit=_PAGE, **named)
-        yield from page["items"]
+        page = api.get("/telemetry", after=after, limit=_PAGE, namespace=namespace)
+        yield page
         after = page["position"]
         if len(page["items"]) == _PAGE:
             continue
         if not is_following:
             return
         time.sleep(_POLL_SECONDS)
+
+
+def _tell(api: Api, page: dict[str, Any], consumer: str | None, *, is_json: bool) -> None:
+    for event in page["items"]:
+        _print(event, is_json=is_json)
+    if consumer is not None and page["items"]:
+        sys.stdout.flush()
+        api.post(f"/telemetry/consumers/{consumer}/commit", {"position": page["position"]})
 
 
 def _print(event: dict[str, Any], *, is_json: bool) -> None:
@@ -81,28 +119,98 @@ def _print(event: dict[str, Any], *, is_json: bool) -> None:
     say(f"{event['position']} {when(event['time'])} {data['namespace']} {name} {rest}")
 
 
+@consumers.command("ls")
+def stored(is_json: Json = False) -> None:
+    """List consumers: how far each is, and what it has yet to read."""
+    with connected(settings()) as api:
+        answer = paged(api, "/telemetry/consumers", _MOST_CONSUMERS)
+    if is_json:
+        print_json(answer)
+        return
+    names = ("NAME", "POSITION", "BEHIND", "LOST", "MOVED", "NAMESPACES")
+    rows = [
+        (
+            one["name"],
+            one["position"],
+            one["behind"],
+            one["lost"],
+            when(one["movedAt"]),
+            ",".join(one["namespaces"] or ["*"]),
+        )
+        for one in answer["items"]
+    ]
+    show(table(names, rows, ids=("NAME",)))
+
+
+@consumers.command()
+def add(
+    name: ConsumerName,
+    after: After = None,
+    namespace: Annotated[
+        list[str] | None,
+        typer.Option(help="Keys of these may move it; may be repeated. Default: keys of all."),
+    ] = None,
+    reason: Why = None,
+    is_json: Json = False,
+) -> None:
+    """Store a consumer's place, from the first event that is kept; retention waits for it."""
+    body = {"name": name, "after": after, "namespaces": namespace or None, "reason": reason}
+    with connected(settings()) as api:
+        answer = api.post("/telemetry/consumers", body)
+    if is_json:
+        print_json(answer)
+    else:
+        say(f"consumer {name} is at {answer['position']}, {answer['behind']} to go")
+
+
+@consumers.command()
+def commit(
+    name: ConsumerName,
+    position: Annotated[int, typer.Argument(min=0, help="Up to where it has read.")],
+    is_json: Json = False,
+) -> None:
+    """Move a consumer on; it never goes back."""
+    with connected(settings()) as api:
+        answer = api.post(f"/telemetry/consumers/{name}/commit", {"position": position})
+    if is_json:
+        print_json(answer)
+    else:
+        say(f"consumer {name} is at {answer['position']}, {answer['behind']} to go")
+
+
+@consumers.command()
+def rm(name: ConsumerName, reason: Why = None, is_json: Json = False) -> None:
+    """Let a consumer go: retention waits for it no longer."""
+    with connected(settings()) as api:
+        answer = api.post(f"/telemetry/consumers/{name}/remove", {"reason": reason})
+    if is_json:
+        print_json(answer)
+    else:
+        say(f"consumer {name} is removed; it was at {answer['position']}")
+
+
 @archive.command("ls")
 def listed(is_json: Json = False) -> None:
-    """List the archived weeks, by the Monday each began."""
+    """List the archived weeks, by the Monday each began, and the file written of each."""
     weeks = asyncio.run(_archives())
     if is_json:
         print_json({"items": weeks})
         return
-    names = ("WEEK", "EVENTS", "FIRST", "LAST", "BYTES")
-    fields = ("week", "events", "first_position", "last_position", "bytes")
-    show(table(names, [[one[name] for name in fields] for one in weeks], ids=("WEEK",)))
+    names = ("WEEK", "EVENTS", "FIRST", "LAST", "BYTES", "FILE")
+    fields = ("week", "events", "first_position", "last_position", "bytes", "file")
+    show(table(names, [[one[name] for name in fields] for one in weeks], ids=("WEEK", "FILE")))
 
 
 @archive.command()
 def restore(
     week: Annotated[str, typer.Argument(help="The Monday on which it began, as in `ls`.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; else stdout.")] = None,
+    parquet: Annotated[
+        Path | None, typer.Option(help="Read this Parquet file of the week, and not the archive.")
+    ] = None,
 ) -> None:
-    """Write a week's events as JSON lines; each chunk is compared with its digest before."""
-    with ExitStack() as stack:
-        file = sys.stdout.buffer if out is None else stack.enter_context(out.open("wb"))
-        for line in asyncio.run(_restored(week)):
-            file.write(line + b"\n")
+    """Write a week's events as JSON lines; digests are compared before."""
+    asyncio.run(_restore(week, out, parquet))
     if out is not None:
         note(f"Written to {out}.")
 
@@ -123,18 +231,27 @@ async def _opened() -> AsyncIterator[Database]:
 
 
 async def _archives() -> list[dict[str, Any]]:
-    from orbit.telemetry.retention import SQL
+    from orbit.telemetry.archive import SQL
 
     async with _opened() as database:
         return await database.fetch_all(SQL.archives)
 
 
-async def _restored(week: str) -> list[bytes]:
-    from orbit.telemetry.retention import SQL, read_chunk
+async def _restore(week: str, out: Path | None, parquet: Path | None) -> None:
+    """A chunk, or a row group, is in memory at a time."""
+    from orbit.telemetry.archive import SQL, read_chunk
+    from orbit.telemetry.parquet import check_parquet, parquet_lines
 
     async with _opened() as database:
         weeks = {one["week"]: one["chunks"] for one in await database.fetch_all(SQL.archives)}
         if week not in weeks:
             raise RequestInvalid(f"{week} is not in the archive; `orbit telemetry archive ls`")
-        chunks = [await read_chunk(database, week, one + 1) for one in range(weeks[week])]
-        return [line for lines in chunks for line in lines]
+        with ExitStack() as stack:
+            if parquet is not None:
+                await check_parquet(database, week, parquet)
+            file = sys.stdout.buffer if out is None else stack.enter_context(out.open("wb"))
+            if parquet is not None:
+                file.writelines(line + b"\n" for line in parquet_lines(parquet))
+                return
+            for number in range(1, weeks[week] + 1):
+                file.writelines(line + b"\n" for line in await read_chunk(database, week, number))

@@ -31,7 +31,10 @@ from orbit.errors import DatabaseUnavailable, SchemaMismatch
 if TYPE_CHECKING:
     from alembic.config import Config
 
-REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009", "0010", "0013")
+REVISIONS = (
+    *("0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009", "0010"),
+    *("0012", "0013"),
+)
 HEAD = REVISIONS[-1]
 OLDEST_SERVER = 14
 

@@ -9,13 +9,12 @@ the cycle that is there already. The selector keeps no state.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from orbit import metrics
+from orbit import metrics, tracing
 from orbit.audit.trail import Act, append
 from orbit.canonical import canonical_json, sha256_hex
 from orbit.database.group_commit import GroupCommit
@@ -54,6 +53,7 @@ class CycleRequest:
     `has_initiator`: then injected code makes it, and the cycle starts with its result.
     `idempotency_key` belongs to the caller and makes the request one for ever; so does
     `rerun_slot`, the first failed cycle and the number of its re-runs so far, which goes before.
+    `caller` is the traceparent of whoever asks.
     """
 
     cycle_id: str
@@ -75,6 +75,7 @@ class CycleRequest:
     is_waiting: bool = False
     asked_by: str | None = None
     reason: str | None = None
+    caller: str | None = None
 
     def digest(self) -> str:
         """What the request asks for, so that a key used for something else is noticed."""
@@ -128,11 +129,6 @@ def select_initiation(request: CycleRequest) -> Initiation:
     return Initiation(context.decode(), sha256_hex(context))
 
 
-def new_traceparent() -> str:
-    """A W3C trace context of a new, sampled trace."""
-    return f"00-{os.urandom(16).hex()}-{os.urandom(8).hex()}-01"
-
-
 async def accept(
     connection: Connection, node_id: str, requests: Sequence[CycleRequest]
 ) -> list[Accepted | Refusal | RevisionReplaced]:
@@ -143,10 +139,11 @@ async def accept(
     their audit entry, so with them this is the last thing in the transaction.
     """
     initiations = [select_initiation(request) for request in requests]
+    triggers = [_trigger(request) for request in requests]
     async with connection.pipeline():
         await connection.execute(SQL.share_configuration)
         cursor = await connection.execute(
-            SQL.accept_cycles, _cycle_rows(node_id, requests, initiations)
+            SQL.accept_cycles, _cycle_rows(node_id, requests, initiations, triggers)
         )
         payloads, checkpoints = _first_checkpoints(requests, initiations)
         if payloads:
@@ -154,6 +151,9 @@ async def accept(
         if checkpoints:
             await connection.execute(SQL.accept_checkpoints, _checkpoint_rows(node_id, checkpoints))
         known = {row["cycle_id"]: row["is_halted"] for row in await cursor.fetchall()}
+    for request, trigger in zip(requests, triggers, strict=True):
+        if known.get(request.cycle_id) is False:
+            trigger.accept()
     answers = [
         Accepted(request.cycle_id, True)
         if known.get(request.cycle_id) is False
@@ -163,6 +163,15 @@ async def accept(
     again = [one for one in requests if one.trigger == "rerun" and known.get(one.cycle_id) is False]
     await append(connection, *map(_rerun_act, again))
     return answers
+
+
+def _trigger(request: CycleRequest) -> tracing.Trigger:
+    attributes = {
+        "orbit.namespace": request.namespace,
+        "orbit.cycle.id": request.cycle_id,
+        "orbit.run_profile.id": request.run_profile_id,
+    }
+    return tracing.Trigger(request.trigger, request.caller, attributes)
 
 
 def _rerun_act(request: CycleRequest) -> Act:
@@ -216,6 +225,8 @@ class Intake:
         Raises IdempotencyKeyReused, NamespaceHalted, and RevisionReplaced if the request is to be
         made anew.
         """
+        if (caller := tracing.caller()) is not None:
+            request = replace(request, caller=caller)
         answer = await self._group.commit(request)
         if isinstance(answer, Accepted):
             return answer
@@ -240,7 +251,10 @@ def _weight(request: CycleRequest) -> int:
 
 
 def _cycle_rows(
-    node_id: str, requests: Sequence[CycleRequest], initiations: Sequence[Initiation]
+    node_id: str,
+    requests: Sequence[CycleRequest],
+    initiations: Sequence[Initiation],
+    triggers: Sequence[tracing.Trigger],
 ) -> dict[str, Any]:
     return {
         "node_id": node_id,
@@ -256,7 +270,7 @@ def _cycle_rows(
             None if r.endpoint_keys is None else ",".join(r.endpoint_keys) for r in requests
         ),
         "value_tags": array(json.dumps(dict(r.value_tags)) for r in requests),
-        "traceparent": array(new_traceparent() for _ in requests),
+        "traceparent": array(trigger.traceparent for trigger in triggers),
         "rerun_of": array(r.rerun_of for r in requests),
         "asked_by": array(r.asked_by for r in requests),
         "hash": array(i.hash for i in initiations),

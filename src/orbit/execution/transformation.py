@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 import inspect
 import json
@@ -27,6 +28,7 @@ from http import HTTPStatus
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
+from orbit import tracing
 from orbit.endpoints import without_query
 from orbit.errors import (
     LeaseLost,
@@ -133,15 +135,18 @@ class Transformer:
         for attempt in range(1, step.max_attempts + 1):
             self.check_halted(context.namespace)
             started = time.monotonic()
-            where = context if attempt == 1 else replace(context, attempt=attempt)
-            error, is_final, result = await _outcome(step, call, where)
-            if error is not None and step.url is not None:
-                error = _QUERY.sub("?…", error)
+            name = step.use if step.url is None else f"http {without_query(step.url)}"
+            with tracing.span(f"step {step.use}", _span_of(context, attempt)):
+                where = _told(context, attempt, tracing.traceparent(context.traceparent))
+                error, is_final, result = await _outcome(step, call, where)
+                if error is not None and step.url is not None:
+                    error = _QUERY.sub("?…", error)
+                tracing.note(is_failed=error is not None, error=error)
             record = StepRecord(
                 stage=Stage(context.stage),
                 step=context.step,
                 attempt=attempt,
-                name=step.use if step.url is None else f"http {without_query(step.url)}",
+                name=name,
                 error=error,
                 duration_seconds=time.monotonic() - started,
                 input_size=input_size,
@@ -236,6 +241,16 @@ class Transformer:
         return Hold(may_begin, lambda: tenure.seconds_left(context.cycle_id))
 
 
+def _span_of(context: ExecutionContext, attempt: int) -> tracing.Attributes:
+    return {"orbit.stage": context.stage, "orbit.step": context.step, "orbit.attempt": attempt}
+
+
+def _told(context: ExecutionContext, attempt: int, traceparent: str) -> ExecutionContext:
+    if attempt == 1 and traceparent is context.traceparent:
+        return context
+    return replace(context, attempt=attempt, traceparent=traceparent)
+
+
 def _phrase(status: int) -> str:
     with contextlib.suppress(ValueError):
         return f"{status} {HTTPStatus(status).phrase}"
@@ -324,7 +339,8 @@ async def in_thread(function: Callable[[], Any]) -> Any:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the step was abandoned
             loop.call_soon_threadsafe(settle, *outcome)
 
-    thread = threading.Thread(target=run, name="orbit-step", daemon=True)
+    within = contextvars.copy_context()  # so the spans of the step's own belong to its span
+    thread = threading.Thread(target=within.run, args=(run,), name="orbit-step", daemon=True)
     thread.start()
     try:
         return await future

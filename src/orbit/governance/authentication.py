@@ -26,10 +26,11 @@ from orbit.audit.trail import Act
 from orbit.clock import Clock
 from orbit.database.pool import TRANSIENT, Database
 from orbit.governance.actor import EVERYWHERE, Actor
-from orbit.governance.keys import Keys, Token, Verified
+from orbit.governance.keys import Keys, Verified
 from orbit.governance.refusals import MOST_A_MINUTE
 from orbit.governance.sessions import Session, Sessions
 from orbit.governance.slowing import Ration, Slowing
+from orbit.governance.token import Token
 
 STALE_SECONDS = 1.0
 _MOST_REMEMBERED = 4096

@@ -1,9 +1,9 @@
 """Access keys: made, shown once, rotated with an overlap, revoked.
 
-A key is `orb_<id>_<secret>`: 64 bits that find it, 256 that prove it, of which the database has
-the SHA-256 only. What became of a key is told by facts, so a key that has ended never comes back.
-Who makes or ends a key has the keys to itself and reads the facts in a later statement, so a key
-that was revoked is not rotated, and makes no other, at the same time.
+Of a key (`token`) the database has the id, and of the secret only the SHA-256. What became of a key
+is told by facts, so a key that has ended never comes back. Who makes or ends a key has the keys to
+itself and reads the facts in a later statement, so a key that was revoked is not rotated, and makes
+no other, at the same time.
 
 Refuses to hand out more than the actor has: a namespace-bound admin makes, sees and ends keys of
 its own namespaces only, and no key makes another that outlasts it.
@@ -11,10 +11,8 @@ its own namespaces only, and no key makes another that outlasts it.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -27,45 +25,13 @@ from orbit.database.pool import Connection, Database
 from orbit.database.queries import array, load
 from orbit.errors import NotFound, Refused, RequestInvalid
 from orbit.governance.actor import EVERYWHERE, Actor, Scope
+from orbit.governance.token import Token
 from orbit.vocabulary import check_instant, check_key
 
 SQL = load("keys")
-_TOKEN = re.compile(r"orb_([0-9a-f]{16})_([0-9a-f]{64})")
 _KEY_ID = re.compile(r"[0-9a-f]{16}")
 _NAME = re.compile(r"[!-~](?:[ -~]{0,98}[!-~])?")
 _NOBODY = bytes(32)  # no secret has this digest, so comparing with it always fails
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A key as it is shown: never logged, never stored; `repr` leaves the secret out."""
-
-    key_id: str
-    secret: str
-
-    def __repr__(self) -> str:
-        return f"Token({self.key_id})"
-
-    @property
-    def text(self) -> str:
-        """What goes behind `Bearer`."""
-        return f"orb_{self.key_id}_{self.secret}"
-
-    @property
-    def digest(self) -> bytes:
-        """The SHA-256 of the secret, 32 bytes."""
-        return hashlib.sha256(self.secret.encode()).digest()
-
-    @staticmethod
-    def make() -> Token:
-        """A new one from the operating system's randomness."""
-        return Token(secrets.token_hex(8), secrets.token_hex(32))
-
-    @staticmethod
-    def of(text: str) -> Token | None:
-        """The token that a text is; None if it cannot be one."""
-        found = _TOKEN.fullmatch(text)
-        return None if found is None else Token(found[1], found[2])
 
 
 @dataclass(frozen=True, slots=True)

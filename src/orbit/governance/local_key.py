@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from orbit.errors import SettingInvalid
-from orbit.governance.keys import Token
+from orbit.governance.token import Token
 from orbit.vault import create_private, read_private
 
 FILE_NAME = "admin.key"

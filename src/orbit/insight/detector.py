@@ -323,6 +323,8 @@ def _signal(
         kind,
         peers,
         ratio,
+        stream.autocorrelation,
+        claim.averaged,
         stream.first_position,
         claim.first_position,
         stream.last_position,

@@ -79,11 +79,11 @@ BANDS = (
     Band(Scenario.HEALTHY, 0.2),
     Band(Scenario.DROPPED, 0.2, 0.93, 0.55),
     Band(Scenario.LIFTED, 0.2, 0.85, 0.55),
-    Band(Scenario.SHARED_OUTAGE, 0.2, 0.7, 0.55),
-    Band(Scenario.STICKY, 1.0, 0.45, 0.3),
+    Band(Scenario.SHARED_OUTAGE, 0.2, 0.8, 0.5),
+    Band(Scenario.STICKY, 0.2, 0.75, 0.4),
 )
-"""A little outside what was measured: they notice harm. Why sticky is so wide: decision 12."""
-DELAY_BANDS = (DelayBand(0.9, 0.8, 550), DelayBand(0.9, 0.5, 25))
+"""A little outside what was measured: they notice harm."""
+DELAY_BANDS = (DelayBand(0.9, 0.8, 500), DelayBand(0.9, 0.5, 25))
 
 
 @dataclass(frozen=True, slots=True)

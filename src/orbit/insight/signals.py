@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-DETECTOR_VERSION = 1
+DETECTOR_VERSION = 2
 """Raised by every change that gives other numbers for the same observations."""
 
 DELIVERED = "delivered"
@@ -71,7 +71,6 @@ class Baseline:
     count: int
     lower_limit: float
     upper_limit: float
-    is_sticky: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +80,10 @@ class Signal:
     `evidence` is E at the claim and `threshold` A, for `stable` 1 / alpha twice. `count` is the
     number of observations since evidence last began anew, and `interval` an anytime-valid 95 %
     interval of their mean. `recent` is the mean of the last ten. `peer_ratio` is None without
-    peers. `confidence` is the share of such signals that were right in replay, not a function of
-    E. Evidence rests on the positions from `first_position` to `last_position`, the baseline on
-    those from `baseline_position`.
+    peers. So many observations as `averaged` says counted as one, by their mean, because outcomes
+    repeat the one before (`autocorrelation`). `confidence` is the share of such signals that were
+    right in replay, not a function of E. Evidence rests on the positions from `first_position` to
+    `last_position`, the baseline on those from `baseline_position`.
     """
 
     name: SignalName
@@ -98,6 +98,8 @@ class Signal:
     baseline_kind: BaselineKind
     peers: int
     peer_ratio: float | None
+    autocorrelation: float
+    averaged: int
     baseline_position: int
     first_position: int
     last_position: int

@@ -3,7 +3,8 @@
 The first `BASELINE` observations are the baseline, then frozen. Every later one feeds two
 e-detectors (lower, higher) and a running interval. A claim ends a chapter: a directional one
 starts all evidence anew, `stable` the interval only, so that a slow decline cannot hide behind
-reassurance. Sticky outcomes are fed as means of five.
+reassurance. Sticky outcomes are fed as means of five or more. How sticky they are is judged by
+values that have left the last ten: a sudden drop, which is a run too, is told of before that.
 
 State is a fixed number of numbers whatever the age of the stream. It refuses values that are not
 finite numbers in [0, 1]; positions are its caller's business.
@@ -12,11 +13,12 @@ finite numbers in [0, 1]; positions are its caller's business.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from orbit.insight.evidence import NO_EVIDENCE, Parts, RunningInterval, grown, total, wilson_bounds
 from orbit.insight.signals import RATES, Baseline, SignalName
+from orbit.insight.stickiness import Stickiness
 
 THRESHOLD = 1000.0
 """A: for a fixed limit the mean time to a false alarm is at least this many cycles."""
@@ -27,8 +29,6 @@ STABLE_WITHIN = 0.06
 _Z = 1.28
 _RATE_MARGIN = 0.03
 _SCORE_MARGIN = 0.02
-_STICKY_ABOVE = 0.1
-_BLOCK = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class Claim:
     evidence: float
     interval: tuple[float, float]
     count: int
+    averaged: int
     is_against_peers: bool
     first_position: int
 
@@ -54,10 +55,12 @@ class Stream:
         "_count",
         "_elevated",
         "_gathered",
+        "_gathered_sum",
         "_interval",
         "_interval_count",
         "_low",
         "_size",
+        "_stickiness",
         "baseline",
         "first_position",
         "last_claim",
@@ -70,7 +73,8 @@ class Stream:
 
     def __init__(self, size: int, position: int) -> None:
         self._size = size
-        self._gathered = _Gathered()
+        self._gathered, self._gathered_sum = 0, 0.0
+        self._stickiness = Stickiness()
         self.baseline: Baseline | None = None
         self.recent: list[float] = []
         self._low: Parts = NO_EVIDENCE
@@ -86,7 +90,7 @@ class Stream:
     @property
     def needed(self) -> int:
         """How many observations the baseline still lacks."""
-        return 0 if self.baseline else self._size - self._gathered.count
+        return 0 if self.baseline else self._size - self._gathered
 
     @property
     def count(self) -> int:
@@ -98,6 +102,11 @@ class Stream:
         """The anytime-valid interval of the mean since it last began anew."""
         return self._interval.bounds()
 
+    @property
+    def autocorrelation(self) -> float:
+        """How far outcomes repeat the one before them, as estimated by now."""
+        return self._stickiness.autocorrelation
+
     def evidence(self) -> tuple[float, float]:
         """E so far for lower and for elevated performance."""
         return total(self._low), total(self._elevated)
@@ -107,27 +116,35 @@ class Stream:
         self.last_position = position
         self.recent.append(value)
         if len(self.recent) > RECENT:
-            del self.recent[0]
+            self._stickiness.add(self.recent.pop(0))
         if self.baseline is None:
-            self._gathered.add(value)
-            if self._gathered.count == self._size:
-                self.baseline = self._gathered.frozen(metric)
+            self._gather(value, metric)
             return None
         if self._count == 0:
             self._chapter = position
         self._count += 1
         self._alone += ratio is None
         self._interval_count += 1
-        if self.baseline.is_sticky:
-            self._block_sum += value
-            self._block += 1
-            if self._block < _BLOCK:
-                return None
-            value = self._block_sum / _BLOCK
-            self._block, self._block_sum = 0, 0.0
-        return self._weigh(self.baseline, value, 1.0 if ratio is None else ratio)
+        self._block += 1
+        self._block_sum += value
+        size = self._block
+        if size < self._stickiness.block:
+            return None
+        value = self._block_sum / size if size > 1 else value
+        self._block, self._block_sum = 0, 0.0
+        return self._weigh(self.baseline, value, 1.0 if ratio is None else ratio, size)
 
-    def _weigh(self, baseline: Baseline, value: float, ratio: float) -> Claim | None:
+    def _gather(self, value: float, metric: str) -> None:
+        self._gathered += 1
+        self._gathered_sum += value
+        if self._gathered == self._size:
+            mean = self._gathered_sum / self._size
+            margin = _RATE_MARGIN if metric in RATES else _SCORE_MARGIN
+            low, high = wilson_bounds(mean, self._size, _Z)
+            low, high = max(0.0, low - margin), min(1.0, high + margin)
+            self.baseline = Baseline(mean, self._size, low, high)
+
+    def _weigh(self, baseline: Baseline, value: float, ratio: float, size: int) -> Claim | None:
         lower, upper = baseline.lower_limit, baseline.upper_limit
         if ratio < 1.0:
             lower *= ratio
@@ -138,19 +155,19 @@ class Stream:
         interval = self._interval
         interval.add(value)
         if (low := total(self._low)) >= THRESHOLD:
-            return self._claim(SignalName.LOW, low)
+            return self._claim(SignalName.LOW, low, size)
         if (elevated := total(self._elevated)) >= THRESHOLD:
-            return self._claim(SignalName.ELEVATED, elevated)
+            return self._claim(SignalName.ELEVATED, elevated, size)
         if interval.half_width < STABLE_WITHIN:
             low, high = interval.bounds()
             if low >= baseline.mean - STABLE_WITHIN and high <= baseline.mean + STABLE_WITHIN:
-                return self._claim(SignalName.STABLE, 2 / 0.05)
+                return self._claim(SignalName.STABLE, 2 / 0.05, size)
         return None
 
-    def _claim(self, name: SignalName, evidence: float) -> Claim:
+    def _claim(self, name: SignalName, evidence: float, size: int) -> Claim:
         against_peers = 2 * self._alone < self._count
         counted = self._interval_count if name is SignalName.STABLE else self._count
-        made = Claim(name, evidence, self.interval, counted, against_peers, self._chapter)
+        made = Claim(name, evidence, self.interval, counted, size, against_peers, self._chapter)
         self._interval, self._interval_count = RunningInterval(), 0
         if name is not SignalName.STABLE:
             self._low = self._elevated = NO_EVIDENCE
@@ -163,15 +180,9 @@ class Stream:
         frozen = self.baseline
         return {
             "size": self._size,
-            "gathered": None if frozen else list(self._gathered.state()),
-            "baseline": frozen
-            and [
-                frozen.mean,
-                frozen.count,
-                frozen.lower_limit,
-                frozen.upper_limit,
-                frozen.is_sticky,
-            ],
+            "gathered": [self._gathered, self._gathered_sum],
+            "baseline": frozen and list(astuple(frozen)),
+            "stickiness": list(self._stickiness.state()),
             "recent": list(self.recent),
             "low": list(self._low),
             "elevated": list(self._elevated),
@@ -193,11 +204,11 @@ class Stream:
         """The stream whose `state()` this is."""
         first, chapter, last, claimed, missed_since = state["positions"]
         made = cls(state["size"], first)
-        if state["baseline"] is None:
-            made._gathered = _Gathered(state["gathered"])
-        else:
-            mean, count, lower, upper, is_sticky = state["baseline"]
-            made.baseline = Baseline(float(mean), count, float(lower), float(upper), is_sticky)
+        made._gathered, made._gathered_sum = state["gathered"][0], float(state["gathered"][1])
+        made._stickiness = Stickiness(state["stickiness"])
+        if state["baseline"] is not None:
+            mean, count, lower, upper = state["baseline"]
+            made.baseline = Baseline(float(mean), count, float(lower), float(upper))
         made.recent = [float(one) for one in state["recent"]]
         made._low = _parts(state["low"])
         made._elevated = _parts(state["elevated"])
@@ -208,42 +219,6 @@ class Stream:
         made.last_claim_position = claimed
         made.last_claim = state["claim"] and SignalName(state["claim"])
         return made
-
-
-class _Gathered:
-    """A baseline in the making: sums from which mean and lag-1 autocorrelation follow.
-
-    Values lie on a grid of 2**-20 (see the detector), so these sums are exact.
-    """
-
-    __slots__ = ("_first", "_lagged", "_last", "_squares", "_sum", "count")
-
-    def __init__(self, state: Sequence[float] = (0, 0.0, 0.0, 0.0, 0.0, 0.0)) -> None:
-        self.count = int(state[0])
-        self._sum, self._squares, self._lagged, self._first, self._last = map(float, state[1:])
-
-    def state(self) -> tuple[float, ...]:
-        return (self.count, self._sum, self._squares, self._lagged, self._first, self._last)
-
-    def add(self, value: float) -> None:
-        if self.count == 0:
-            self._first = value
-        else:
-            self._lagged += self._last * value
-        self.count += 1
-        self._sum += value
-        self._squares += value * value
-        self._last = value
-
-    def frozen(self, metric: str) -> Baseline:
-        count, mean = self.count, self._sum / self.count
-        margin = _RATE_MARGIN if metric in RATES else _SCORE_MARGIN
-        spread = self._squares - self._sum * mean
-        ends = self._first + self._last
-        lagged = self._lagged - mean * (2 * self._sum - ends) + (count - 1) * mean * mean
-        is_sticky = spread > 0 and lagged > _STICKY_ABOVE * spread
-        low, high = wilson_bounds(mean, count, _Z)
-        return Baseline(mean, count, max(0.0, low - margin), min(1.0, high + margin), is_sticky)
 
 
 def _parts(state: Sequence[float]) -> Parts:

@@ -39,12 +39,13 @@ class SignalBaseline(View):
     low: float
     high: float
     observations: int
-    is_sticky: bool
 
 
 @dataclass(frozen=True, slots=True)
 class SignalView(View):
-    """A signal; `confidence` to `peer_ratio` are null for `no_data`, which has `missed` instead.
+    """A signal; `confidence` to `averaged` are null for `no_data`, which has `missed` instead.
+
+    `averaged` observations counted as one, by their mean, where outcomes repeat the one before.
 
     It rests on events `from_position` to `to_position` of its namespace, its baseline on those
     from `baseline_position`.
@@ -66,6 +67,8 @@ class SignalView(View):
     baseline: SignalBaseline | None
     peers: int | None
     peer_ratio: float | None
+    autocorrelation: float | None
+    averaged: int | None
     missed: int | None
     baseline_position: int | None
     from_position: int
@@ -143,10 +146,11 @@ def _view(row: Row) -> SignalView:
             low=baseline["lower_limit"],
             high=baseline["upper_limit"],
             observations=baseline["count"],
-            is_sticky=baseline["is_sticky"],
         ),
         peers=body.get("peers"),
         peer_ratio=body.get("peer_ratio"),
+        autocorrelation=body.get("autocorrelation"),
+        averaged=body.get("averaged"),
         missed=body.get("missed"),
         baseline_position=body.get("baseline_position"),
         recommendation=body["recommendation"],

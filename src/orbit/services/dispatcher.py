@@ -19,6 +19,7 @@ from datetime import datetime
 
 from psycopg.errors import LockNotAvailable
 
+from orbit import tracing
 from orbit.clock import Clock
 from orbit.database.pool import TRANSIENT, Database, first_line
 from orbit.errors import SecretUnreadable
@@ -95,6 +96,7 @@ class Dispatcher(Service):
         self._memory, self._clock, self._fences = memory, clock, fences
         self._lease_seconds, self._poll_seconds = lease_seconds, poll_seconds
         self._sending: dict[tuple[str, int], _Sending] = {}
+        self._traced = tracing.traced(self._deliver, _span_of)
         self._places: Places[_Sending] = Places(concurrency, queue.endpoint, clock)
         self._ready_at: dict[LaneKey, float] = {}  # by the monotonic clock, as of the last look
         self._retry_at: dict[LaneKey, float] = {}  # the first of those scheduled here
@@ -189,7 +191,7 @@ class Dispatcher(Service):
             return
         for sending in self._places.take(self._due(self._clock.monotonic())):
             sending.has_place = True
-            sending.task = asyncio.create_task(self._deliver(sending))
+            sending.task = asyncio.create_task(self._traced(sending))
 
     def _due(self, now: float) -> list[LaneKey]:
         """Lanes with jobs to claim, as far as is known."""
@@ -313,6 +315,14 @@ class Dispatcher(Service):
 
     def _tell(self, job: ClaimedJob, result: WireResult) -> None:
         """Successes are in the facts, and in the log for who looks closely."""
+        is_failed = result.outcome is not Outcome.DELIVERED
+        tracing.note(
+            is_failed=is_failed,
+            outcome=result.outcome.value,
+            status=result.status,
+            cause=result.cause,
+            wire_seconds=result.total_seconds,
+        )
         if result.outcome is not Outcome.DELIVERED:
             tell = self._log.warning
         elif self._is_telling_all:
@@ -409,7 +419,7 @@ def _outgoing(job: ClaimedJob, snapshot: Snapshot, content: bytes, now: int) -> 
     headers["Orbit-Job-Id"] = job.job_id
     headers["Orbit-Attempt"] = str(job.attempt)
     headers["Orbit-Epoch"] = str(job.epoch)
-    headers["traceparent"] = job.traceparent
+    headers["traceparent"] = tracing.traceparent(job.traceparent)
     return Outgoing(
         snapshot.method,
         snapshot.url,
@@ -419,6 +429,17 @@ def _outgoing(job: ClaimedJob, snapshot: Snapshot, content: bytes, now: int) -> 
         snapshot.secrets,
         snapshot.proxy,
     )
+
+
+def _span_of(sending: _Sending) -> tuple[str, str, tracing.Attributes]:
+    job = sending.job
+    attributes: tracing.Attributes = {
+        "orbit.namespace": job.namespace,
+        "orbit.cycle.id": job.cycle_id,
+        "orbit.job.id": job.job_id,
+        "orbit.attempt": job.attempt,
+    }
+    return f"send {job.endpoint_key}", job.traceparent, attributes
 
 
 def _named(job: ClaimedJob) -> dict[str, str]:

@@ -10,7 +10,7 @@ from psycopg.errors import LockNotAvailable, ObjectInUse
 
 from orbit.database.pool import Database, first_line
 from orbit.database.queries import load
-from orbit.errors import VerificationImpossible
+from orbit.errors import ArchiveDamaged
 from orbit.services.base import Service
 from orbit.services.leftovers import Leftovers
 from orbit.telemetry.retention import Retention, retain
@@ -64,15 +64,17 @@ class Janitor(Service):
 
     async def _retain_telemetry(self) -> None:
         try:
-            dropped = await retain(self._database, self._telemetry)
-        except VerificationImpossible as error:
+            retained = await retain(self._database, self._telemetry)
+        except ArchiveDamaged as error:
             self._log.error("telemetry_kept", error=str(error))
             return
         except (LockNotAvailable, ObjectInUse) as error:  # somebody reads: better the next time
             self._log.info("telemetry_kept", error=first_line(error))
             return
-        if dropped:
-            self._log.info("telemetry_dropped", weeks=dropped)
+        if retained.dropped:
+            self._log.info("telemetry_dropped", weeks=retained.dropped)
+        if retained.waiting_for:
+            self._log.warning("telemetry_kept", waiting_for=retained.waiting_for)
 
     async def _retain(self) -> None:
         for fact in RETAINED_FACTS:

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from orbit import tracing
 from orbit.clock import Clock
 from orbit.database.pool import TRANSIENT, Database, first_line
 from orbit.errors import LeaseLost, NamespaceHalted, NotHere, OrbitError, StepFailed
@@ -55,6 +56,7 @@ class Runner(Service):
         self._poll_seconds, self._on_enqueued = poll_seconds, on_enqueued
         self._only = only
         self._running: dict[str, tuple[ClaimedCycle, asyncio.Task[None]]] = {}
+        self._traced = tracing.traced(self._carry, _span_of)
 
     async def run_once(self) -> float:
         """Claims what there is room for; rests until woken if nothing more was due."""
@@ -71,7 +73,7 @@ class Runner(Service):
                 self._log.warning("cycle_taken_over", recoveries=cycle.recoveries, **_named(cycle))
             if (outlived := self._running.get(cycle.cycle_id)) is not None:
                 outlived[1].cancel()  # its lease ran out, and now we hold the next one
-            task = asyncio.create_task(self._carry(cycle), name=f"cycle-{cycle.cycle_id}")
+            task = asyncio.create_task(self._traced(cycle), name=f"cycle-{cycle.cycle_id}")
             self._running[cycle.cycle_id] = cycle, task
         return 0 if claimed else self._poll_seconds
 
@@ -122,6 +124,8 @@ class Runner(Service):
             outcome = await self._orchestrator.run(cycle)
             if outcome is Stage.DISPATCH_ENQUEUED:
                 self._on_enqueued()
+            is_failed = isinstance(outcome, StepFailed)
+            tracing.note(is_failed=is_failed, error=str(outcome) if is_failed else None)
             if isinstance(outcome, StepFailed):
                 self._log.warning("cycle_failed", **_why(cycle, outcome), **_named(cycle))
             else:
@@ -159,6 +163,16 @@ class Runner(Service):
                 )
         except TRANSIENT:
             self._log.warning("lease_not_given_back", exc_info=True, **_named(cycle))
+
+
+def _span_of(cycle: ClaimedCycle) -> tuple[str, str, tracing.Attributes]:
+    attributes: tracing.Attributes = {
+        "orbit.namespace": cycle.namespace,
+        "orbit.cycle.id": cycle.cycle_id,
+        "orbit.run_profile.id": cycle.run_profile_id,
+        "orbit.lease.number": cycle.lease_number,
+    }
+    return "cycle", cycle.traceparent, attributes
 
 
 def _why(cycle: ClaimedCycle, failure: StepFailed) -> dict[str, Any]:

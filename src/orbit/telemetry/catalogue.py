@@ -128,6 +128,7 @@ CATALOGUE = MappingProxyType(
             jobId="the job, or null",
             outcomeId="under which it was reported",
             reportedBy="the id of the key's holder that reported it",
+            revision="the configuration's revision that its cycle was pinned to, or null",
         ),
         EventType.PROPOSAL_MADE: _kind(
             "A change of a profile was suggested.",

@@ -2,7 +2,8 @@
 
 An outcome is an event and nothing else. It is reported under an id that its reporter chooses,
 once: the same again changes nothing, something else under the same id is refused. However late,
-it is taken while the cycle is kept here; afterwards there is nothing that it could be of.
+it is taken while the cycle is kept here; afterwards there is nothing that it could be of. It names
+the configuration that its cycle was pinned to, so that a late one counts for the profile as it was.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ async def report(connection: Connection, outcome: Outcome, reported_by: str | No
         "jobId": outcome.job_id,
         "outcomeId": outcome.outcome_id,
         "reportedBy": reported_by,
+        "revision": subject["revision"],
     }
     event = Event(
         outcome.namespace,

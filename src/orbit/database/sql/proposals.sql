@@ -1,8 +1,8 @@
 -- Proposals: what rules rest on, what they suggest, and what becomes of it.
 
 -- name: last_signals
--- What was said last of each metric of profiles under their revisions: `no_data` is none of it.
--- advisory_signal_newest serves it.
+-- What was said last of each metric of profiles under their revisions, by the newest detector that
+-- said anything: `no_data` is none of it. advisory_signal_newest serves it.
 SELECT asked.profile_id, signal.*
 FROM unnest(%(profile_id)s::text[], %(revision)s::text[]) AS asked (profile_id, revision)
 CROSS JOIN LATERAL (
@@ -10,7 +10,7 @@ CROSS JOIN LATERAL (
     FROM advisory_signal found
     WHERE found.profile_id = asked.profile_id AND found.namespace = %(namespace)s
         AND found.revision = asked.revision AND found.name <> 'no_data'
-    ORDER BY metric, to_position DESC, signal_id DESC
+    ORDER BY metric, detector_version DESC, to_position DESC, signal_id DESC
 ) signal ORDER BY asked.profile_id, metric;
 
 -- name: figures

@@ -23,7 +23,8 @@ SELECT namespace, batch_id, count(*) FROM told GROUP BY namespace, batch_id;
 -- Who leads, and whether there is something to number. telemetry_pending_oldest serves it.
 SELECT node_id IS NOT DISTINCT FROM %(node_id)s::uuid AS is_mine, due_at <= orbit_now() AS is_free,
     due_at < orbit_now() + %(lease_seconds)s * interval '0.5 second' AS is_due,
-    EXISTS (SELECT FROM telemetry_pending) AS has_pending,
+    (SELECT batch_id FROM telemetry_pending ORDER BY batch_id, namespace LIMIT 1) IS NOT NULL
+        AS has_pending,
     GREATEST(0.05, CASE WHEN due_at = '-infinity' THEN 0
         ELSE extract(epoch FROM due_at - orbit_now()) END)::float8 AS wait_seconds
 FROM telemetry_sequencer;
@@ -73,11 +74,12 @@ SELECT count(*)::int AS batches, COALESCE(sum(events), 0)::int AS events,
 FROM placed;
 
 -- name: bounds
--- The first position there is, and the last one given.
-SELECT COALESCE((SELECT last_position - events + 1 FROM telemetry_batch
-        ORDER BY last_position LIMIT 1), 1) AS first_position,
-    GREATEST((SELECT last_position FROM telemetry_sequencer), COALESCE((SELECT last_position
-        FROM telemetry_batch ORDER BY last_position DESC LIMIT 1), 0)) AS last_position;
+-- The first position that is kept, or that comes next, and the last one given.
+SELECT COALESCE((SELECT batch.last_position - events + 1 FROM telemetry_batch batch
+        ORDER BY batch.last_position LIMIT 1), last.position + 1) AS first_position,
+    last.position AS last_position
+FROM (SELECT GREATEST((SELECT last_position FROM telemetry_sequencer), COALESCE((SELECT last_position
+        FROM telemetry_batch ORDER BY last_position DESC LIMIT 1), 0)) AS position) last;
 
 -- name: window
 -- What follows a position, as CloudEvents in their order: the whole answer, or frames of a stream.
@@ -91,24 +93,32 @@ WITH next AS MATERIALIZED (
             - LEAST(events, last_position - %(after)s::bigint) AS before
         FROM next
     ) counted WHERE before < %(count)s
+), named AS MATERIALIZED (
+    SELECT namespace, batch_id, events, last_position, to_json(namespace)::text AS name,
+        '{"specversion":"1.0","id":"' || batch_id || '-' AS head,
+        '","source":' || to_json('/namespaces/' || namespace)::text || ',"type":"orbit.' AS source
+    FROM batch
 ), chosen AS MATERIALIZED (
-    SELECT last_position - events + ordinal AS position, event.* FROM batch CROSS JOIN LATERAL (
-        SELECT ordinal, namespace AS of, batch_id AS id, event_type, occurred_at, profile_id,
-            run_profile_id, run_id, metadata
+    SELECT last_position - events + ordinal AS position, name, head, source, event.*
+    FROM named CROSS JOIN LATERAL (
+        SELECT ordinal, event_type, occurred_at, profile_id, run_profile_id, run_id, metadata
         FROM telemetry_event
-        WHERE telemetry_event.namespace = batch.namespace
-            AND telemetry_event.batch_id = batch.batch_id
-            AND ordinal > batch.events - (batch.last_position - %(after)s::bigint)
+        WHERE telemetry_event.namespace = named.namespace
+            AND telemetry_event.batch_id = named.batch_id
+            AND ordinal > named.events - (named.last_position - %(after)s::bigint)
         OFFSET 0
     ) event
     ORDER BY position LIMIT %(count)s
 ), shown AS MATERIALIZED (
-    SELECT position, json_build_object('specversion', '1.0', 'id', id || '-' || ordinal,
-        'source', '/namespaces/' || of, 'type', 'orbit.' || event_type || '.v1',
-        'time', to_char(occurred_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
-        'subject', COALESCE(run_id::text, of), 'datacontenttype', 'application/json',
-        'position', position, 'data', metadata || jsonb_build_object('namespace', of,
-            'profileId', profile_id, 'runProfileId', run_profile_id, 'runId', run_id))::text
+    SELECT position, head || ordinal || source || event_type || '.v1","time":'
+        || left(to_json(occurred_at AT TIME ZONE 'UTC')::text, -1) || 'Z","subject":'
+        || COALESCE('"' || run_id || '"', name)
+        || ',"datacontenttype":"application/json","position":' || position
+        || ',"data":{"namespace":' || name
+        || ',"profileId":' || COALESCE(to_json(profile_id)::text, 'null')
+        || ',"runProfileId":' || COALESCE(to_json(run_profile_id)::text, 'null')
+        || ',"runId":' || COALESCE('"' || run_id || '"', 'null')
+        || CASE WHEN metadata = '{}' THEN '}}' ELSE ',' || substr(metadata::text, 2) || '}' END
         AS line
     FROM chosen
 )
@@ -136,24 +146,32 @@ WITH next AS MATERIALIZED (
             - LEAST(events, last_position - %(after)s::bigint) AS before
         FROM next
     ) counted WHERE before < %(count)s
+), named AS MATERIALIZED (
+    SELECT namespace, batch_id, events, last_position, to_json(namespace)::text AS name,
+        '{"specversion":"1.0","id":"' || batch_id || '-' AS head,
+        '","source":' || to_json('/namespaces/' || namespace)::text || ',"type":"orbit.' AS source
+    FROM batch
 ), chosen AS MATERIALIZED (
-    SELECT last_position - events + ordinal AS position, event.* FROM batch CROSS JOIN LATERAL (
-        SELECT ordinal, namespace AS of, batch_id AS id, event_type, occurred_at, profile_id,
-            run_profile_id, run_id, metadata
+    SELECT last_position - events + ordinal AS position, name, head, source, event.*
+    FROM named CROSS JOIN LATERAL (
+        SELECT ordinal, event_type, occurred_at, profile_id, run_profile_id, run_id, metadata
         FROM telemetry_event
-        WHERE telemetry_event.namespace = batch.namespace
-            AND telemetry_event.batch_id = batch.batch_id
-            AND ordinal > batch.events - (batch.last_position - %(after)s::bigint)
+        WHERE telemetry_event.namespace = named.namespace
+            AND telemetry_event.batch_id = named.batch_id
+            AND ordinal > named.events - (named.last_position - %(after)s::bigint)
         OFFSET 0
     ) event
     ORDER BY position LIMIT %(count)s
 ), shown AS MATERIALIZED (
-    SELECT position, json_build_object('specversion', '1.0', 'id', id || '-' || ordinal,
-        'source', '/namespaces/' || of, 'type', 'orbit.' || event_type || '.v1',
-        'time', to_char(occurred_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
-        'subject', COALESCE(run_id::text, of), 'datacontenttype', 'application/json',
-        'position', position, 'data', metadata || jsonb_build_object('namespace', of,
-            'profileId', profile_id, 'runProfileId', run_profile_id, 'runId', run_id))::text
+    SELECT position, head || ordinal || source || event_type || '.v1","time":'
+        || left(to_json(occurred_at AT TIME ZONE 'UTC')::text, -1) || 'Z","subject":'
+        || COALESCE('"' || run_id || '"', name)
+        || ',"datacontenttype":"application/json","position":' || position
+        || ',"data":{"namespace":' || name
+        || ',"profileId":' || COALESCE(to_json(profile_id)::text, 'null')
+        || ',"runProfileId":' || COALESCE(to_json(run_profile_id)::text, 'null')
+        || ',"runId":' || COALESCE('"' || run_id || '"', 'null')
+        || CASE WHEN metadata = '{}' THEN '}}' ELSE ',' || substr(metadata::text, 2) || '}' END
         AS line
     FROM chosen
 )
@@ -164,7 +182,7 @@ FROM shown;
 
 -- name: outcome_subject
 -- What an outcome is of: a cycle, one of its items, or a job, in the namespace. By their keys.
-SELECT run.cycle_id, run.profile_id, run.run_profile_id,
+SELECT run.cycle_id, run.profile_id, run.run_profile_id, run.revision,
     COALESCE(job.item_index, %(item_index)s::int) AS item_index
 FROM (SELECT %(namespace)s::text AS namespace, %(run_id)s::uuid AS run_id,
     %(job_id)s::uuid AS job_id) asked
@@ -253,31 +271,91 @@ SELECT events, sha256, content FROM telemetry_archive
 WHERE week = %(week)s::date AND chunk = %(chunk)s;
 
 -- name: archives
--- The archived weeks.
-SELECT to_char(week, 'YYYY-MM-DD') AS week, count(*)::int AS chunks,
-    sum(events)::bigint AS events, min(first_position) AS first_position,
-    max(last_position) AS last_position, sum(octet_length(content))::bigint AS bytes
-FROM telemetry_archive GROUP BY telemetry_archive.week ORDER BY telemetry_archive.week;
+-- The archived weeks, each with the newest file that was written of it.
+SELECT to_char(archive.week, 'YYYY-MM-DD') AS week, chunks, archive.events, first_position,
+    last_position, archive.bytes, written.file, encode(written.sha256, 'hex') AS file_sha256
+FROM (SELECT week, count(*)::int AS chunks, sum(events)::bigint AS events,
+        min(first_position) AS first_position, max(last_position) AS last_position,
+        sum(octet_length(content))::bigint AS bytes
+    FROM telemetry_archive GROUP BY week) archive
+LEFT JOIN LATERAL (SELECT file, sha256 FROM telemetry_archive_file file
+    WHERE file.week = archive.week ORDER BY written_at DESC LIMIT 1) written ON true
+ORDER BY archive.week;
+
+-- name: add_archive_file
+-- A file that was written of a week; the same again is no other.
+INSERT INTO telemetry_archive_file (week, sha256, file, events, bytes)
+VALUES (%(week)s::date, %(sha256)b, %(file)s, %(events)s, %(bytes)s) ON CONFLICT DO NOTHING;
+
+-- name: archive_file
+-- Which week a file with this digest has. A scan: there is a row a week.
+SELECT to_char(week, 'YYYY-MM-DD') AS week, events FROM telemetry_archive_file
+WHERE sha256 = %(sha256)b;
 
 -- name: behind
--- The stored consumers that have not read up to a position.
-SELECT name FROM telemetry_consumer WHERE position < %(position)s ORDER BY name;
+-- Who has not read up to a position: stored consumers, and namespaces' signals as far as there is
+-- something for them. telemetry_batch_of_namespace serves it.
+SELECT name FROM telemetry_consumer WHERE position < %(position)s::bigint
+UNION ALL
+SELECT 'signals of ' || namespace FROM signal_feed feed
+WHERE EXISTS (SELECT FROM telemetry_batch batch WHERE batch.namespace = feed.namespace
+    AND batch.last_position > feed.position AND batch.last_position <= %(position)s::bigint)
+ORDER BY name;
 
 -- name: drop_week
 -- Drops a week's events; the database refuses while somebody has yet to read them.
 SELECT orbit_drop_telemetry(%(week)s::date, %(is_forced)s) AS last_position;
 
+-- name: hold_weeks
+-- Lets no week be dropped until the transaction ends; waits for one that is being dropped.
+SELECT pg_advisory_xact_lock_shared(hashtext('orbit.partitions'));
+
+-- name: add_consumer
+-- A consumer, unless its name is taken or its place not given yet; in a statement after hold_weeks.
+WITH edge AS MATERIALIZED (
+    {{bounds}}
+), made AS (
+    INSERT INTO telemetry_consumer (name, namespaces, position)
+    SELECT %(name)s, %(namespaces)s::text[],
+        GREATEST(COALESCE(%(after)s::bigint, 0), edge.first_position - 1)
+    FROM edge WHERE COALESCE(%(after)s::bigint, 0) <= edge.last_position
+    ON CONFLICT DO NOTHING RETURNING name
+)
+SELECT EXISTS (SELECT FROM made) AS is_new, last_position FROM edge;
+
 -- name: move_consumer
--- Keeps a consumer's place, which never goes back by this.
-INSERT INTO telemetry_consumer AS kept (name, position) VALUES (%(name)s, %(position)s)
-ON CONFLICT (name) DO UPDATE SET position = GREATEST(kept.position, EXCLUDED.position),
-    moved_at = orbit_now()
-RETURNING position;
+-- Keeps a consumer's place, which never goes back and not beyond what was given. By its key.
+WITH edge AS MATERIALIZED (
+    {{bounds}}
+)
+UPDATE telemetry_consumer consumer SET moved_at = orbit_now(), position = CASE
+    WHEN %(position)s::bigint <= edge.last_position
+    THEN GREATEST(consumer.position, %(position)s::bigint) ELSE consumer.position END
+FROM edge WHERE name = %(name)s
+RETURNING consumer.position, edge.last_position;
 
--- name: consumer
--- A consumer's place.
-SELECT position FROM telemetry_consumer WHERE name = %(name)s;
+-- name: consumers
+-- The consumers after a name, or the one of a name, with how much each has not read, and how much of
+-- that is gone; of those that may be seen from some namespaces. By their key.
+WITH edge AS MATERIALIZED (
+    {{bounds}}
+)
+SELECT name, namespaces, position, GREATEST(last_position - position, 0) AS behind,
+    GREATEST(first_position - 1 - position, 0) AS lost, moved_at
+FROM telemetry_consumer CROSS JOIN edge
+WHERE name > %(after)s AND (%(name)s::text IS NULL OR name = %(name)s::text)
+    AND (%(within)s::text[] IS NULL OR namespaces <@ %(within)s::text[])
+ORDER BY name LIMIT %(count)s;
 
--- name: forget_consumer
+-- name: most_behind
+-- How much the consumer that is furthest behind has yet to read.
+WITH edge AS MATERIALIZED (
+    {{bounds}}
+)
+SELECT GREATEST(0, last_position - COALESCE((SELECT min(position) FROM telemetry_consumer),
+    last_position))::bigint AS consumer_behind
+FROM edge;
+
+-- name: remove_consumer
 -- Lets a consumer go: nothing is kept for it any more.
 DELETE FROM telemetry_consumer WHERE name = %(name)s;

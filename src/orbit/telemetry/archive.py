@@ -1,0 +1,72 @@
+"""The cold archive: a week of events as chunks of compressed lines, each with its digest.
+
+Every chunk is read back and compared with its digest, and their count with the week's, before it
+says that a week is archived. A pass that dies goes on at the chunk where it was. The lines of a
+chunk are JSON objects in the order of their positions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+from hashlib import sha256
+
+from orbit.database.pool import Database
+from orbit.database.queries import load
+from orbit.errors import ArchiveDamaged, NotFound
+
+SQL = load("telemetry")
+_CHUNK_EVENTS = 5000
+
+
+async def archive(database: Database, week: str) -> int:
+    """Writes a week to the archive and reads it back; how many chunks it has there.
+
+    Raises ArchiveDamaged if what is read is not what was written.
+    """
+    while True:
+        size = await database.fetch_one(SQL.week_size, {"week": week})
+        assert size is not None
+        asked = {"week": week, "after": size["archived_until"], "count": _CHUNK_EVENTS}
+        found = await database.fetch_one(SQL.week_lines, asked)
+        assert found is not None
+        if not found["events"]:
+            break
+        chunk = {
+            "week": week,
+            "chunk": size["chunks"] + 1,
+            "first_position": found["first_position"],
+            "last_position": found["last_position"],
+            "events": found["events"],
+        }
+        packed = await asyncio.to_thread(_packed, found["text"])
+        await database.execute(SQL.insert_archive, chunk | packed)
+    archived = 0
+    for number in range(1, size["chunks"] + 1):
+        archived += len(await read_chunk(database, week, number))
+    if archived != size["events"]:
+        raise ArchiveDamaged(
+            f"the archive of {week} has {archived} events, the week {size['events']}"
+        )
+    return int(size["chunks"])
+
+
+async def read_chunk(database: Database, week: str, chunk: int) -> list[bytes]:
+    """The lines of a chunk. Raises NotFound, and ArchiveDamaged if they were changed."""
+    row = await database.fetch_one(SQL.archive_chunk, {"week": week, "chunk": chunk})
+    if row is None:
+        raise NotFound(f"there is no chunk {chunk} of {week} in the archive")
+    found, digest = await asyncio.to_thread(_unpacked, row["content"])
+    if digest != row["sha256"] or len(found) != row["events"]:
+        raise ArchiveDamaged(f"chunk {chunk} of {week} is not what was archived")
+    return found
+
+
+def _packed(text: str) -> dict[str, bytes]:
+    lines = text.encode() + b"\n"
+    return {"sha256": sha256(lines).digest(), "content": gzip.compress(lines, mtime=0)}
+
+
+def _unpacked(content: bytes) -> tuple[list[bytes], bytes]:
+    lines = gzip.decompress(content)
+    return lines.splitlines(), sha256(lines).digest()
