@@ -138,22 +138,6 @@ def forget(connection: Connection, statistics: str) -> None:
         raise AssertionError(f"only {refreshed} were analyzed")
 
 
-def think_few(connection: Connection) -> None:
-    """Has the planner believe that two namespaces share every table, until the transaction's end.
-
-    A generic plan then takes any of them for half of what there is.
-    """
-    connection.execute(
-        "DO $$ DECLARE one record; BEGIN FOR one IN SELECT attrelid::regclass AS name,"
-        " relkind = 'p' AS has_parts FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid"
-        " WHERE attname = 'namespace' AND relkind IN ('r', 'p')"
-        " AND relnamespace = current_schema()::regnamespace LOOP"
-        " EXECUTE format('ALTER TABLE %s ALTER COLUMN namespace SET (%s = 2)', one.name,"
-        " CASE WHEN one.has_parts THEN 'n_distinct_inherited' ELSE 'n_distinct' END);"
-        " EXECUTE format('ANALYZE %s (namespace)', one.name); END LOOP; END $$"
-    )
-
-
 def statement(name: str) -> bytes:
     """The text of `concept.statement`."""
     concept, _, its_name = name.partition(".")

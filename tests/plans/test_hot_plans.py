@@ -22,7 +22,6 @@ from tests.plans.explaining import (
     forget,
     indexes,
     statement,
-    think_few,
     walked_rows,
     whole_scans,
 )
@@ -446,7 +445,7 @@ def of_nobody() -> dict[str, dict[str, Any]]:
     return {name: {**asked, **params} for name, params in statements.items()}
 
 
-@pytest.mark.parametrize("statistics", [*STATISTICS, "few namespaces"])
+@pytest.mark.parametrize("statistics", STATISTICS)
 def test_what_a_bound_key_asks_walks_no_row_of_another_namespace(
     connection: Connection, statistics: str
 ) -> None:
@@ -461,10 +460,7 @@ def test_what_a_bound_key_asks_walks_no_row_of_another_namespace(
         for setting, value in session_settings().items():
             known = "SELECT set_config(name, %s, true) FROM pg_settings WHERE name = %s"
             connection.execute(known, (value, setting))
-        if statistics == "few namespaces":
-            think_few(connection)
-        else:
-            forget(connection, statistics)
+        forget(connection, statistics)
         for name, params in asked.items():
             if walked := dict(walked_rows(explain(connection, name, params, is_analyzed=True))):
                 found[name] = walked
