@@ -28,24 +28,27 @@ class Seconds(Collector):
     """A histogram that takes many observations at once.
 
     The library's own takes a lock twice for each, which the hot path would feel. One thread
-    observes and collects.
+    observes; any may collect, and sees each observation whole or not yet.
     """
 
     def __init__(self, name: str, documentation: str, *, buckets: Sequence[float]) -> None:
         self._name, self._documentation, self._bounds = name, documentation, buckets
-        self._counts, self._sum = [0] * (len(buckets) + 1), 0.0
+        self._seen = [0] * (len(buckets) + 1), 0.0
         REGISTRY.register(self)
 
     def observe(self, values: Iterable[float]) -> None:
+        counts, total = list(self._seen[0]), self._seen[1]
         for value in values:
-            self._counts[bisect_left(self._bounds, value)] += 1
-            self._sum += value
+            counts[bisect_left(self._bounds, value)] += 1
+            total += value
+        self._seen = counts, total
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         names = [*map(str, map(float, self._bounds)), "+Inf"]
-        buckets = list(zip(names, accumulate(self._counts), strict=True))
+        counts, total = self._seen
+        buckets = list(zip(names, accumulate(counts), strict=True))
         yield HistogramMetricFamily(
-            self._name, self._documentation, buckets=buckets, sum_value=self._sum
+            self._name, self._documentation, buckets=buckets, sum_value=total
         )
 
 
