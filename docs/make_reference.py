@@ -191,7 +191,8 @@ def _cli() -> Iterator[str]:
 
 def _verbs(command: Any, name: str) -> Iterator[str]:
     inner: Mapping[str, Any] = getattr(command, "commands", {})
-    if not inner:
+    takes_none = inner and not getattr(command, "invoke_without_command", False)
+    if not takes_none and name != "orbit":
         yield f"\n## `{name}`\n\n{command.help or ''}\n"
         rows = [_parameter(one) for one in command.params if one.name != "help"]
         if rows:

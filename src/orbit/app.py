@@ -54,6 +54,7 @@ from orbit.insight.source import TelemetrySource
 from orbit.profiles.bridge import Bridge
 from orbit.profiles.orchestration import Orchestration
 from orbit.profiles.revision import Configuration
+from orbit.profiles.switching import Switch
 from orbit.services.base import LAST_WORDS_SECONDS, within
 from orbit.services.correlator import Correlator
 from orbit.services.dispatcher import Dispatcher
@@ -172,11 +173,19 @@ def signer_of(settings: Settings, dsn: str, clock: Clock) -> Signer | None:
 class Node:
     """One node: everything between its settings and its API.
 
-    `roles` narrows what the settings say; a tool that only asks has none.
+    `roles` narrows what the settings say; a tool that only asks has none. Without
+    `is_dropping_overlays` a start is refused where overlays do not fit changed files.
     """
 
-    def __init__(self, settings: Settings, roles: frozenset[str] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        roles: frozenset[str] | None = None,
+        *,
+        is_dropping_overlays: bool = False,
+    ) -> None:
         self.settings = settings
+        self._is_dropping_overlays = is_dropping_overlays
         self.roles = settings.roles if roles is None else roles
         self.store = Store(settings)
         self.node_id = new_id(SystemClock().now())
@@ -230,12 +239,13 @@ class Node:
         self.orchestration = Orchestration(
             settings, database, self.clock, self.configuration, self.intake
         )
+        self.switch = Switch(database, self.configuration, self.clock, self.node_id)
 
     async def start(self, address: str | None = None) -> None:
         """Proposes the configuration files and starts the services of the node's roles.
 
-        Raises ConfigurationInvalid, AuditKeyInvalid, and SettingInvalid where other machines could
-        ask, and nobody has a key.
+        Raises ConfigurationInvalid, OverlaysBroken, AuditKeyInvalid, and SettingInvalid where other
+        machines could ask, and nobody has a key.
         """
         self.address = address
         await self._check_access()
@@ -254,7 +264,8 @@ class Node:
             ),
         )
         await janitor.run_once()
-        if await self.configuration.propose(documents):
+        is_dropping = self._is_dropping_overlays
+        if await self.configuration.propose(documents, is_dropping=is_dropping):
             log.info("configuration_activated", revision=self.configuration.active.revision[:12])
         await self._register()
         self._build()

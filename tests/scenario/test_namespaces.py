@@ -93,6 +93,10 @@ BY_THEIR_OWN_TEST = {
     ("GET", "/proposals/{proposalId}"),
     ("POST", "/proposals/{proposalId}/approve"),
     ("POST", "/proposals/{proposalId}/reject"),
+    ("POST", "/profiles/{profileId}/disable"),  # test_overlays
+    ("POST", "/profiles/{profileId}/enable"),
+    ("POST", "/run-profiles/{runProfileId}/disable"),
+    ("POST", "/run-profiles/{runProfileId}/enable"),
 }
 FOREIGN_NAMES = {
     "namespace": FOREIGN,
