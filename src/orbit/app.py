@@ -20,6 +20,10 @@ import structlog
 from orbit import __version__
 from orbit.audit.keys import load_signing_key
 from orbit.audit.signing import Signer
+from orbit.autonomy.changes import Changes
+from orbit.autonomy.guard import Guard, Switches
+from orbit.autonomy.modes import Modes
+from orbit.autonomy.shadowing import Shadows
 from orbit.clock import Clock, DatabaseClock, SystemClock, new_id
 from orbit.database.embedded import APPLICATION_ROLE, EmbeddedServer
 from orbit.database.pool import Database
@@ -63,6 +67,7 @@ from orbit.services.heartbeat import Heartbeat
 from orbit.services.janitor import Janitor
 from orbit.services.leftovers import Leftovers
 from orbit.services.notary import Notary
+from orbit.services.pilot import Pilot
 from orbit.services.requeuer import Requeuer
 from orbit.services.runner import Runner
 from orbit.services.scheduler import Scheduler
@@ -232,7 +237,8 @@ class Node:
         self.sessions = Sessions(database, self.keys, settings.session_seconds)
         self.refusals = Refusals(database, self.clock)
         self.authentication = await self._authentication()
-        self.signals = SignalKeeper(database, TelemetrySource())
+        source = TelemetrySource()
+        self.signals = SignalKeeper(database, source)
         self.proposals = Proposals(
             database, self.configuration, self.clock, hours=settings.proposal_hours
         )
@@ -240,6 +246,19 @@ class Node:
             settings, database, self.clock, self.configuration, self.intake
         )
         self.switch = Switch(database, self.configuration, self.clock, self.node_id)
+        guard = Guard(self.node_id, self.clock, lambda: Switches.of(self.settings))
+        self.modes = Modes(database, self.configuration, guard)
+        self.changes = Changes(
+            database,
+            self.configuration,
+            self.clock,
+            guard,
+            self.modes,
+            self.signals,
+            source,
+            probation_hours=settings.probation_hours,
+        )
+        self.shadows = Shadows(database, self.configuration, guard, self.changes)
 
     async def start(self, address: str | None = None) -> None:
         """Proposes the configuration files and starts the services of the node's roles.
@@ -280,6 +299,7 @@ class Node:
             self._sequencer,
             self._correlator,
             self._strategist,
+            self._pilot,
             self._notary,
         )
         for service in (self._heartbeat, janitor, *services):
@@ -350,6 +370,7 @@ class Node:
             "sequencer": self._sequencer,
             "correlator": self._correlator,
             "strategist": self._strategist,
+            "pilot": self._pilot,
             "notary": self._notary,
         }
         await _all_ended(
@@ -403,6 +424,7 @@ class Node:
         self._sequencer = Sequencer(database, self.node_id)
         self._correlator = Correlator(database, self.signals, self.node_id)
         self._strategist = Strategist(database, self.proposals, self.node_id)
+        self._pilot = Pilot(database, self.modes, self.changes, self.shadows, self.node_id)
         if self.signer is not None:
             seconds = settings.audit_checkpoint_seconds
             self._notary = Notary(database, self.signer, seconds=seconds)

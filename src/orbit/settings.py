@@ -320,6 +320,9 @@ class Settings(BaseSettings):
     phase4_allow_mutation: bool = _knob(
         False, "The other one; unless both are true, autonomy does nothing."
     )
+    probation_hours: int = _knob(
+        168, "Hours after which a change by autonomy is reverted unless it is kept.", 1, 8_760
+    )
 
     warnings: tuple[str, ...] = Field((), description="What was odd, but not wrong.")
 

@@ -97,6 +97,11 @@ BY_THEIR_OWN_TEST = {
     ("POST", "/profiles/{profileId}/enable"),
     ("POST", "/run-profiles/{runProfileId}/disable"),
     ("POST", "/run-profiles/{runProfileId}/enable"),
+    ("GET", "/autonomy/{profileId}"),  # test_autonomy
+    ("POST", "/autonomy/{profileId}/arm"),
+    ("POST", "/autonomy/{profileId}/shadow"),
+    ("POST", "/autonomy/{profileId}/disarm"),
+    ("POST", "/autonomy/{profileId}/revert"),
 }
 FOREIGN_NAMES = {
     "namespace": FOREIGN,

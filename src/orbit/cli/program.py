@@ -20,6 +20,7 @@ import typer
 from orbit import __version__
 from orbit.cli import (
     auditing,
+    autonomy,
     brake,
     checkup,
     configuring,
@@ -75,6 +76,7 @@ app.command("plan")(planning.plan)
 app.command("doctor")(checkup.doctor)
 app.command("signals")(signals.signals)
 app.add_typer(proposals.app, name="proposals")
+app.add_typer(autonomy.app, name="autonomy")
 app.add_typer(insight.app, name="insight")
 app.add_typer(auditing.app, name="audit")
 app.add_typer(telemetry.app, name="telemetry")

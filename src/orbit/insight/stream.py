@@ -28,7 +28,7 @@ _Z = 1.28
 _RATE_MARGIN = 0.03
 _SCORE_MARGIN = 0.02
 _STICKY_ABOVE = 0.1
-_BLOCK = 5
+BLOCK = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +121,9 @@ class Stream:
         if self.baseline.is_sticky:
             self._block_sum += value
             self._block += 1
-            if self._block < _BLOCK:
+            if self._block < BLOCK:
                 return None
-            value = self._block_sum / _BLOCK
+            value = self._block_sum / BLOCK
             self._block, self._block_sum = 0, 0.0
         return self._weigh(self.baseline, value, 1.0 if ratio is None else ratio)
 
