@@ -191,10 +191,9 @@ def _cli() -> Iterator[str]:
 
 def _verbs(command: Any, name: str) -> Iterator[str]:
     inner: Mapping[str, Any] = getattr(command, "commands", {})
-    takes_none = inner and not getattr(command, "invoke_without_command", False)
-    if not takes_none and name != "orbit":
+    rows = [_parameter(one) for one in command.params if one.name != "help"]
+    if not inner or (rows and name != "orbit"):  # a group that does something by itself
         yield f"\n## `{name}`\n\n{command.help or ''}\n"
-        rows = [_parameter(one) for one in command.params if one.name != "help"]
         if rows:
             yield from _table(("takes", "default", "meaning"), rows)
     for verb, one in inner.items():
