@@ -7,10 +7,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
 
 from orbit.app import Node
 from orbit.audit.verification import verify
+from orbit.database.repair import repair
 from orbit.errors import OverlaysBroken
 from orbit.execution.context import ExecutionContext
 from orbit.governance.actor import ANYONE
@@ -248,3 +250,21 @@ async def test_of_many_who_turn_at_once_each_finds_what_the_others_made(
     (nova,) = nodes[0].configuration.active.documents.profiles
     assert (nova.state == "disabled") == (laid - gone == 1)
     assert verify(dsn).findings == []
+
+
+async def test_a_repair_puts_files_and_overlays_back_into_force(
+    configure: Configure, make_node: MakeNode, owner_dsn: str
+) -> None:
+    """The one row that says what is in force is rebuilt from the last activation."""
+    configure(daily())
+    node = await make_node()
+    async with asking(node) as api:
+        await turn(api, "/profiles/nova/disable")
+        before = (await api.get("/config")).json()
+        with psycopg.connect(owner_dsn, autocommit=True) as owner:
+            owner.execute("DELETE FROM config_active")
+        assert (await repair(node.database))["configuration"] == 1
+        assert (await api.get("/config")).json() == before
+    later = await make_node()
+    assert later.configuration.is_in_step
+    assert later.configuration.force.active == node.configuration.force.active
