@@ -256,7 +256,7 @@ class Node:
             self.modes,
             self.signals,
             source,
-            probation_hours=settings.probation_hours,
+            probation_hours=settings.watched_hours,
         )
         self.shadows = Shadows(database, self.configuration, guard, self.changes)
 

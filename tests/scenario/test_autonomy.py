@@ -18,6 +18,7 @@ from orbit.governance.actor import ANYONE
 from orbit.governance.halt import Order
 from orbit.profiles.adjustments import By
 from orbit.profiles.overlays import Target
+from orbit.services.pilot import Pilot
 from tests.delivery.conftest import ROOT
 from tests.scenario.access import asking, key_of
 from tests.scenario.conftest import (
@@ -29,6 +30,7 @@ from tests.scenario.conftest import (
     profile,
     run,
     run_profile,
+    until,
 )
 from tests.scenario.piloting import (
     ON,
@@ -592,6 +594,21 @@ async def test_a_profile_that_comes_to_run_elsewhere_is_armed_no_longer(
     await look(node)
     noted = facts("SELECT cause, namespaces FROM autonomy_mode ORDER BY sequence DESC LIMIT 1")
     assert noted == [{"cause": "reach", "namespaces": ["moon", "sea"]}]
+
+
+async def test_the_node_looks_by_itself(node: Node) -> None:
+    """Nobody asks: the loop applies what a person approved."""
+    await arm(node)
+    await approved(node)
+    pilot = Pilot(node.database, node.modes, node.changes, node.shadows, node.node_id)
+    pilot.start()
+
+    def is_applied() -> bool:
+        pilot.wake()
+        return intensity(node) == 4
+
+    await until(is_applied, "the change")
+    await pilot.stop()
 
 
 async def test_taking_back_nothing_is_no_act(node: Node, facts: Facts) -> None:

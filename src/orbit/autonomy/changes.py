@@ -61,6 +61,7 @@ from orbit.telemetry.emission import Event, emit
 
 SQL = load("autonomy")
 _TRIES = 3
+_ASKED_BATCHES = 20
 _ENDINGS = {Verdict.BREACHED: Ending.ROLLED_BACK, Verdict.INCONCLUSIVE: Ending.REVERTED}
 _CAUSES = {Verdict.BREACHED: Cause.ROLLBACK, Verdict.INCONCLUSIVE: Cause.REVERT}
 
@@ -148,10 +149,11 @@ class Changes:
         async with self._database.connection() as connection:
             why = await self._why_not_ready(connection, profile_id, namespaces, is_shadow=is_shadow)
             moves = moves_in(profile, json.loads(row["patch"]))
-            if why is None and not isinstance(moves, Why):
-                why = why_not(profile, moves, await _of_today(connection, profile_id))
-        if why is not None or isinstance(moves, Why):
-            return why or moves  # type: ignore[return-value]
+            if isinstance(moves, Why):
+                return why or moves
+            why = why or why_not(profile, moves, await _of_today(connection, profile_id))
+        if why is not None:
+            return why
         overlay = Overlay(
             new_id(self._clock.now()),
             Target.PROFILE,
@@ -254,8 +256,9 @@ class Changes:
         return done
 
     async def weigh(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """How a change on probation stands, by namespace."""
-        return {name: one.told() for name, one in (await self._weighed(row)).items()}
+        """How a change on probation stands, by namespace; as of a position, in bounded time."""
+        trials = await self._weighed(row, most_batches=_ASKED_BATCHES)
+        return {name: one.told() for name, one in trials.items()}
 
     async def take_back(self, profile_id: str, actor: Actor, by: By) -> list[Overlay]:
         """A person takes back all that autonomy changed of a profile, whatever the switches say.
@@ -356,7 +359,9 @@ class Changes:
         acts = await end(connection, overlays, ending, by)
         return [*await self._configuration.adjust(connection, held, rest, by), *acts]
 
-    async def _weighed(self, row: Mapping[str, Any]) -> dict[str, Trial]:
+    async def _weighed(
+        self, row: Mapping[str, Any], most_batches: int | None = None
+    ) -> dict[str, Trial]:
         """A change's trials with all events that there are; a node that has none begins anew."""
         async with self._weighing:
             trials = self._trials.get(row["overlay_id"])
@@ -364,12 +369,13 @@ class Changes:
                 trials = trials_of(row["target_id"], json.loads(row["trial"]))
                 self._trials[row["overlay_id"]] = trials
             for namespace, trial in trials.items():
-                await self._move_on(namespace, trial)
+                await self._move_on(namespace, trial, most_batches)
             return trials
 
-    async def _move_on(self, namespace: str, trial: Trial) -> None:
-        is_last = trial.is_breached
-        while not is_last:
+    async def _move_on(self, namespace: str, trial: Trial, most_batches: int | None) -> None:
+        is_last, batches = trial.is_breached, 0
+        while not is_last and batches != most_batches:
+            batches += 1
             async with self._database.connection() as connection:
                 found = await self._source.read(connection, namespace, trial.position, BATCH_EVENTS)
             await asyncio.to_thread(trial.take, found.events, found.last_position)

@@ -8,8 +8,8 @@
 --   autonomy_verdict     fact: what came of a change's probation
 --
 -- These belong to profiles, which may run in several namespaces: `namespaces` has all of them as
--- they were, and each one's telemetry and trail tell of it. Whoever writes here holds the advisory
--- lock orbit.configuration alone, so the checks below see what there is.
+-- they were, and each one's telemetry and trail tell of it. Whoever writes overlays, their ends,
+-- verdicts and modes has the advisory lock orbit.configuration alone, so the checks below see all.
 
 SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true);
 
