@@ -6,6 +6,10 @@ in the database and is read there. Whoever does a thing counts it where it is ce
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -14,8 +18,36 @@ from prometheus_client import (
     Histogram,
     ProcessCollector,
 )
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 REGISTRY = CollectorRegistry()
+
+
+class Seconds(Collector):
+    """A histogram that takes many observations at once.
+
+    The library's own takes a lock twice for each, which the hot path would feel. One thread
+    observes and collects.
+    """
+
+    def __init__(self, name: str, documentation: str, *, buckets: Sequence[float]) -> None:
+        self._name, self._documentation, self._bounds = name, documentation, buckets
+        self._counts, self._sum = [0] * (len(buckets) + 1), 0.0
+        REGISTRY.register(self)
+
+    def observe(self, values: Iterable[float]) -> None:
+        for value in values:
+            self._counts[bisect_left(self._bounds, value)] += 1
+            self._sum += value
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        names = [*map(str, map(float, self._bounds)), "+Inf"]
+        buckets = list(zip(names, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(
+            self._name, self._documentation, buckets=buckets, sum_value=self._sum
+        )
+
 
 cycles_accepted = Counter(
     "orbit_cycles_accepted", "Cycles that this node accepted.", ["trigger"], registry=REGISTRY
@@ -29,15 +61,14 @@ slots_decided = Counter(
 attempts = Counter(
     "orbit_attempts", "Dispatch attempts that this node settled.", ["outcome"], registry=REGISTRY
 )
-attempt_seconds = Histogram(
+attempt_seconds = Seconds(
     "orbit_attempt_seconds",
     "How long attempts took, from their beginning to the end of the answer.",
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
-    registry=REGISTRY,
 )
 attempt_connections = Counter(
     "orbit_attempt_connections",
-    "Dispatch attempts that this node sent, by the connection they went out on.",
+    "Dispatch attempts that this node sent and settled, by the connection they went out on.",
     ["connection"],
     registry=REGISTRY,
 )

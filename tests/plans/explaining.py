@@ -160,6 +160,18 @@ def _whole_scans(node: Mapping[str, Any], big: set[str], *, is_limited: bool) ->
         yield from _whole_scans(inner, big, is_limited=is_limited)
 
 
+def indexes(plan: Mapping[str, Any], tables: set[str]) -> set[str]:
+    """The indexes by which a plan finds rows of these tables; a scan without one by its kind."""
+    return set(_indexes(plan["Plan"], tables))
+
+
+def _indexes(node: Mapping[str, Any], tables: set[str]) -> Iterator[str]:
+    if node.get("Relation Name") in tables and node["Node Type"] != "ModifyTable":
+        yield node.get("Index Name", node["Node Type"])
+    for inner in node.get("Plans", ()):
+        yield from _indexes(inner, tables)
+
+
 def big_tables(connection: Connection) -> set[str]:
     """The tables, and the partitions of tables, with many rows."""
     rows = connection.execute(

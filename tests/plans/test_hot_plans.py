@@ -19,6 +19,7 @@ from tests.plans.explaining import (
     explain,
     fill,
     forget,
+    indexes,
     whole_scans,
 )
 
@@ -284,6 +285,49 @@ def test_no_hot_statement_reads_a_big_table_whole(
             if scans:
                 found[name] = scans
     assert found == {}
+
+
+BY_KEY = (
+    "cycle.renew_cycles",
+    "cycle.release_cycles",
+    "cycle.hold_cycles",
+    "cycle.note_progress",
+    "cycle.await_dispatch",
+    "cycle.end_cycles",
+    "dispatch.renew_jobs",
+    "dispatch.release_jobs",
+    "dispatch.settle_jobs",
+    "dispatch.unspare_jobs",
+)
+KEYS = {"cycle_lease_pkey", "dispatch_lease_pkey"}
+
+
+@pytest.fixture
+def waiting(server: TestServer) -> Iterator[Connection]:
+    """A session on a database that was analyzed while 5,000 jobs waited, and none was sent."""
+    name = f"orbit_waiting_{os.getpid()}"
+    server.run(f"CREATE DATABASE {name} TEMPLATE orbit_template_{os.getpid()}")
+    with psycopg.connect(server.owner(name), autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO dispatch_lease (namespace, job_id, endpoint_key, cycle_id, due_at)"
+            " SELECT 'n', gen_random_uuid(), 'e', gen_random_uuid(), orbit_now()"
+            " FROM generate_series(1, 5000)"
+        )
+        connection.execute("ANALYZE dispatch_lease")
+        yield connection
+    server.run(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def test_a_held_lease_is_found_by_its_key(
+    waiting: Connection, sample: dict[str, list[Any]]
+) -> None:
+    """Not among all that are under way, whose index was empty when the plan was made."""
+    unspared = keyed(sample, "namespace", "job_id", lease_number=0)
+    asked = {**parameters(sample), "dispatch.unspare_jobs": unspared}
+    waiting.execute("SET plan_cache_mode = force_generic_plan")
+    plans = {name: explain(waiting, name, asked[name]) for name in BY_KEY}
+    found = {name: indexes(plan, {"dispatch_lease", "cycle_lease"}) for name, plan in plans.items()}
+    assert {name: used for name, used in found.items() if not used or used - KEYS} == {}
 
 
 def test_the_check_sees_a_whole_scan(connection: Connection) -> None:

@@ -218,6 +218,8 @@ async def test_what_a_node_does_is_counted(api: httpx.AsyncClient) -> None:
         "orbit_attempt_seconds_count",
     ):
         assert after[name] - before.get(name, 0) == 1, name
+    kinds = [f"orbit_attempt_connections_total{kind}" for kind in ("new", "reused")]
+    assert sum(after.get(kind, 0) - before.get(kind, 0) for kind in kinds) == 1
     text = (await api.get("/metrics")).text
     assert job_id not in text
     assert "sea-and-land" not in text

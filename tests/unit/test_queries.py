@@ -31,13 +31,14 @@ def test_an_unknown_name_is_an_error_that_says_where() -> None:
     [
         ([], "{}"),
         (["a", None, ""], '{"a",NULL,""}'),
-        ([1, 2.5, True], '{"1","2.5","True"}'),
+        ([1, 2.5, True], "{1,2.5,True}"),
+        ([None, None], "{NULL,NULL}"),
         (['say "x"', "back\\slash", "a,b{c}", "NULL"], None),
         ([datetime(2026, 1, 1, tzinfo=UTC)], '{"2026-01-01 00:00:00+00:00"}'),
     ],
 )
 def test_an_array_is_a_literal(values: list[object], expected: str | None) -> None:
-    """Each element is quoted, so that none is taken for syntax or for a null."""
+    """Each text is quoted, so that none is taken for syntax or for a null."""
     if expected is not None:
         assert array(values) == expected
     assert array(values).count("NULL") >= values.count(None)

@@ -67,8 +67,11 @@ def array(values: Iterable[Any]) -> str:
     try:
         joined = _SEPARATOR.join(items)
     except TypeError:  # not only texts
-        if set(map(type, items)) <= {int, float}:
+        kinds = set(map(type, items))
+        if kinds <= {int, float, bool}:  # PostgreSQL reads True and False too
             return "{" + ",".join(map(repr, items)) + "}"
+        if kinds == {type(None)}:
+            return "{" + ",".join(["NULL"] * len(items)) + "}"
         return "{" + ",".join([_element(value) for value in items]) + "}"
     if _SPECIAL.search(joined) or joined.count(_SEPARATOR) >= max(len(items), 1):
         return "{" + ",".join([_element(value) for value in items]) + "}"

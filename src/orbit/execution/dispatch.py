@@ -36,7 +36,7 @@ from orbit.vocabulary import is_drill
 
 SQL = load("dispatch")
 CYCLE_SQL = load("cycle")
-INLINE_BYTES = 65536
+INLINE_BYTES = 16384
 RETRY_SHARE = 0.25  # of a lane's places and tokens, for later attempts while first ones wait
 SECRET_UNREADABLE = "secret unreadable"  # noqa: S105 - a cause
 NOT_PREPARED = "not prepared"
@@ -517,11 +517,12 @@ def _keys(lanes: Iterable[LaneKey]) -> dict[str, Any]:
 def _count(settlements: Sequence[Settlement], ended: int) -> None:
     for outcome, count in Counter(s.result.outcome for s in settlements).items():
         metrics.attempts.labels(outcome.value).inc(count)
-    for settlement in settlements:
-        if settlement.result.total_seconds is not None:
-            metrics.attempt_seconds.observe(settlement.result.total_seconds)
-        if settlement.move.retry_seconds is None and settlement.move.cause is not None:
-            metrics.dead_letters.inc()
+    for is_reused, count in Counter(s.result.is_reused for s in settlements).items():
+        if is_reused is not None:
+            metrics.attempt_connections.labels("reused" if is_reused else "new").inc(count)
+    taken = [s.result.total_seconds for s in settlements]
+    metrics.attempt_seconds.observe(seconds for seconds in taken if seconds is not None)
+    metrics.dead_letters.inc(sum(s.is_done and s.move.cause is not None for s in settlements))
     metrics.cycles_ended.labels("finished").inc(ended)
 
 

@@ -14,15 +14,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
-from orbit import metrics
 from orbit.execution.http1 import Client, Exchange
 from orbit.execution.lapse import Hold
 from orbit.vocabulary import printable
 
 ANSWER_BYTES = 4096
 _ANSWER_BYTES_READ = 65536  # a longer answer costs the connection, which is then not reused
-_ON_REUSED = metrics.attempt_connections.labels("reused")
-_ON_NEW = metrics.attempt_connections.labels("new")
 
 
 class Outcome(StrEnum):
@@ -97,8 +94,6 @@ class Wire:
             proxy=outgoing.proxy,
             hold=hold,
         )
-        if found.is_sent:
-            (_ON_REUSED if found.is_reused else _ON_NEW).inc()
         return _result(outgoing, found, secrets)
 
 

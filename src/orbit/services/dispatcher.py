@@ -44,7 +44,7 @@ from orbit.webhooks import sign
 
 _RECOVERY_SHARE = 6  # expired attempts are looked for this many times in a lease length
 _GATHER_SECONDS = 0.01  # a few free places wait so long for more, so that a claim is worth it
-_UNSETTLED_PER_PLACE = 8  # what may wait for its commit, before nothing more is claimed
+_UNSETTLED_PER_PLACE = 16  # what may be in hand, ahead or unsettled, before nothing more is claimed
 
 
 @dataclass(slots=True, eq=False)

@@ -6,6 +6,10 @@
 -- leases need no order: who recovers takes those that nobody holds, and else only a job's owner
 -- locks its lease. A claim begins with the fences of its namespaces and its lanes, and waits for no
 -- other lock after them.
+--
+-- A lease is found by its key. `node_id IS NOT DISTINCT FROM` says what `=` would, but does not
+-- imply that there is a node: the index of those would be taken for smaller than the key while
+-- statistics say that nothing is under way, and each lease be looked for among all that are.
 
 -- name: insert_snapshot
 -- An endpoint as it stands now, once per definition.
@@ -229,7 +233,7 @@ WITH mine AS MATERIALIZED (
         AS held (namespace, job_id, lease_number)
         ON lease.namespace = held.namespace AND lease.job_id = held.job_id
         AND lease.lease_number = held.lease_number
-    WHERE lease.node_id = %(node_id)s
+    WHERE lease.node_id IS NOT DISTINCT FROM %(node_id)s
     FOR NO KEY UPDATE OF lease SKIP LOCKED
 )
 UPDATE dispatch_lease SET due_at = orbit_now() + %(lease_seconds)s * interval '1 second'
@@ -246,7 +250,7 @@ FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(lease_number)s::int[])
     AS held (namespace, job_id, lease_number)
 WHERE dispatch_lease.namespace = held.namespace AND dispatch_lease.job_id = held.job_id
     AND dispatch_lease.lease_number = held.lease_number
-    AND dispatch_lease.node_id = %(node_id)s;
+    AND dispatch_lease.node_id IS NOT DISTINCT FROM %(node_id)s;
 
 -- name: expired_jobs
 -- Attempts whose worker let its lease run out, locked, so that they can be settled as unknown
@@ -302,7 +306,8 @@ WITH result AS MATERIALIZED (
 ), done AS (
     DELETE FROM dispatch_lease lease USING result
     WHERE lease.namespace = result.namespace AND lease.job_id = result.job_id
-        AND lease.lease_number = result.lease_number AND lease.node_id = result.node_id
+        AND lease.lease_number = result.lease_number
+        AND lease.node_id IS NOT DISTINCT FROM result.node_id
         AND result.retry_seconds IS NULL
     RETURNING lease.namespace, lease.job_id, lease.cycle_id, lease.endpoint_key,
         lease.is_requeued, result.attempt, result.size, result.cause, result.profile_id,
@@ -313,7 +318,8 @@ WITH result AS MATERIALIZED (
         unknown = lease.unknown + (result.outcome = 'unknown')::int
     FROM result
     WHERE lease.namespace = result.namespace AND lease.job_id = result.job_id
-        AND lease.lease_number = result.lease_number AND lease.node_id = result.node_id
+        AND lease.lease_number = result.lease_number
+        AND lease.node_id IS NOT DISTINCT FROM result.node_id
         AND result.retry_seconds IS NOT NULL
     RETURNING 1
 ), dead AS (
@@ -363,7 +369,8 @@ UPDATE dispatch_lease SET spared = spared - 1
 FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(lease_number)s::int[])
     AS result (namespace, job_id, lease_number)
 WHERE dispatch_lease.namespace = result.namespace AND dispatch_lease.job_id = result.job_id
-    AND dispatch_lease.lease_number = result.lease_number AND dispatch_lease.node_id IS NULL;
+    AND dispatch_lease.lease_number = result.lease_number
+    AND num_nulls(dispatch_lease.node_id) = 1;
 
 -- name: insert_receipts
 -- What became of attempts. A receipt that exists stays: an attempt has one end. To follow
