@@ -148,6 +148,7 @@ def fence(epoch: int, *, is_halted: bool = False) -> dict[str, Any]:
         (row("armed", sea=0), ["sea"], {}, (Mode.ARMED, None)),
         (row("armed", sea=2), ["sea"], {"sea": fence(2)}, (Mode.ARMED, None)),
         (row("armed", sea=2), ["sea"], {"sea": fence(3)}, (Mode.DISARMED, Cause.HALT)),
+        (row("armed", sea=2), ["sea"], {}, (Mode.DISARMED, Cause.HALT)),
         (
             row("armed", sea=3),
             ["sea"],

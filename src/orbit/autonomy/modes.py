@@ -30,6 +30,7 @@ from orbit.telemetry.catalogue import EventType
 from orbit.telemetry.emission import Event, emit
 
 SQL = load("autonomy")
+_NEVER_HALTED: Mapping[str, Any] = {"epoch": 0, "is_halted": False}
 
 
 class Mode(StrEnum):
@@ -73,8 +74,8 @@ def in_force(
         return mode, None
     then = dict(zip(row["namespaces"], row["epochs"], strict=True))
     for name, epoch in then.items():
-        fence = known.get(name)
-        if fence is not None and (fence["is_halted"] or fence["epoch"] != epoch):
+        fence = known.get(name, _NEVER_HALTED)
+        if fence["is_halted"] or fence["epoch"] != epoch:
             return Mode.DISARMED, Cause.HALT
     return (mode, None) if set(namespaces) <= then.keys() else (Mode.DISARMED, Cause.REACH)
 
@@ -169,7 +170,7 @@ class Modes:
             "mode": mode.value,
             "cause": cause.value,
             "namespaces": array(namespaces),
-            "epochs": array(known[one]["epoch"] if one in known else 0 for one in namespaces),
+            "epochs": array(known.get(one, _NEVER_HALTED)["epoch"] for one in namespaces),
             "reason": by.reason,
             "actor": by.actor,
             "actor_id": by.actor_id,

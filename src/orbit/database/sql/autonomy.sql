@@ -95,10 +95,12 @@ VALUES (%(profile_id)s, %(function)s, %(why)s, (orbit_now() AT TIME ZONE 'UTC'):
 ON CONFLICT DO NOTHING RETURNING day;
 
 -- name: add_shadow
--- What would have been done with a proposal; once, and no row back afterwards.
+-- What would have been done with a proposal that is undecided; once, and no row back afterwards.
 INSERT INTO autonomy_shadow (namespace, proposal_id, profile_id, would_apply, why, node_id)
-VALUES (%(namespace)s, %(proposal_id)s, %(profile_id)s, %(why)s::text IS NULL, %(why)s::text,
-    %(node_id)s::uuid)
+SELECT %(namespace)s, %(proposal_id)s, %(profile_id)s, %(why)s::text IS NULL, %(why)s::text,
+    %(node_id)s::uuid
+WHERE NOT EXISTS (SELECT FROM strategy_decision decision
+    WHERE decision.namespace = %(namespace)s AND decision.proposal_id = %(proposal_id)s)
 ON CONFLICT DO NOTHING RETURNING proposal_id;
 
 -- name: changes
