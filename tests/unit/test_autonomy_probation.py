@@ -141,6 +141,8 @@ def test_peers_that_changed_count_no_more() -> None:
     found = after(DELIVERED, rates, 900)
     assert verdict_of(found) is Verdict.INCONCLUSIVE
     assert found["sea"].told()["metrics"]["delivered"]["peers"] == 3
+    few = dict.fromkeys(PEERS[:3], ("theirs", 0.9)) | {"nova": (NEW, 0.92)}
+    assert verdict_of(after(DELIVERED, few, 900)) is Verdict.INCONCLUSIVE  # the others are silent
     alone = basis((), ("delivered",))
     assert verdict_of(after(alone, changed(0.92), 900)) is Verdict.INCONCLUSIVE
     assert verdict_of(after(alone, changed(0.7), 40)) is Verdict.BREACHED

@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+import structlog
 
 from orbit.audit.trail import Act, append
 from orbit.autonomy.bounds import Why, moves_in, why_not
@@ -29,7 +31,7 @@ from orbit.autonomy.modes import Cause, Mode, Modes
 from orbit.autonomy.probation import Trial, Verdict, trials_of, verdict_of, written
 from orbit.canonical import canonical_json
 from orbit.clock import Clock, new_id
-from orbit.database.pool import Connection, Database
+from orbit.database.pool import TRANSIENT, Connection, Database
 from orbit.database.queries import load
 from orbit.errors import DatabaseUnavailable
 from orbit.governance.actor import Actor
@@ -60,6 +62,9 @@ from orbit.telemetry.catalogue import EventType
 from orbit.telemetry.emission import Event, emit
 
 SQL = load("autonomy")
+log = structlog.get_logger(__name__)
+Result = TypeVar("Result")
+_NAMES = ("profile_id", "proposal_id", "target_id", "overlay_id")
 _TRIES = 3
 _ASKED_BATCHES = 20
 _ENDINGS = {Verdict.BREACHED: Ending.ROLLED_BACK, Verdict.INCONCLUSIVE: Ending.REVERTED}
@@ -102,15 +107,17 @@ class Changes:
     async def apply_approved(self) -> list[str]:
         """Applies what may be of what persons approved; the ids of the proposals."""
         rows = await self._database.fetch_all(SQL.candidates, {"proposal_id": None})
-        return [row["proposal_id"] for row in rows if await self.apply(row)]
+        found = [(row["proposal_id"], await _tried(self.apply, row)) for row in rows]
+        return [proposal_id for proposal_id, is_applied in found if is_applied]
 
     async def apply(self, row: Mapping[str, Any]) -> bool:
         """Applies an approved proposal; whether it did. Why not is written down."""
         for _ in range(_TRIES):
             await self._configuration.refresh()
             plan = await self.planned(row)
-            known = isinstance(plan, Why) and (Function.APPLY, row["profile_id"], plan)
-            if known and self._guard.is_said(*known):
+            if isinstance(plan, Why) and self._guard.is_said(
+                Function.APPLY, row["profile_id"], plan
+            ):
                 return False
             async with self._database.transaction() as connection:
                 held = await self._configuration.hold(connection)
@@ -231,12 +238,8 @@ class Changes:
         gone = self._trials.keys() - {row["overlay_id"] for row in rows}
         for overlay_id in gone:
             del self._trials[overlay_id]
-        found = []
-        for row in rows:
-            verdict = await self.judge(row)
-            if verdict is not None:
-                found.append((row["overlay_id"], verdict))
-        return found
+        found = [(row["overlay_id"], await _tried(self.judge, row)) for row in rows]
+        return [(overlay_id, verdict) for overlay_id, verdict in found if verdict is not None]
 
     async def judge(self, row: Mapping[str, Any]) -> Verdict | None:
         """Ends a probation that can be ended; None where it is held, or was skipped."""
@@ -384,6 +387,19 @@ class Changes:
     def _by(self, reason: str) -> By:
         orbit = self._guard.orbit
         return By(orbit.actor, orbit.actor_id, orbit.node_id, reason)
+
+
+async def _tried(
+    work: Callable[[Mapping[str, Any]], Awaitable[Result]], row: Mapping[str, Any]
+) -> Result | None:
+    """What the work gives; what goes wrong with one row keeps no other from its own."""
+    try:
+        return await work(row)
+    except TRANSIENT:
+        raise
+    except Exception:
+        log.exception("autonomy_failed", row={name: row[name] for name in _NAMES if name in row})
+        return None
 
 
 async def _of_today(connection: Connection, profile_id: str) -> list[tuple[Move, ...]]:

@@ -120,10 +120,11 @@ class _Metric:
     @property
     def is_kept(self) -> bool:
         """Whether it is certain enough that it did not become worse."""
-        expected = sum(one.count * one.mean for one in self.peers.values())
-        if len(self.peers) < LEAST_PEERS or expected <= 0:
+        heard = [one for one in self.peers.values() if one.count]
+        expected = sum(one.count * one.mean for one in heard)
+        if len(heard) < LEAST_PEERS or expected <= 0:
             return False
-        ratio = sum(one.total for one in self.peers.values()) / expected
+        ratio = sum(one.total for one in heard) / expected
         low, _ = self.interval.bounds()
         return ratio >= _WELL and low >= self.mean * ratio - STABLE_WITHIN
 

@@ -34,29 +34,26 @@ def validate(
     is_json: Json = False,
 ) -> None:
     """Check settings and configuration files."""
-    from orbit.cli.client import in_force
-    from orbit.profiles.documents import document_body, read_documents
+    from orbit.cli.client import InForce, in_force
+    from orbit.profiles.documents import read_documents
     from orbit.profiles.overlays import lay, misfits
+    from orbit.profiles.revision import revision_of
 
     given = settings()
     folder = config_dir or given.config_dir
     documents = read_documents(folder, endpoint_keys={e.key for e in given.dispatch_endpoints})
     profiles, run_profiles = len(documents.profiles), len(documents.run_profiles)
-    is_own = folder == given.config_dir
-    running = in_force(given, documents) if is_own else None
-    broken = lay(documents, running.overlays).broken if running else ()
+    running = in_force(given, documents) if folder == given.config_dir else InForce()
+    broken = lay(documents, running.overlays).broken
     if broken and not is_dropping:
         raise misfits(broken)
-    other = running.other_revision if running else None
     if is_json:
-        from orbit.canonical import canonical_digest
-
         print_json(
             {
                 "valid": True,
                 "configDir": str(folder),
-                "revision": canonical_digest(document_body(documents)),
-                "otherRevisionInForce": other,
+                "revision": revision_of(documents).revision,
+                "otherRevisionInForce": running.other_revision,
                 "overlaysToDrop": [one.overlay.overlay_id for one in broken],
                 "profiles": profiles,
                 "runProfiles": run_profiles,
@@ -67,7 +64,7 @@ def validate(
     say(f"{folder} is valid: {count(profiles, 'profile')}, {count(run_profiles, 'run profile')}")
     for one in broken:
         note(f"would be dropped: {one}")
-    if other is not None:
+    if running.other_revision is not None:
         note(DIFFERS)
 
 
