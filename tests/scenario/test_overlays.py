@@ -88,6 +88,9 @@ async def test_a_profile_is_turned_off_at_once_while_its_cycle_runs(
         (laid,) = shown["overlays"]
         assert laid["changes"] == [{"path": "/state", "before": "enabled", "value": "disabled"}]
         assert (laid["origin"], laid["reason"]) == ("person", "it publishes nonsense")
+        (where,) = (await api.get("/run-profiles")).json()["items"]
+        who = "anyone (ORBIT_AUTH=off)"
+        assert where["reason"] == f"profile nova is disabled (by {who}: it publishes nonsense)"
         config = (await api.get("/config")).json()
         assert config["isInStep"]
         assert config["declaredRevision"] == config["filesRevision"] != config["revision"]
@@ -268,3 +271,31 @@ async def test_a_repair_puts_files_and_overlays_back_into_force(
     later = await make_node()
     assert later.configuration.is_in_step
     assert later.configuration.force.active == node.configuration.force.active
+
+
+async def test_no_cycle_begins_under_a_configuration_that_turned_it_off(
+    configure: Configure, make_node: MakeNode, facts: Facts
+) -> None:
+    """Triggers on two nodes while a person turns the profile off and on: each cycle was allowed."""
+    configure(daily())
+    nodes = [await make_node() for _ in range(2)]
+
+    async def toggle() -> None:
+        for state in STATES * 10:
+            await nodes[0].switch.turn(Target.PROFILE, "nova", state, ANYONE, None)
+
+    async def trigger(node: Node) -> list[str | None]:
+        answers = []
+        while not toggling.done():
+            answers += await node.orchestration.trigger_run_profiles()
+        return [one.reason for one in answers]
+
+    toggling = asyncio.create_task(toggle())
+    reasons = sum(await asyncio.gather(*map(trigger, nodes)), [])
+    await toggling
+    assert set(reasons) == {None, "profile nova is disabled"}
+    revisions = {one["revision"] for one in facts("SELECT revision FROM cycle_run")}
+    assert revisions
+    for revision in revisions:
+        (nova,) = (await nodes[0].configuration.read(revision)).documents.profiles
+        assert nova.is_enabled

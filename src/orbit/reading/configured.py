@@ -11,7 +11,7 @@ from orbit.database.pool import Database
 from orbit.database.queries import array, load
 from orbit.profiles.bridge import why_not_runnable
 from orbit.profiles.model import Documents, Profile, RunProfile
-from orbit.profiles.overlays import Overlay, Target
+from orbit.profiles.overlays import STATE, Move, Overlay, Target
 from orbit.profiles.revision import Force
 from orbit.reading.cycles import CycleSummary, summaries
 from orbit.reading.overview import schedules
@@ -137,7 +137,8 @@ async def run_profiles(
         )
         policy = _without_secrets(view.execution_policy, has_options=has_options)
         laid = _laid(force, Target.RUN_PROFILE, one.run_profile_id)
-        views.append(replace(view, execution_policy=policy, overlays=laid))
+        reason = _with_overlay(force, one, view.reason)
+        views.append(replace(view, execution_policy=policy, overlays=laid, reason=reason))
     return views
 
 
@@ -171,6 +172,22 @@ def _keys(documents: Documents) -> dict[str, Any]:
 def _laid(force: Force, target: Target, target_id: str) -> list[OverlayView]:
     key = target, target_id
     return [_overlay(one) for one in force.overlays if (one.target, one.target_id) == key]
+
+
+def _with_overlay(force: Force, run_profile: RunProfile, reason: str | None) -> str | None:
+    """Why it does not run, with who turned it off where a person did."""
+    if reason is None:
+        return None
+    for target, target_id in (
+        (Target.RUN_PROFILE, run_profile.run_profile_id),
+        (Target.PROFILE, run_profile.profile_id),
+    ):
+        for one in force.overlays:
+            is_it = (one.target, one.target_id) == (target, target_id)
+            if is_it and one.moves[0] == Move(STATE, "enabled", "disabled"):
+                why = f": {one.reason}" if one.reason else ""
+                return f"{reason} (by {one.actor}{why})"
+    return reason
 
 
 def _overlay(overlay: Overlay) -> OverlayView:
