@@ -191,9 +191,9 @@ def _cli() -> Iterator[str]:
 
 def _verbs(command: Any, name: str) -> Iterator[str]:
     inner: Mapping[str, Any] = getattr(command, "commands", {})
-    if not inner:
+    rows = [_parameter(one) for one in command.params if one.name != "help"]
+    if not inner or (rows and name != "orbit"):  # a group that does something by itself
         yield f"\n## `{name}`\n\n{command.help or ''}\n"
-        rows = [_parameter(one) for one in command.params if one.name != "help"]
         if rows:
             yield from _table(("takes", "default", "meaning"), rows)
     for verb, one in inner.items():

@@ -20,6 +20,10 @@ import structlog
 from orbit import __version__
 from orbit.audit.keys import load_signing_key
 from orbit.audit.signing import Signer
+from orbit.autonomy.changes import Changes
+from orbit.autonomy.guard import Guard, Switches
+from orbit.autonomy.modes import Modes
+from orbit.autonomy.shadowing import Shadows
 from orbit.clock import Clock, DatabaseClock, SystemClock, new_id
 from orbit.database.embedded import APPLICATION_ROLE, EmbeddedServer
 from orbit.database.pool import Database
@@ -54,6 +58,7 @@ from orbit.insight.source import TelemetrySource
 from orbit.profiles.bridge import Bridge
 from orbit.profiles.orchestration import Orchestration
 from orbit.profiles.revision import Configuration
+from orbit.profiles.switching import Switch
 from orbit.services.base import LAST_WORDS_SECONDS, within
 from orbit.services.correlator import Correlator
 from orbit.services.dispatcher import Dispatcher
@@ -62,6 +67,7 @@ from orbit.services.heartbeat import Heartbeat
 from orbit.services.janitor import Janitor
 from orbit.services.leftovers import Leftovers
 from orbit.services.notary import Notary
+from orbit.services.pilot import Pilot
 from orbit.services.requeuer import Requeuer
 from orbit.services.runner import Runner
 from orbit.services.scheduler import Scheduler
@@ -174,11 +180,19 @@ def signer_of(settings: Settings, dsn: str, clock: Clock) -> Signer | None:
 class Node:
     """One node: everything between its settings and its API.
 
-    `roles` narrows what the settings say; a tool that only asks has none.
+    `roles` narrows what the settings say; a tool that only asks has none. Without
+    `is_dropping_overlays` a start is refused where overlays do not fit changed files.
     """
 
-    def __init__(self, settings: Settings, roles: frozenset[str] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        roles: frozenset[str] | None = None,
+        *,
+        is_dropping_overlays: bool = False,
+    ) -> None:
         self.settings = settings
+        self._is_dropping_overlays = is_dropping_overlays
         self.roles = settings.roles if roles is None else roles
         self.store = Store(settings)
         self.node_id = new_id(SystemClock().now())
@@ -225,19 +239,34 @@ class Node:
         self.sessions = Sessions(database, self.keys, settings.session_seconds)
         self.refusals = Refusals(database, self.clock)
         self.authentication = await self._authentication()
-        self.signals = SignalKeeper(database, TelemetrySource())
+        source = TelemetrySource()
+        self.signals = SignalKeeper(database, source)
         self.proposals = Proposals(
             database, self.configuration, self.clock, hours=settings.proposal_hours
         )
         self.orchestration = Orchestration(
             settings, database, self.clock, self.configuration, self.intake
         )
+        self.switch = Switch(database, self.configuration, self.clock, self.node_id)
+        guard = Guard(self.node_id, self.clock, lambda: Switches.of(self.settings))
+        self.modes = Modes(database, self.configuration, guard)
+        self.changes = Changes(
+            database,
+            self.configuration,
+            self.clock,
+            guard,
+            self.modes,
+            self.signals,
+            source,
+            probation_hours=settings.watched_hours,
+        )
+        self.shadows = Shadows(database, self.configuration, guard, self.changes)
 
     async def start(self, address: str | None = None) -> None:
         """Proposes the configuration files and starts the services of the node's roles.
 
-        Raises ConfigurationInvalid, AuditKeyInvalid, and SettingInvalid where other machines could
-        ask, and nobody has a key.
+        Raises ConfigurationInvalid, OverlaysBroken, AuditKeyInvalid, and SettingInvalid where other
+        machines could ask, and nobody has a key.
         """
         self.address = address
         await self._check_access()
@@ -257,7 +286,8 @@ class Node:
             ),
         )
         await janitor.run_once()
-        if await self.configuration.propose(documents):
+        is_dropping = self._is_dropping_overlays
+        if await self.configuration.propose(documents, is_dropping=is_dropping):
             log.info("configuration_activated", revision=self.configuration.active.revision[:12])
         await self._register()
         self._build()
@@ -272,6 +302,7 @@ class Node:
             self._sequencer,
             self._correlator,
             self._strategist,
+            self._pilot,
             self._notary,
         )
         for service in (self._heartbeat, janitor, *services):
@@ -342,6 +373,7 @@ class Node:
             "sequencer": self._sequencer,
             "correlator": self._correlator,
             "strategist": self._strategist,
+            "pilot": self._pilot,
             "notary": self._notary,
         }
         await _all_ended(
@@ -396,6 +428,7 @@ class Node:
         self._sequencer = Sequencer(database, self.node_id)
         self._correlator = Correlator(database, self.signals, self.node_id)
         self._strategist = Strategist(database, self.proposals, self.node_id)
+        self._pilot = Pilot(database, self.modes, self.changes, self.shadows, self.node_id)
         if self.signer is not None:
             seconds = settings.audit_checkpoint_seconds
             self._notary = Notary(database, self.signer, seconds=seconds)

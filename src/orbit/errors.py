@@ -186,6 +186,12 @@ class CyclesActive(Refused):
     code = "cycles_active"
 
 
+class OverlaysBroken(Refused):
+    """Overlays do not fit the new files, and nobody said that they may be dropped."""
+
+    code = "overlays_broken"
+
+
 class AlreadyRequeued(Refused):
     """The dead letter has been requeued before."""
 

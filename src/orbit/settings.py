@@ -325,6 +325,13 @@ class Settings(BaseSettings):
     phase4_allow_mutation: bool = _knob(
         False, "The other one; unless both are true, autonomy does nothing."
     )
+    probation_hours: int = _knob(
+        168,
+        "Hours after which a change by autonomy is reverted unless it is kept; never longer than "
+        "telemetry is.",
+        1,
+        8_760,
+    )
 
     warnings: tuple[str, ...] = Field((), description="What was odd, but not wrong.")
 
@@ -352,6 +359,12 @@ class Settings(BaseSettings):
     def is_loopback(self) -> bool:
         """Whether only this machine reaches the API."""
         return _is_loopback(self.host)
+
+    @property
+    def watched_hours(self) -> int:
+        """How long a change by autonomy is on probation: as long as there is what it rests on."""
+        kept = (self.telemetry_retention_days, self.telemetry_hard_limit_days)
+        return min([self.probation_hours, *(24 * days for days in kept if days)])
 
     def _rules(self) -> Iterator[tuple[bool, str]]:
         yield (

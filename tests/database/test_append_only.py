@@ -48,6 +48,12 @@ OF_ALL = {
     "access_link",
     "access_session",
     "access_use",
+    # Profiles are the installation's; the namespaces in which one runs are a column of these.
+    "profile_overlay",
+    "profile_overlay_end",
+    "autonomy_verdict",
+    "autonomy_mode",
+    "autonomy_skip",
 }
 
 _TABLES = """

@@ -35,7 +35,7 @@ NOT_RUN = {
     "needs PM2",  # test_pm2
     "needs Docker",  # test_image runs the steps one by one
     "needs your database",  # test_released_schemas, test_cli
-    "needs one under way",  # test_dead_letters, test_proposals
+    "needs one under way",  # test_dead_letters, test_proposals, test_autonomy_cli
 }
 KINDS = {"sh", "text", "python", "json", "js", "sql", "mermaid", "ini", "toml"}
 PORTS = (3000, 3001, 8787, 9000)
@@ -47,6 +47,7 @@ BEFORE = {
     "docs/access.md": f"{RUNNING}\nexport ORBIT_API_KEY=$(cat .orbit/admin.key)",
     "docs/audit.md": f"{RUNNING}\norbit trigger nova-daily --watch",
     "docs/halting.md": RUNNING,
+    "docs/autonomy.md": RUNNING,
 }
 # In the midst of a page: after its first block (dead letters that the page speaks of).
 MIDST = {
@@ -80,6 +81,7 @@ PRINTED = {
     "docs/access.md": ("orb_",),
     "docs/audit.md": ("trail.jsonl",),
     "docs/halting.md": ("is halted (epoch 1)", "the drill passed"),
+    "docs/autonomy.md": ("nova is disabled (its file says enabled)", "/state enabled -> disabled"),
     "docs/receiving.md": ("whsec_",),
     "docs/deploying.md": (),
 }

@@ -906,7 +906,9 @@ async def test_every_operation_answers_garbage_with_a_problem(api: httpx.AsyncCl
             before, _, after = path.partition("{")
             paths = [before + one + after.partition("}")[2] for one in GARBAGE_IDS]
             for one in paths:
-                has_reason = any(word in one for word in ("dead", "governance", "/proposals"))
+                has_reason = any(
+                    word in one for word in ("dead", "governance", "/proposals", "/arm")
+                )
                 needed = {"position": 0} if one.endswith("/commit") else {}
                 given = {"reason": "x"} if has_reason else needed
                 answer = await api.request(verb, one, json=given)

@@ -97,6 +97,15 @@ BY_THEIR_OWN_TEST = {
     ("GET", "/proposals/{proposalId}"),
     ("POST", "/proposals/{proposalId}/approve"),
     ("POST", "/proposals/{proposalId}/reject"),
+    ("POST", "/profiles/{profileId}/disable"),  # test_overlays
+    ("POST", "/profiles/{profileId}/enable"),
+    ("POST", "/run-profiles/{runProfileId}/disable"),
+    ("POST", "/run-profiles/{runProfileId}/enable"),
+    ("GET", "/autonomy/{profileId}"),  # test_autonomy
+    ("POST", "/autonomy/{profileId}/arm"),
+    ("POST", "/autonomy/{profileId}/shadow"),
+    ("POST", "/autonomy/{profileId}/disarm"),
+    ("POST", "/autonomy/{profileId}/revert"),
 }
 FOREIGN_NAMES = {
     "namespace": FOREIGN,

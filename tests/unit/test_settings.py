@@ -499,6 +499,21 @@ def test_what_is_no_array_of_endpoints_is_refused(text: str, problem: str) -> No
     assert "\n" not in line
 
 
+@pytest.mark.parametrize(
+    ("given", "hours"),
+    [
+        ({}, 168),
+        ({"ORBIT_PROBATION_HOURS": "24"}, 24),
+        ({"ORBIT_TELEMETRY_RETENTION_DAYS": "2"}, 48),
+        ({"ORBIT_TELEMETRY_RETENTION_DAYS": "0", "ORBIT_PROBATION_HOURS": "8760"}, 8760),
+        ({"ORBIT_TELEMETRY_HARD_LIMIT_DAYS": "1"}, 24),
+    ],
+)
+def test_a_probation_never_outlasts_what_it_rests_on(given: dict[str, str], hours: int) -> None:
+    """Telemetry is kept for days, and with a hard limit for fewer."""
+    assert load_settings(given, None).watched_hours == hours
+
+
 def test_env_example_documents_every_setting_with_its_default() -> None:
     """Name by name, default by default: the file is what the settings print."""
     text = (_ROOT / ".env.example").read_text("utf-8")

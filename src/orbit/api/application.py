@@ -12,6 +12,7 @@ from orbit.api.metrics import metrics_router
 from orbit.api.openapi import PROBLEM_RESPONSES, describe, docs_router
 from orbit.api.problems import install
 from orbit.api.routes_audit import audit_router
+from orbit.api.routes_autonomy import autonomy_router
 from orbit.api.routes_configuration import configuration_router
 from orbit.api.routes_consumers import consumers_router
 from orbit.api.routes_cycles import cycles_router
@@ -70,6 +71,7 @@ def create_application(
         lanes_router(node),
         signals_router(node),
         proposals_router(node, bodies),
+        autonomy_router(node, bodies),
         governance_router(node, bodies),
         drills_router(node, bodies),
         audit_router(node),

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import Field
 
 from orbit.api.access import actor_of, require, sees_payloads
 from orbit.api.bodies import Bodies, Body, Key, PageFilter, Reason, body_schema, idempotency_key
 from orbit.api.routes_cycles import answered, trigger_kind
 from orbit.app import Node
+from orbit.errors import NotFound
+from orbit.profiles.model import State
 from orbit.profiles.orchestration import TriggerAnswer
-from orbit.profiles.revision import revision_of
+from orbit.profiles.overlays import Target
 from orbit.reading.configured import (
     Activation,
+    OverlayView,
     ProfileView,
     RunProfileView,
     last_activation,
+    overlays,
     profiles,
     run_profiles,
-    visible,
 )
 from orbit.reading.slots import Slot, slots
 from orbit.reading.view import Page, View
+
+ProfileId = Annotated[str, Path(alias="profileId")]
+RunProfileId = Annotated[str, Path(alias="runProfileId")]
 
 
 class RunProfilesBody(Body):
@@ -35,8 +40,20 @@ class RunProfilesBody(Body):
     run_profile_ids: list[Key] | None = Field(None, max_length=10_000)
 
 
-class ReloadBody(Body):
-    """Why other files are put into force."""
+class ValidateBody(Body):
+    """Whether overlays that the files do not fit may be dropped."""
+
+    drop_overlays: bool = False
+
+
+class ReloadBody(ValidateBody):
+    """Why other files are put into force, and whether overlays that do not fit may be dropped."""
+
+    reason: Reason | None = None
+
+
+class SwitchBody(Body):
+    """Why something is turned off or on."""
 
     reason: Reason | None = None
 
@@ -80,14 +97,30 @@ class Reloaded(View):
 
 
 @dataclass(frozen=True, slots=True)
+class SwitchView(View):
+    """The state in force, what the file says, and whether anything was changed."""
+
+    id: str
+    state: str
+    declared_state: str
+    is_changed: bool
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
 class ConfigurationView(View):
-    """The revision in force, and that of this node's files as they were last read."""
+    """What is in force, and the revision of this node's files as they were last read.
+
+    `declared_revision` is that of the files in force, without the overlays on them.
+    """
 
     revision: str
+    declared_revision: str
     activated_at: datetime | None
     reason: str | None
     files_revision: str | None
     is_in_step: bool
+    overlays: list[OverlayView]
 
 
 def configuration_router(node: Node, bodies: Bodies) -> APIRouter:
@@ -98,26 +131,25 @@ def configuration_router(node: Node, bodies: Bodies) -> APIRouter:
     @router.get(
         "/profiles",
         dependencies=[Depends(require("viewer"))],
-        summary="Profiles as configured",
+        summary="Profiles as they are in force",
     )
     async def listed_profiles(request: Request) -> Page[ProfileView]:
         """Who is bound to namespaces sees those that are used there."""
         await node.configuration.refresh()
-        documents = node.configuration.active.documents
         actor = actor_of(request)
-        return Page(profiles(visible(documents, actor.within), is_whole=sees_payloads(actor)))
+        found = profiles(node.configuration.force, actor.within, is_whole=sees_payloads(actor))
+        return Page(found)
 
     @router.get(
         "/run-profiles",
         dependencies=[Depends(require("viewer"))],
-        summary="Run profiles as configured, and whether they run",
+        summary="Run profiles as they are in force, and whether they run",
     )
     async def listed_run_profiles(request: Request) -> Page[RunProfileView]:
         await node.configuration.refresh()
-        documents = node.configuration.active.documents
-        actor = actor_of(request)
-        shown, is_whole = visible(documents, actor.within), sees_payloads(actor)
-        return Page(await run_profiles(node.database, shown, is_whole=is_whole))
+        actor, force = actor_of(request), node.configuration.force
+        is_whole = sees_payloads(actor)
+        return Page(await run_profiles(node.database, force, actor.within, is_whole=is_whole))
 
     @router.post(
         "/run-profiles/trigger",
@@ -150,24 +182,78 @@ def configuration_router(node: Node, bodies: Bodies) -> APIRouter:
         """One row for every slot of every schedule, also those that did not fire."""
         return await slots(node.database, **asked.model_dump(), within=actor_of(request).within)
 
+    _add_switches(router, node, bodies)
     _add_configuration(router, node, bodies)
     return router
 
 
+def _add_switches(router: APIRouter, node: Node, bodies: Bodies) -> None:
+    read_switch = Depends(bodies.of(SwitchBody))
+    given: dict[str, Any] = {
+        "dependencies": [Depends(require("operator"))],
+        "openapi_extra": body_schema(SwitchBody, is_required=False),
+    }
+
+    async def turned(
+        request: Request, target: Target, target_id: str, state: State, body: SwitchBody
+    ) -> SwitchView:
+        if "\x00" in target_id:
+            raise NotFound("there is no such profile")
+        actor = actor_of(request)
+        found = await node.switch.turn(target, target_id, state, actor, body.reason)
+        return SwitchView(target_id, found.state, found.declared, found.is_changed, found.revision)
+
+    @router.post("/profiles/{profileId}/disable", summary="Turn a profile off at once", **given)
+    async def profile_disabled(
+        request: Request, profile_id: ProfileId, body: SwitchBody = read_switch
+    ) -> SwitchView:
+        """For new cycles, by an overlay: neither its file nor a running cycle is changed."""
+        return await turned(request, Target.PROFILE, profile_id, "disabled", body)
+
+    @router.post("/profiles/{profileId}/enable", summary="Turn a profile on at once", **given)
+    async def profile_enabled(
+        request: Request, profile_id: ProfileId, body: SwitchBody = read_switch
+    ) -> SwitchView:
+        """For new cycles, whatever its file says."""
+        return await turned(request, Target.PROFILE, profile_id, "enabled", body)
+
+    @router.post(
+        "/run-profiles/{runProfileId}/disable", summary="Turn a run profile off at once", **given
+    )
+    async def run_profile_disabled(
+        request: Request, run_profile_id: RunProfileId, body: SwitchBody = read_switch
+    ) -> SwitchView:
+        """For new cycles, by an overlay: neither its file nor a running cycle is changed."""
+        return await turned(request, Target.RUN_PROFILE, run_profile_id, "disabled", body)
+
+    @router.post(
+        "/run-profiles/{runProfileId}/enable", summary="Turn a run profile on at once", **given
+    )
+    async def run_profile_enabled(
+        request: Request, run_profile_id: RunProfileId, body: SwitchBody = read_switch
+    ) -> SwitchView:
+        """For new cycles, whatever its file says; its profile must be enabled too."""
+        return await turned(request, Target.RUN_PROFILE, run_profile_id, "enabled", body)
+
+
 def _add_configuration(router: APIRouter, node: Node, bodies: Bodies) -> None:
     read_reload = Depends(bodies.of(ReloadBody))
+    read_validate = Depends(bodies.of(ValidateBody))
 
     @router.get(
         "/config",
         dependencies=[Depends(require("viewer"))],
         summary="The configuration in force",
     )
-    async def configuration() -> ConfigurationView:
+    async def configuration(request: Request) -> ConfigurationView:
+        """Overlays on what there is for who asks."""
         await node.configuration.refresh()
         found = node.configuration
         activation = await last_activation(node.database) or Activation(None, None)
         return ConfigurationView(
             revision=found.active.revision,
+            declared_revision=found.force.declared.revision,
+            overlays=overlays(found.force, actor_of(request).within),
             activated_at=activation.activated_at,
             reason=activation.reason,
             files_revision=found.proposed.revision if found.proposed else None,
@@ -178,11 +264,12 @@ def _add_configuration(router: APIRouter, node: Node, bodies: Bodies) -> None:
         "/config/validate",
         dependencies=[Depends(require("admin", is_everywhere=True))],
         summary="Check this node's configuration files",
+        openapi_extra=body_schema(ValidateBody, is_required=False),
     )
-    async def validate() -> Valid:
-        """422 with every problem at once where they cannot be used."""
-        documents = await asyncio.to_thread(node.orchestration.read_files)
-        return Valid(True, revision_of(documents).revision)
+    async def validate(body: ValidateBody = read_validate) -> Valid:
+        """422 with every problem at once where they cannot be used, 409 if overlays do not fit."""
+        revision = await node.orchestration.validate(is_dropping=body.drop_overlays)
+        return Valid(True, revision.revision)
 
     @router.post(
         "/config/reload",
@@ -191,9 +278,11 @@ def _add_configuration(router: APIRouter, node: Node, bodies: Bodies) -> None:
         openapi_extra=body_schema(ReloadBody, is_required=False),
     )
     async def reload(request: Request, body: ReloadBody = read_reload) -> Reloaded:
-        """409 with the active cycles named while any is active."""
+        """409 with the active cycles named while any is active, or if overlays do not fit."""
         asker = actor_of(request).name
-        revision, is_changed = await node.orchestration.reload(asker, body.reason)
+        revision, is_changed = await node.orchestration.reload(
+            asker, body.reason, is_dropping=body.drop_overlays
+        )
         return Reloaded(revision.revision, is_changed)
 
 

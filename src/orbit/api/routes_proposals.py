@@ -1,4 +1,7 @@
-"""Proposals: suggested, listed, shown, approved and rejected. None of it applies a proposal."""
+"""Proposals: suggested, listed, shown, approved and rejected. None of it applies a proposal.
+
+Where a person has armed the profile, controlled autonomy applies what is approved.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +93,7 @@ def proposals_router(node: Node, bodies: Bodies) -> APIRouter:
     @router.post(
         "/proposals/{proposalId}/approve",
         dependencies=[Depends(require("approver"))],
-        summary="Approve a proposal; nothing is changed by it",
+        summary="Approve a proposal; it is applied by itself only where the profile is armed",
         openapi_extra=body_schema(ApproveBody, is_required=False),
     )
     async def approved(

@@ -54,20 +54,20 @@ class _HttpServer(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(settings: Settings) -> int:
+def serve(settings: Settings, *, is_dropping_overlays: bool = False) -> int:
     """Runs a node until a signal; its exit code.
 
     Raises whatever keeps the node from starting: AddressInUse, ConfigurationInvalid,
-    DatabaseUnavailable, SchemaMismatch, EmbeddedServerFailed.
+    OverlaysBroken, DatabaseUnavailable, SchemaMismatch, EmbeddedServerFailed.
     """
     configure_logging(settings)
-    return _run(serve_node(settings))
+    return _run(serve_node(settings, is_dropping_overlays=is_dropping_overlays))
 
 
-async def serve_node(settings: Settings) -> int:
+async def serve_node(settings: Settings, *, is_dropping_overlays: bool = False) -> int:
     """The same on a running event loop."""
     listening = bind(settings)
-    node = Node(settings)
+    node = Node(settings, is_dropping_overlays=is_dropping_overlays)
     is_which = {"service.version": __version__, "service.instance.id": node.node_id}
     tracing.start(is_which)
     meter = metering.start(lambda: (*NodeCollector(node).collect(), *REGISTRY.collect()), is_which)

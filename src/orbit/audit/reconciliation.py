@@ -53,6 +53,12 @@ GOVERNED = (
     Governed("strategy_decision", "proposal.rejected", SQL.rejected_proposals),
     Governed("strategy_decision", "proposal.expired", SQL.expired_proposals),
     Governed("strategy_decision", "proposal.superseded", SQL.superseded_proposals),
+    Governed("profile_overlay", "overlay.added", SQL.added_overlays),
+    Governed("profile_overlay_end", "overlay.ended", SQL.ended_overlays),
+    Governed("autonomy_mode", "autonomy.set", SQL.set_modes),
+    Governed("autonomy_skip", "autonomy.skipped", SQL.skipped_functions),
+    Governed("autonomy_shadow", "autonomy.shadowed", SQL.shadowed_proposals),
+    Governed("autonomy_verdict", "autonomy.judged", SQL.judged_changes),
 )
 
 

@@ -89,7 +89,7 @@ def _python() -> Finding:
 
 
 def _files(given: Settings) -> Iterator[Finding]:
-    from orbit.cli.client import differing_revision
+    from orbit.cli.client import in_force
     from orbit.profiles.documents import read_documents
 
     keys = {endpoint.key for endpoint in given.dispatch_endpoints}
@@ -104,9 +104,9 @@ def _files(given: Settings) -> Iterator[Finding]:
     run_profiles = count(len(documents.run_profiles), "run profile")
     text = f"{given.config_dir} is valid: {profiles}, {run_profiles}"
     yield Finding("configuration files", True, text)
-    in_force = differing_revision(given, documents)
-    if in_force is not None:
-        facts = {"otherRevisionInForce": in_force}
+    other = in_force(given, documents).other_revision
+    if other is not None:
+        facts = {"otherRevisionInForce": other}
         yield Finding("configuration in force", None, DIFFERS, is_warning=True, facts=facts)
 
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orbit import __version__
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import httpx
 
     from orbit.profiles.model import Documents
+    from orbit.profiles.overlays import Overlay
     from orbit.settings import Settings
 
 _ANSWER_SECONDS = 60.0
@@ -164,10 +166,18 @@ def authorization(key: str | None) -> dict[str, str]:
     return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
-def differing_revision(given: Settings, documents: Documents) -> str | None:
-    """The revision in force on the node that runs here, if these documents are another.
+@dataclass(frozen=True, slots=True)
+class InForce:
+    """What a node that runs here has in force: files if others than ours, and overlays."""
 
-    None if they are the same, or if no node answers: asking is an extra and never fails.
+    other_revision: str | None = None
+    overlays: Sequence[Overlay] = ()
+
+
+def in_force(given: Settings, documents: Documents) -> InForce:
+    """What is in force on the node that runs here, as it is to these documents.
+
+    Nothing if no node answers: asking is an extra and never fails.
     """
     import httpx
 
@@ -177,13 +187,32 @@ def differing_revision(given: Settings, documents: Documents) -> str | None:
     headers = _HEADERS | authorization(api_key(given))
     with httpx.Client(base_url=address, headers=headers, trust_env=False) as client:
         if not answers(client):
-            return None
+            return InForce()
         try:
             answer = client.get("/config", timeout=_HELLO_SECONDS)
-            in_force = answer.json().get("revision") if answer.is_success else None
-        except (httpx.TransportError, ValueError, AttributeError):
-            return None
-    return in_force if in_force not in (None, revision_of(documents).revision) else None
+            found = answer.json() if answer.is_success else {}
+            overlays = [_overlay(one) for one in found.get("overlays", ())]
+        except (httpx.TransportError, ValueError, AttributeError, KeyError):
+            return InForce()
+    files = found.get("declaredRevision")
+    return InForce(
+        files if files not in (None, revision_of(documents).revision) else None, overlays
+    )
+
+
+def _overlay(told: Mapping[str, Any]) -> Overlay:
+    from orbit.profiles.overlays import Move, Origin, Overlay, Target
+
+    return Overlay(
+        told["overlayId"],
+        Target(told["target"]),
+        told["targetId"],
+        Origin(told["origin"]),
+        tuple(Move(one["path"], one["before"], one["value"]) for one in told["changes"]),
+        (),
+        told["actor"],
+        told["reason"],
+    )
 
 
 def own_address(given: Settings) -> str:

@@ -66,24 +66,26 @@ def plan(
     is_json: Json = False,
 ) -> None:
     """Show what would run in the next hours."""
-    from orbit.cli.client import differing_revision
+    from orbit.cli.client import in_force
     from orbit.clock import SystemClock
     from orbit.profiles.documents import read_documents
+    from orbit.profiles.overlays import lay
 
     given = settings()
     keys = {endpoint.key for endpoint in given.dispatch_endpoints}
     documents = read_documents(given.config_dir, endpoint_keys=keys, check_imports=False)
+    running = in_force(given, documents)
+    documents = lay(documents, running.overlays).documents
     start = SystemClock().now()
     end = start + timedelta(hours=hours)
     found = list(planned_starts(documents, given, start, end, limit + 1))
     idle = list(without_schedule(documents, given))
-    in_force = differing_revision(given, documents)
     if is_json:
         print_json(
             {
                 "from": utc(start),
                 "until": utc(end),
-                "otherRevisionInForce": in_force,
+                "otherRevisionInForce": running.other_revision,
                 "items": [one.as_json() for one in found[:limit]],
                 "isComplete": len(found) <= limit,
                 "notScheduled": [
@@ -94,7 +96,7 @@ def plan(
         )
         return
     _show(found, idle, until=end, limit=limit)
-    if in_force is not None:
+    if running.other_revision is not None:
         note(DIFFERS)
 
 

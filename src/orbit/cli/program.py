@@ -20,6 +20,7 @@ import typer
 from orbit import __version__
 from orbit.cli import (
     auditing,
+    autonomy,
     brake,
     checkup,
     configuring,
@@ -70,11 +71,12 @@ app.add_typer(dead_letters.app, name="dlq")
 app.add_typer(keys.app, name="keys")
 app.command("login")(keys.login)
 app.command("validate")(configuring.validate)
-app.command("profiles")(configuring.profiles)
+app.add_typer(configuring.app, name="profiles")
 app.command("plan")(planning.plan)
 app.command("doctor")(checkup.doctor)
 app.command("signals")(signals.signals)
 app.add_typer(proposals.app, name="proposals")
+app.add_typer(autonomy.app, name="autonomy")
 app.add_typer(insight.app, name="insight")
 app.add_typer(auditing.app, name="audit")
 app.add_typer(telemetry.app, name="telemetry")

@@ -1,4 +1,7 @@
-"""`proposals`: what rules suggest, and a person's decision on it. Approving applies nothing."""
+"""`proposals`: what rules suggest, and a person's decision on it. Approving applies nothing.
+
+Where a person has armed the profile, controlled autonomy applies what is approved.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +92,7 @@ def approve(
     reason: Annotated[str | None, typer.Option(help="Why.")] = None,
     is_json: Json = False,
 ) -> None:
-    """Approve a proposal. Nothing is changed by it."""
+    """Approve a proposal. It is applied by itself only where the profile is armed."""
     _decide(proposal, "approve", reason, is_json=is_json)
 
 

@@ -11,13 +11,20 @@ from orbit.cli.options import Json
 from orbit.errors import RequestInvalid
 
 
-def up(is_json: Json = False) -> None:
+def up(
+    is_dropping: Annotated[
+        bool,
+        typer.Option("--drop-overlays", help="Let go of overlays that do not fit changed files."),
+    ] = False,
+    is_json: Json = False,
+) -> None:
     """Run a node until SIGTERM or Ctrl-C."""
     from orbit.api.server import serve
     from orbit.settings import load_settings, share_with_libraries
 
     share_with_libraries()
-    raise typer.Exit(serve(load_settings()))  # which logs what is odd about the settings
+    # Which logs what is odd about the settings.
+    raise typer.Exit(serve(load_settings(), is_dropping_overlays=is_dropping))
 
 
 def receiver(

@@ -32,8 +32,10 @@ from orbit.insight.signals import (
     LATENCY,
     NO_DATA,
     BaselineKind,
+    Basis,
     NoData,
     Observation,
+    Peer,
     Signal,
     SignalName,
     Standing,
@@ -125,6 +127,24 @@ class Detector:
             stream.missed,
         )
 
+    def basis(self, key: StreamKey) -> Basis | None:
+        """What a change of the stream's profile can be held against; None without a baseline.
+
+        Peers are those that the stream is compared with now, the longest silent first.
+        """
+        stream = self._streams.get(key)
+        if stream is None or stream.baseline is None:
+            return None
+        group = self._groups.get(key.metric)
+        heard = () if group is None else group.heard.items()
+        found = [(one, self._streams[one]) for name, one in heard if name != key.profile_id]
+        peers = [
+            Peer(one.profile_id, one.revision, peer.baseline.mean, self._limit(one), peer.recent)
+            for one, peer in found
+            if peer.baseline is not None
+        ]
+        return Basis(key.metric, stream.baseline, stream.block, self._limit(key), peers)
+
     @property
     def size(self) -> int:
         """How many streams there are."""
@@ -207,6 +227,10 @@ class Detector:
         """The streams that were heard or let go since this was last asked."""
         found, self._changed = frozenset(self._changed), set()
         return found
+
+    def _limit(self, key: StreamKey) -> float | None:
+        scale = self._scales.get(key)
+        return None if scale is None else scale.limit
 
     def _check(self, position: int, stream: Stream | None) -> None:
         if position < self.position or (stream and position <= stream.last_position):

@@ -25,6 +25,7 @@ _HORIZON = 300.0  # bets are sized for an interval that has to decide after some
 
 Parts = tuple[float, float, float, float, float, float, float]
 NO_EVIDENCE: Parts = (0.0,) * 7
+NO_WAGER: Parts = (1.0,) * 7
 
 
 def wilson_bounds(mean: float, count: int, z: float) -> tuple[float, float]:
@@ -55,6 +56,28 @@ def grown(parts: Parts, value: float, limit: float) -> Parts:
         (e + 1) * (1 + 0.35 * gain),
         (f + 1) * (1 + 0.6 * gain),
         (g + 1) * (1 + 0.95 * gain),
+    )
+
+
+def wagered(parts: Parts, value: float, limit: float) -> Parts:
+    """The e-process's parts after one more `value`, for the claim that the mean is >= `limit`.
+
+    M <- M * (1 + lambda * (limit - value)), with the same bets, from `NO_WAGER`: for what begins at
+    a known time. While the claim holds, their mean ever reaches 1/alpha with a probability of at
+    most alpha (Ville), however often one looks.
+    """
+    if not EDGE <= limit <= 1 - EDGE:
+        return parts
+    gain = (limit - value) / (1 - limit)
+    a, b, c, d, e, f, g = parts
+    return (
+        a * (1 + 0.02 * gain),
+        b * (1 + 0.05 * gain),
+        c * (1 + 0.1 * gain),
+        d * (1 + 0.2 * gain),
+        e * (1 + 0.35 * gain),
+        f * (1 + 0.6 * gain),
+        g * (1 + 0.95 * gain),
     )
 
 

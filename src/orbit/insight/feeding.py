@@ -48,6 +48,14 @@ TIMES_AS_LONG = 10
 Said = Signal | NoData
 
 
+class Observer(Protocol):
+    """What observations are handed to."""
+
+    def observe(self, observation: Observation) -> tuple[Said, ...]:
+        """Takes one in; what it makes the observer say. Raises RequestInvalid for what is none."""
+        ...
+
+
 class Event(Protocol):
     """What is read of an event; positions rise within a namespace."""
 
@@ -125,11 +133,13 @@ class _Heard:
 class Feed:
     """The detector of one namespace, fed with that namespace's events.
 
-    Raises RequestInvalid for a `baseline` that is too small.
+    Another `observer` gets the observations in its place. Raises RequestInvalid for a `baseline`
+    that is too small.
     """
 
-    def __init__(self, baseline: int = BASELINE) -> None:
+    def __init__(self, baseline: int = BASELINE, observer: Observer | None = None) -> None:
         self._detector = Detector(baseline)
+        self._observer = observer
         self._profiles: dict[str, _Heard] = {}
         self._turn = 0
         self._last_profile: str | None = None
@@ -273,7 +283,8 @@ class Feed:
     ) -> tuple[Said, ...]:
         key = StreamKey(profile_id, revision, metric)
         try:
-            return self._detector.observe(Observation(event.position, key, value))
+            observer = self._observer or self._detector
+            return observer.observe(Observation(event.position, key, value))
         except RequestInvalid:  # no number of its metric; it says nothing, and stops nobody
             return ()
 

@@ -25,6 +25,7 @@ from orbit.insight.confidence import is_strong
 from orbit.insight.feeding import Feed, Said, Stretch
 from orbit.insight.signals import (
     DETECTOR_VERSION,
+    Basis,
     Signal,
     Standing,
     StreamKey,
@@ -114,6 +115,22 @@ class SignalKeeper:
             found = [feed.detector.standing(key) for key in keys]
         self._keep(namespace, feed)
         return found
+
+    async def bases(
+        self, namespace: str, profile_id: str, revision: str
+    ) -> tuple[int, list[Basis]]:
+        """What a change of the profile can be held against, as of the position fed last."""
+        async with self._database.transaction() as connection:
+            feed = await self._locked(connection, namespace)
+            detector = feed.detector
+            keys = [
+                key
+                for key in detector.stream_keys()
+                if (key.profile_id, key.revision) == (profile_id, revision)
+            ]
+            found = [basis for key in keys if (basis := detector.basis(key)) is not None]
+        self._keep(namespace, feed)
+        return feed.position, found
 
     async def _locked(self, connection: Connection, namespace: str) -> Feed:
         """The namespace's feed, locked; built anew where another detector left it."""

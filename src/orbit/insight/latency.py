@@ -24,6 +24,11 @@ class LatencyScale:
         """How many latencies are lacking before any can be judged."""
         return 0 if self._p90 is not None else self._size - len(self._first)
 
+    @property
+    def limit(self) -> float | None:
+        """The P90 in seconds, once it is known."""
+        return self._p90
+
     def take(self, seconds: float) -> list[float]:
         """What is known now that `seconds` came: nothing, all the first ones, or this one."""
         if self._p90 is not None:

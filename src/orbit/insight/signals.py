@@ -7,6 +7,7 @@ whether it was set against peers, the positions it rests on, and the detector's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -71,6 +72,34 @@ class Baseline:
     count: int
     lower_limit: float
     upper_limit: float
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another profile's stream: its baseline's mean and its last values.
+
+    `limit`: of latencies the seconds within which a value counts as 1, else None.
+    """
+
+    profile_id: str
+    revision: str
+    mean: float
+    limit: float | None
+    recent: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """What a change of a profile can be held against, of one metric: its past, and its peers.
+
+    `block`: how many values count as one, by their mean, as sticky as they are.
+    """
+
+    metric: str
+    baseline: Baseline
+    block: int
+    limit: float | None
+    peers: Sequence[Peer]
 
 
 @dataclass(frozen=True, slots=True)

@@ -278,7 +278,7 @@ def reactions(profile: Profile, rule: str) -> Iterator[tuple[str, float]]:
         wanted = present + max(-allowed.step, min(allowed.step, change))
         value = max(allowed.minimum, min(allowed.maximum, wanted))
         # A number that a file has put beyond its bounds by more than a step is a person's.
-        if value == present or abs(value - present) > allowed.step:
+        if value == present or not allowed.permits(present, value):
             continue
         is_whole = isinstance(present, int) and float(value).is_integer()
         yield allowed.path, int(value) if is_whole else value

@@ -107,6 +107,11 @@ class Stream:
         """How far outcomes repeat the one before them, as estimated by now."""
         return self._stickiness.autocorrelation
 
+    @property
+    def block(self) -> int:
+        """How many observations count as one by now, by their mean."""
+        return self._stickiness.block
+
     def evidence(self) -> tuple[float, float]:
         """E so far for lower and for elevated performance."""
         return total(self._low), total(self._elevated)

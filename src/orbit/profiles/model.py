@@ -16,6 +16,7 @@ from typing import Any, Literal
 from orbit.execution.retry import Backoff
 
 NO_OP = "orbit:no_op"
+_DIGIT = 1e-9  # what floating point may add to a sum of steps
 
 State = Literal["enabled", "disabled"]
 Free = Mapping[str, Any]
@@ -42,6 +43,15 @@ class Allowance:
     per_day: float | None = None
     on: Mapping[str, float] = field(default_factory=dict)
 
+    def permits(self, present: float, value: float) -> bool:
+        """Whether one change may make this of the present value; a digit at the end is forgiven."""
+        within_step = abs(value - present) <= self.step * (1 + _DIGIT)
+        return self.minimum <= value <= self.maximum and within_step
+
+    def has_room(self, moved: float, change: float) -> bool:
+        """Whether a day in which it was moved so far already has room for a change."""
+        return self.per_day is None or moved + abs(change) <= self.per_day * (1 + _DIGIT)
+
 
 @dataclass(frozen=True, slots=True)
 class Profile:
@@ -66,6 +76,10 @@ class Profile:
     def allowances(self) -> tuple[Allowance, ...]:
         """The numbers that may move, as declared."""
         return tuple(Allowance(**entry) for entry in self.autonomy.get("allow", ()))
+
+    def allowance(self, pointer: str) -> Allowance | None:
+        """How the number at a JSON Pointer may move; None where it may not."""
+        return next((one for one in self.allowances if one.path == pointer), None)
 
     def number_at(self, pointer: str) -> int | float | None:
         """The number at a JSON Pointer into the free objects; None where there is none."""

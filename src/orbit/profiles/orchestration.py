@@ -193,16 +193,25 @@ class Orchestration:
             config_dir or self._settings.config_dir, endpoint_keys=self._endpoint_keys
         )
 
-    async def reload(
-        self, asked_by: str = "api", reason: str | None = None
-    ) -> tuple[Revision, bool]:
-        """Puts the files into force; the revision, and whether it is another than before.
+    async def validate(self, *, is_dropping: bool = False) -> Revision:
+        """The revision that the files are. Raises ConfigurationInvalid, and OverlaysBroken."""
+        documents = await asyncio.to_thread(self.read_files)
+        await self._configuration.check(documents, is_dropping=is_dropping)
+        return revision_of(documents)
 
-        Raises ConfigurationInvalid or CyclesActive; then nothing is changed.
+    async def reload(
+        self, asked_by: str = "api", reason: str | None = None, *, is_dropping: bool = False
+    ) -> tuple[Revision, bool]:
+        """Puts the files into force; the revision in force, and whether anything was changed.
+
+        Raises ConfigurationInvalid, CyclesActive, and OverlaysBroken unless `is_dropping`; then
+        nothing is changed.
         """
         documents = await asyncio.to_thread(self.read_files)
-        is_changed = await self._configuration.replace(documents, asked_by, reason)
-        return revision_of(documents), is_changed
+        is_changed = await self._configuration.replace(
+            documents, asked_by, reason, is_dropping=is_dropping
+        )
+        return self._configuration.active, is_changed
 
     async def _trigger(
         self,
@@ -219,6 +228,8 @@ class Orchestration:
                 return replace(answer, reason="it was removed from the configuration")
             reason = why_not_runnable(revision.documents, current)
             if reason is not None:
+                if await self._configuration.refresh():  # it may have been turned on elsewhere
+                    continue
                 return replace(answer, reason=reason)
             request = cycle_request(
                 revision, current, self._clock, trigger, idempotency_key=idempotency_key

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from orbit.database.pool import Database
 from orbit.database.queries import array, load
 from orbit.profiles.bridge import why_not_runnable
 from orbit.profiles.model import Documents, Profile, RunProfile
+from orbit.profiles.overlays import STATE, Move, Overlay, Target
+from orbit.profiles.revision import Force
 from orbit.reading.cycles import CycleSummary, summaries
 from orbit.reading.receipts import safe_url
 from orbit.reading.slots import Slot
@@ -24,10 +26,37 @@ _OF_RUN_PROFILE = ("asset_bundle",)
 
 
 @dataclass(frozen=True, slots=True)
-class ProfileView(View):
-    """A profile as configured; its free objects as they are in the file.
+class Adjusted(View):
+    """One place (a JSON Pointer), the value there without the overlay, and with it."""
 
-    To who may only look a text in them is `(withheld)`: it may be a token, or say what is sent.
+    path: str
+    before: Any
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class OverlayView(View):
+    """What lies over the files: by a person or by autonomy (`origin`), on a profile or run profile.
+
+    `before` of its changes is what the file says, or an earlier overlay.
+    """
+
+    overlay_id: str
+    target: str
+    target_id: str
+    origin: str
+    changes: list[Adjusted]
+    actor: str
+    reason: str | None
+    created_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileView(View):
+    """A profile as it is in force: as the file has it, with the overlays on it.
+
+    To who may only look a text in its free objects is `(withheld)`: it may be a token, or say what
+    is sent.
     """
 
     profile_id: str
@@ -38,12 +67,14 @@ class ProfileView(View):
     execution_rules: dict[str, Any]
     distribution_map: dict[str, Any]
     value_tags: dict[str, Any]
+    autonomy: dict[str, Any]
     run_profile_ids: list[str]
+    overlays: list[OverlayView]
 
 
 @dataclass(frozen=True, slots=True)
 class RunProfileView(View):
-    """A run profile as configured, and whether it runs.
+    """A run profile as it is in force, and whether it runs.
 
     `effective_state` is `disabled` also where its profile is; `reason` then says why.
     `last_cycle` is looked for among the newest 1,000 cycles of its namespace; `active_cycle` is the
@@ -62,6 +93,7 @@ class RunProfileView(View):
     asset_bundle: dict[str, Any]
     distribution_targets: list[str]
     value_tags: dict[str, Any]
+    overlays: list[OverlayView]
     next_due_at: datetime | None
     last_slot: Slot | None
     last_cycle: CycleSummary | None
@@ -81,19 +113,29 @@ def visible(documents: Documents, within: Sequence[str] | None) -> Documents:
     return Documents(profiles, shown)
 
 
-def profiles(documents: Documents, *, is_whole: bool) -> list[ProfileView]:
-    """The profiles of a configuration; unless `is_whole`, without what may be a secret."""
-    found = [_profile(documents, profile) for profile in documents.profiles]
+def overlays(force: Force, within: Sequence[str] | None) -> list[OverlayView]:
+    """The overlays on what there is for who asks."""
+    shown = visible(force.active.documents, within)
+    there = {(Target.PROFILE, one.profile_id) for one in shown.profiles}
+    there |= {(Target.RUN_PROFILE, one.run_profile_id) for one in shown.run_profiles}
+    return [_overlay(one) for one in force.overlays if (one.target, one.target_id) in there]
+
+
+def profiles(force: Force, within: Sequence[str] | None, *, is_whole: bool) -> list[ProfileView]:
+    """The profiles that there are for who asks; unless `is_whole`, without what may be a secret."""
+    documents = visible(force.active.documents, within)
+    found = [_profile(force, documents, profile) for profile in documents.profiles]
     return found if is_whole else [_without_texts(one, _OF_PROFILE) for one in found]
 
 
 async def run_profiles(
-    database: Database, documents: Documents, *, is_whole: bool
+    database: Database, force: Force, within: Sequence[str] | None, *, is_whole: bool
 ) -> list[RunProfileView]:
-    """The run profiles of a configuration, with their next slot, last slot and cycles.
+    """The run profiles that there are for who asks, with next slot, last slot and cycles.
 
     Unless `is_whole`, without what may be a secret.
     """
+    documents = visible(force.active.documents, within)
     due = await _due(database, documents)
     slots = await _last_slots(database, documents)
     last = await database.fetch_all(SQL.recent_cycles_of_run_profiles, _keys(documents))
@@ -108,7 +150,9 @@ async def run_profiles(
             documents, one, due.get(key), slots.get(key), cycles.get(key), active.get(key)
         )
         policy = _without_secrets(view.execution_policy, has_options=is_whole)
-        views.append(replace(view, execution_policy=policy))
+        laid = _laid(force, Target.RUN_PROFILE, one.run_profile_id)
+        reason = _with_overlay(force, one, view.reason)
+        views.append(replace(view, execution_policy=policy, overlays=laid, reason=reason))
     return views if is_whole else [_without_texts(one, _OF_RUN_PROFILE) for one in views]
 
 
@@ -158,7 +202,41 @@ def _keys(documents: Documents) -> dict[str, Any]:
     }
 
 
-def _profile(documents: Documents, profile: Profile) -> ProfileView:
+def _laid(force: Force, target: Target, target_id: str) -> list[OverlayView]:
+    key = target, target_id
+    return [_overlay(one) for one in force.overlays if (one.target, one.target_id) == key]
+
+
+def _with_overlay(force: Force, run_profile: RunProfile, reason: str | None) -> str | None:
+    """Why it does not run, with who turned it off where a person did."""
+    if reason is None:
+        return None
+    for target, target_id in (
+        (Target.RUN_PROFILE, run_profile.run_profile_id),
+        (Target.PROFILE, run_profile.profile_id),
+    ):
+        for one in force.overlays:
+            is_it = (one.target, one.target_id) == (target, target_id)
+            if is_it and one.moves[0] == Move(STATE, "enabled", "disabled"):
+                why = f": {one.reason}" if one.reason else ""
+                return f"{reason} (by {one.actor}{why})"
+    return reason
+
+
+def _overlay(overlay: Overlay) -> OverlayView:
+    return OverlayView(
+        overlay.overlay_id,
+        overlay.target.value,
+        overlay.target_id,
+        overlay.origin.value,
+        [Adjusted(one.path, one.old, one.new) for one in overlay.moves],
+        overlay.actor,
+        overlay.reason,
+        None if overlay.created_at is None else overlay.created_at.astimezone(UTC),
+    )
+
+
+def _profile(force: Force, documents: Documents, profile: Profile) -> ProfileView:
     return ProfileView(
         profile_id=profile.profile_id,
         label=profile.label,
@@ -168,6 +246,8 @@ def _profile(documents: Documents, profile: Profile) -> ProfileView:
         execution_rules=dict(profile.execution_rules),
         distribution_map=dict(profile.distribution_map),
         value_tags=dict(profile.value_tags),
+        autonomy=dict(profile.autonomy),
+        overlays=_laid(force, Target.PROFILE, profile.profile_id),
         run_profile_ids=[
             one.run_profile_id
             for one in documents.run_profiles
@@ -198,6 +278,7 @@ def _run_profile(
         asset_bundle=dict(run_profile.asset_bundle),
         distribution_targets=list(run_profile.distribution_targets),
         value_tags=dict(run_profile.value_tags),
+        overlays=[],
         next_due_at=due_at if reason is None else None,
         last_slot=slot,
         last_cycle=cycle,

@@ -134,7 +134,7 @@ async def status(
         is_paused=is_paused,
         halted_namespaces=await halted_namespaces(database, within),
         revision=store["revision"],
-        nodes=await _nodes(database, lease_seconds, store["revision"]),
+        nodes=await _nodes(database, lease_seconds, store["declared_revision"]),
         cycles=await _active_cycles(database, asked),
         failed_cycles=await _failed_cycles(database, asked),
         lanes=await waiting_lanes(database, within),

@@ -35,9 +35,15 @@ class EventType(StrEnum):
     NAMESPACE_HALTED = "namespace_halted"
     NAMESPACE_RESUMED = "namespace_resumed"
     CONFIGURATION_ACTIVATED = "configuration_activated"
+    OVERLAY_ADDED = "overlay_added"
+    OVERLAY_ENDED = "overlay_ended"
     OUTCOME_REPORTED = "outcome_reported"
     PROPOSAL_MADE = "proposal_made"
     PROPOSAL_DECIDED = "proposal_decided"
+    AUTONOMY_SET = "autonomy_set"
+    AUTONOMY_SKIPPED = "autonomy_skipped"
+    AUTONOMY_SHADOWED = "autonomy_shadowed"
+    AUTONOMY_JUDGED = "autonomy_judged"
     TELEMETRY_DROPPED = "telemetry_dropped"
 
 
@@ -71,6 +77,11 @@ _END = {
     "bytes": "bytes of the attempts' bodies",
     "durationSeconds": "from acceptance to the end",
     "revision": "the configuration's revision that it was pinned to, or null",
+}
+_OVERLAY = {
+    "overlayId": "which",
+    "target": "profile or run_profile: what it lies on",
+    "targetId": "which one",
 }
 _LANE = {
     "endpointKey": "the lane's endpoint",
@@ -119,6 +130,14 @@ CATALOGUE = MappingProxyType(
         EventType.CONFIGURATION_ACTIVATED: _kind(
             "A configuration came into force.", revision="which"
         ),
+        EventType.OVERLAY_ADDED: _kind(
+            "A change was laid over the files.", **_OVERLAY, origin="a person, or autonomy"
+        ),
+        EventType.OVERLAY_ENDED: _kind(
+            "A change over the files is there no more.",
+            **_OVERLAY,
+            ending="undone, adopted, dropped, rolled_back or reverted",
+        ),
         EventType.OUTCOME_REPORTED: _kind(
             "Somebody said what a cycle, item or job was worth.",
             metric="what was measured",
@@ -140,6 +159,27 @@ CATALOGUE = MappingProxyType(
             proposalId="the proposal",
             rule="which rule suggested it",
             decision="approved, rejected, expired or superseded",
+        ),
+        EventType.AUTONOMY_SET: _kind(
+            "What autonomy may do with a profile is another.",
+            mode="armed, shadow or disarmed",
+            cause="person, halt, rollback, revert or reach",
+        ),
+        EventType.AUTONOMY_SKIPPED: _kind(
+            "A function of autonomy did nothing; once a day for each reason.",
+            function="arm, shadow, apply or judge",
+            why="the reason's code",
+        ),
+        EventType.AUTONOMY_SHADOWED: _kind(
+            "What autonomy would have done with a proposal.",
+            proposalId="the proposal",
+            wouldApply="whether it would have applied it",
+            why="the reason's code where not, or null",
+        ),
+        EventType.AUTONOMY_JUDGED: _kind(
+            "A change's probation has ended.",
+            overlayId="the change",
+            verdict="breached, kept or inconclusive",
         ),
         EventType.TELEMETRY_DROPPED: _kind(
             "Events were dropped before every stored consumer had read them.",

@@ -369,6 +369,43 @@ WHERE decision = 'expired' AND (%(log)s::text IS NULL OR namespace = %(log)s);
 SELECT namespace AS log, proposal_id AS subject, decided_at AS at FROM strategy_decision
 WHERE decision = 'superseded' AND (%(log)s::text IS NULL OR namespace = %(log)s);
 
+-- name: added_overlays
+-- Overlays on the configuration files, in each log that they reach.
+SELECT log, overlay_id::text AS subject, created_at AS at
+FROM profile_overlay CROSS JOIN LATERAL unnest(namespaces) AS log
+WHERE %(log)s::text IS NULL OR log = %(log)s;
+
+-- name: ended_overlays
+-- Overlays that ended.
+SELECT log, overlay_id::text AS subject, ended.created_at AS at
+FROM profile_overlay_end ended JOIN profile_overlay USING (overlay_id)
+CROSS JOIN LATERAL unnest(namespaces) AS log
+WHERE %(log)s::text IS NULL OR log = %(log)s;
+
+-- name: set_modes
+-- What autonomy may do with profiles.
+SELECT log, profile_id || '/' || sequence AS subject, created_at AS at
+FROM autonomy_mode CROSS JOIN LATERAL unnest(namespaces) AS log
+WHERE %(log)s::text IS NULL OR log = %(log)s;
+
+-- name: skipped_functions
+-- What autonomy did not do.
+SELECT log, concat_ws('/', profile_id, function, why, day) AS subject, created_at AS at
+FROM autonomy_skip CROSS JOIN LATERAL unnest(namespaces) AS log
+WHERE %(log)s::text IS NULL OR log = %(log)s;
+
+-- name: shadowed_proposals
+-- What autonomy would have done.
+SELECT namespace AS log, proposal_id AS subject, created_at AS at FROM autonomy_shadow
+WHERE %(log)s::text IS NULL OR namespace = %(log)s;
+
+-- name: judged_changes
+-- Probations of changes by autonomy that have ended.
+SELECT log, overlay_id::text AS subject, verdict.created_at AS at
+FROM autonomy_verdict verdict JOIN profile_overlay USING (overlay_id)
+CROSS JOIN LATERAL unnest(namespaces) AS log
+WHERE %(log)s::text IS NULL OR log = %(log)s;
+
 -- name: rotated_keys
 -- Access keys that have a successor.
 SELECT log, 'key ' || key_id AS subject, ended.created_at AS at

@@ -27,22 +27,24 @@ VALUES (%(revision)s, %(body)s, %(node_id)s) ON CONFLICT DO NOTHING;
 
 -- name: insert_activation
 -- The fact that it came into force.
-INSERT INTO config_activation (activation_id, revision, reason, node_id)
-VALUES (%(activation_id)s, %(revision)s, %(reason)s, %(node_id)s);
+INSERT INTO config_activation (activation_id, revision, declared_revision, reason, node_id)
+VALUES (%(activation_id)s, %(revision)s, %(declared_revision)s, %(reason)s, %(node_id)s);
 
 -- name: was_in_force
--- Whether a revision has ever come into force.
-SELECT EXISTS (SELECT FROM config_activation WHERE revision = %(revision)s) AS was_in_force;
+-- Whether files of a revision have ever come into force.
+SELECT EXISTS (SELECT FROM config_activation
+    WHERE COALESCE(declared_revision, revision) = %(revision)s) AS was_in_force;
 
 -- name: activate
 -- What all nodes go by from now on.
-INSERT INTO config_active (revision) VALUES (%(revision)s)
-ON CONFLICT (singleton) DO UPDATE SET revision = excluded.revision;
+INSERT INTO config_active (revision, declared_revision) VALUES (%(revision)s, %(declared_revision)s)
+ON CONFLICT (singleton) DO UPDATE SET revision = excluded.revision,
+    declared_revision = excluded.declared_revision;
 
 -- name: revision_body
 -- What a revision says.
 SELECT body FROM config_revision WHERE revision = %(revision)s;
 
 -- name: active_revision
--- Which revision is in force.
-SELECT revision FROM config_active;
+-- Which revision is in force, and that of the files alone, without overlays.
+SELECT revision, COALESCE(declared_revision, revision) AS declared_revision FROM config_active;

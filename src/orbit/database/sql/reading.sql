@@ -593,6 +593,7 @@ SELECT current_setting('server_version') AS server_version,
     FROM pg_inherits JOIN pg_class child ON child.oid = inhrelid
     WHERE inhparent = to_regclass('cycle_run')) AS partitions_until,
     (SELECT revision FROM config_active) AS revision,
+    (SELECT COALESCE(declared_revision, revision) FROM config_active) AS declared_revision,
     orbit_now() AS now;
 
 -- name: last_activation

@@ -24,8 +24,8 @@ LOCK TABLE requeue_lease, dispatch_lease, cycle_lease IN SHARE ROW EXCLUSIVE MOD
 
 -- name: rebuild_configuration
 -- The revision in force is the one that was activated last.
-INSERT INTO config_active (revision)
-SELECT revision FROM config_activation ORDER BY activated_at DESC, activation_id DESC LIMIT 1
+INSERT INTO config_active (revision, declared_revision)
+SELECT revision, declared_revision FROM config_activation ORDER BY activated_at DESC, activation_id DESC LIMIT 1
 ON CONFLICT DO NOTHING;
 
 -- name: rebuild_jobs

@@ -7,7 +7,7 @@ from pathlib import Path
 from orbit.database.upgrade import run_script
 
 revision = "0012"
-down_revision = "0010"
+down_revision = "0011"
 branch_labels = None
 depends_on = None
 
