@@ -234,6 +234,43 @@ async def test_a_disarmed_profile_keeps_nothing_but_rolls_back(node: Node, facts
     assert intensity(node) == 5
 
 
+async def test_what_a_disarmed_profile_could_have_kept_goes_when_its_time_is_over(
+    node: Node, facts: Facts, set_time: SetTime
+) -> None:
+    """Although it was written down, on the same day, that it is not kept."""
+    await arm(node)
+    await approved(node)
+    await look(node)
+    async with asking(node) as api:
+        await ask(api, "disarm", reason="holidays")
+    await tell(node, facts, rounds=700)
+    until_at = datetime.fromisoformat((await shown(node))["profile"]["inFlight"]["expiresAt"])
+    set_time(until_at - timedelta(seconds=1))
+    await node._heartbeat.run_once()
+    for _ in range(2):
+        await look(node)
+    assert intensity(node) == 4
+    set_time(until_at)
+    await look(node)
+    assert intensity(node) == 5
+    assert (await shown(node))["changes"][0]["verdict"] == "inconclusive"
+
+
+async def test_a_change_that_cannot_be_watched_goes_back(node: Node) -> None:
+    """The profile is another since, of which no cycle says anything about the change."""
+    await arm(node)
+    await approved(node)
+    await look(node)
+    assert intensity(node) == 4
+    async with asking(node) as api:
+        answer = await api.post("/run-profiles/daily/disable", json={"reason": "it looks ill"})
+        assert answer.status_code == 200, answer.text
+    await look(node)
+    assert intensity(node) == 5
+    found = await shown(node)
+    assert (found["profile"]["mode"], found["profile"]["cause"]) == ("disarmed", "revert")
+
+
 async def test_a_halted_namespace_mutates_nothing(
     node: Node, facts: Facts, set_time: SetTime
 ) -> None:
@@ -609,6 +646,18 @@ async def test_the_node_looks_by_itself(node: Node) -> None:
 
     await until(is_applied, "the change")
     await pilot.stop()
+
+
+async def test_who_takes_back_before_anything_was_applied_disarms(node: Node) -> None:
+    """The next look applies nothing; and the person is named."""
+    await arm(node)
+    await approved(node)
+    async with asking(node) as api:
+        assert (await ask(api, "revert", reason="not now"))["overlayIds"] == []
+    await look(node)
+    assert intensity(node) == 5
+    found = await shown(node)
+    assert (found["profile"]["mode"], found["profile"]["cause"]) == ("disarmed", "revert")
 
 
 async def test_taking_back_nothing_is_no_act(node: Node, facts: Facts) -> None:

@@ -113,6 +113,21 @@ def test_a_file_that_says_the_same_has_adopted_it() -> None:
     assert lay(documents(state="disabled"), [off]).adopted == (off,)
 
 
+def test_a_file_that_says_what_several_came_to_has_adopted_them_all() -> None:
+    """As it is in force; what says something else of their place is broken all the same."""
+    found = lay(documents(3), [LOWER, LOWER_YET])
+    assert (found.adopted, found.broken) == ((LOWER, LOWER_YET), ())
+    assert found.documents == documents(3)
+    assert len(lay(documents(2), [LOWER, LOWER_YET]).broken) == 2
+
+
+def test_what_goes_back_to_the_files_value_is_laid_all_the_same() -> None:
+    """It may be on probation: only other files adopt it."""
+    back = overlay(Move(PLACE, 4, 5))
+    found = lay(documents(), [LOWER, back])
+    assert (found.adopted, found.broken, found.documents) == ((), (), documents())
+
+
 def test_where_a_profile_runs() -> None:
     """All its namespaces; a run profile has one, and what runs nowhere has none of its own."""
     found = documents()

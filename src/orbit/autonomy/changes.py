@@ -244,19 +244,27 @@ class Changes:
     async def judge(self, row: Mapping[str, Any]) -> Verdict | None:
         """Ends a probation that can be ended; None where it is held, or was skipped."""
         trials = await self._weighed(row)
-        verdict = verdict_of(trials)
-        if verdict is Verdict.INCONCLUSIVE and not row["is_over"]:
+        verdict = verdict_of(trials)  # and what it is drawn from, before anybody moves them on
+        body = canonical_json({name: one.told() for name, one in trials.items()}).decode()
+        is_held = verdict is Verdict.INCONCLUSIVE and not row["is_over"]
+        if is_held and await self._is_watched(row):
             return None
         why = await self._why_held(overlay_of(row), verdict)
+        if verdict is Verdict.KEPT and row["is_over"] and why is Why.NOT_ARMED:
+            verdict, why = Verdict.INCONCLUSIVE, None
         if why is not None and self._guard.is_said(Function.JUDGE, row["target_id"], why):
             return None
-        if verdict is Verdict.KEPT and row["is_over"] and why is Why.NOT_ARMED:
-            verdict = Verdict.INCONCLUSIVE
-        body = canonical_json({name: one.told() for name, one in trials.items()}).decode()
         async with self._database.transaction() as connection:
             done = await self._end(connection, overlay_of(row), verdict, body)
         await self._configuration.refresh()
         return done
+
+    async def _is_watched(self, row: Mapping[str, Any]) -> bool:
+        """Whether the profile is as the change left it: no other one's cycles are weighed."""
+        await self._configuration.refresh()
+        revisions = profile_revisions(document_body(self._configuration.active.documents))
+        watched: str = json.loads(row["trial"])["revision"]
+        return revisions.get(row["target_id"]) == watched
 
     async def weigh(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """How a change on probation stands, by namespace; as of a position, in bounded time."""
@@ -277,11 +285,12 @@ class Changes:
                 for one in held.overlays
                 if one.origin is Origin.AUTONOMY and one.target_id == profile_id
             ]
+            acts: list[Act] = []
             if laid:
                 acts = await self._without(connection, held, laid, Ending.UNDONE, by)
-                namespaces = namespaces_of(documents, Target.PROFILE, profile_id)
-                acts += await self._modes.disarm(connection, profile_id, namespaces, Cause.ROLLBACK)
-                await append(connection, *acts)
+            places = namespaces_of(documents, Target.PROFILE, profile_id)
+            acts += await self._modes.disarm(connection, profile_id, places, Cause.REVERT, by)
+            await append(connection, *acts)
         await self._configuration.refresh()
         return laid
 

@@ -119,8 +119,8 @@ class Guard:
             "node_id": by.node_id,
         }
         made = await (await connection.execute(SQL.add_skip, row)).fetchone()
-        self._said[profile_id, function, why] = self._today()
-        if made is None:
+        if made is None:  # of a transaction that is committed, which this one may never be
+            self._said[profile_id, function, why] = self._today()
             return []
         told = {"function": function.value, "why": why.value}
         events = [Event(one, EventType.AUTONOMY_SKIPPED, told, profile_id) for one in namespaces]

@@ -196,7 +196,9 @@ class Modes:
             return None
         profile = held.active.documents.profile(profile_id)
         if profile is None or not profile.allowances:
-            raise RequestInvalid(f"profile {profile_id} lets nothing move: see its autonomy.allow")
+            raise RequestInvalid(
+                f"profile {profile_id} lets nothing move: add autonomy.allow to it in profiles.json"
+            )
         if mode is Mode.SHADOW:
             return None if switches.is_enabled else Why.DISABLED
         if by.reason is None:

@@ -112,7 +112,7 @@ def lay(documents: Documents, overlays: Sequence[Overlay]) -> Laid:
     """The documents with the overlays on them, in the order in which they were made."""
     adopted: list[Overlay] = []
     broken: list[Broken] = []
-    for overlay in overlays:
+    for place, overlay in enumerate(overlays):
         found = target_of(documents, overlay.target, overlay.target_id)
         if found is None:
             broken.append(Broken(overlay, "the files do not have it"))
@@ -124,9 +124,21 @@ def lay(documents: Documents, overlays: Sequence[Overlay]) -> Laid:
         why = _misfit(found, overlay, said)
         if why is None:
             documents = _replaced(documents, moved(found, overlay.moves))
+        elif _is_overtaken(overlay, said, overlays[place + 1 :]):
+            adopted.append(overlay)
         else:
             broken.append(Broken(overlay, why))
     return Laid(documents, tuple(adopted), tuple(broken))
+
+
+def _is_overtaken(overlay: Overlay, said: Sequence[Any], later: Sequence[Overlay]) -> bool:
+    """Whether the files say of each of its places what a later overlay makes of it."""
+    target = (overlay.target, overlay.target_id)
+    made = [move for one in later if (one.target, one.target_id) == target for move in one.moves]
+    return all(
+        any(move.path == own.path and _is_same(value, move.new) for move in made)
+        for own, value in zip(overlay.moves, said, strict=True)
+    )
 
 
 def moved(found: Profile | RunProfile, moves: Sequence[Move]) -> Profile | RunProfile:
