@@ -176,7 +176,7 @@ def _lines(report: Report) -> Iterator[str]:
     if len(report.findings) > _MOST_SHOWN:
         yield f"✗ and {len(report.findings) - _MOST_SHOWN:,} more"
     counts = f"{report.entries:,} entries, {report.facts:,} sealed facts"
-    yield f"{counts}, {report.checkpoints:,} checkpoints"
+    yield f"{counts}, {report.checkpoints:,} checkpoint{'s' if report.checkpoints != 1 else ''}"
     if report.retired:
         yield f"{report.retired:,} facts have only their hash here: retention dropped the rows"
     if report.unsealed:
@@ -193,7 +193,7 @@ def _lines(report: Report) -> Iterator[str]:
     elif report.is_anchored:
         yield "The trail is whole."
     else:
-        logs = f"{report.unanchored:,} of its logs have no checkpoint"
+        logs = f"logs without a checkpoint: {report.unanchored:,}"
         yield f"The trail is whole in itself, but nothing vouches for its end: {logs}."
 
 

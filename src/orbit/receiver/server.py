@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import socket
 import sys
@@ -344,4 +345,6 @@ def _bind(host: str, port: int) -> socket.socket:
         [(family, *_, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         return socket.create_server((address[0], port), family=family, backlog=1024)
     except OSError as error:
-        raise AddressInUse(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        hint = "stop what listens there, or choose another port with --port"
+        raise AddressInUse(f"cannot listen on {host}:{port}: {why}; {hint}") from error
