@@ -273,9 +273,10 @@ async def test_threads_that_hang_are_bounded(
 ) -> None:
     """At the bound a step is not begun and says why; when a hanging call ends it may be again."""
     monkeypatch.setattr("orbit.execution.transformation._MAX_HANGING", 2)
-    hanging = _step("_blocks", timeout_seconds=0.05, max_attempts=2)
-    with pytest.raises(StepFailed, match="took longer"):
-        await transformer.transform(hanging, Payload(b"x"), CONTEXT, [])
+    hanging = _step("_blocks", timeout_seconds=0.05, max_attempts=1)
+    while len(seen) < 2:  # on a busy machine the time may be over before a thread has begun
+        with pytest.raises(StepFailed, match=r"took longer|still hang"):
+            await transformer.transform(hanging, Payload(b"x"), CONTEXT, [])
     short = _step("_thread_name", max_attempts=1)
     with pytest.raises(StepFailed, match="2 earlier calls of steps still hang"):
         await transformer.transform(short, Payload(b"x"), CONTEXT, [])
