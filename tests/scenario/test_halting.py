@@ -390,6 +390,18 @@ async def test_halt_and_resume_without_a_node(dsn: str, facts: Facts) -> None:
     assert "asks to resume it" in await orbit(dsn, "status")
 
 
+async def test_who_has_the_database_is_one_person(dsn: str, facts: Facts) -> None:
+    """Under whatever name of the environment; and the trail has the system's name for them."""
+    await orbit(dsn, "halt", "brand", "--direct")
+    await orbit(dsn, "policy", "brand", "--two-person-resume", "--reason", "r", "--direct")
+    resume = ("resume", "brand", "--reason", "mended", "--direct")
+    await said(dsn, *resume, code=4, LOGNAME="ann", USER="ann")
+    _, refused = await said(dsn, *resume, code=3, LOGNAME="ben", USER="ben")
+    assert "second" in refused
+    names = {row["actor"] for row in facts("SELECT actor FROM namespace_resume")}
+    assert names == {actor_here().name}
+
+
 async def test_a_verb_asks_for_a_time_as_people_say_it(
     make_node: MakeNode, receiver: Receiver, configure: Configure, dsn: str, config_dir: Path
 ) -> None:

@@ -6,8 +6,9 @@ what is not granted is denied, and nothing that an actor brings can widen it.
 
 from __future__ import annotations
 
-import getpass
+import os
 import socket
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
@@ -80,10 +81,20 @@ ANYONE = Actor("anyone", "anyone (ORBIT_AUTH=off)", frozenset({Scope.ADMIN}))
 
 
 def actor_here() -> Actor:
-    """Who runs this program: whoever has the database has everything."""
+    """Who runs this program: whoever has the database has everything, and is one person.
+
+    The name says whose process it was and where, by the system's word and not the environment's.
+    """
+    name = f"{_user()}@{socket.gethostname()} (cli)"
+    return Actor("database", name, frozenset({Scope.ADMIN}))
+
+
+def _user() -> str:
+    if sys.platform == "win32":
+        return os.getlogin()
+    import pwd  # noqa: PLC0415 - not on Windows
+
     try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a user without a name, as containers have
-        user = "somebody"
-    name = f"{user}@{socket.gethostname()} (cli)"
-    return Actor(name, name, frozenset({Scope.ADMIN}))
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a user without a name, as containers have
+        return f"uid {os.getuid()}"
