@@ -129,6 +129,19 @@ async def test_a_brake_needs_no_body_and_no_known_namespace(api: httpx.AsyncClie
     assert [one["epoch"] for one in rest.json()["history"]["items"]] == [1]
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("", None), (" \n", None), ("a" * 1001, "a" * 1000), ("wrong\0prices", "wrong�prices")],
+)
+async def test_no_reason_refuses_a_halt(
+    api: httpx.AsyncClient, facts: Facts, given: str, kept: str | None
+) -> None:
+    """What says nothing is none, what is too long is cut, and the namespace is halted."""
+    answer = await api.post("/governance/namespaces/brand/halt", json={"reason": given})
+    assert (answer.status_code, answer.json()["quiesced"]) == (200, True)
+    assert facts("SELECT reason FROM namespace_halt") == [{"reason": kept}]
+
+
 async def test_a_trigger_of_a_halted_namespace_is_refused(
     node: Node, api: httpx.AsyncClient, facts: Facts
 ) -> None:
@@ -377,6 +390,8 @@ async def test_halt_and_resume_without_a_node(dsn: str, facts: Facts) -> None:
     """The verbs work straight on the database, and end with the codes that scripts test for."""
     answer = json.loads(await orbit(dsn, "halt", "brand", "--reason", "leak", "--json"))
     assert answer["quiesced"] is True
+    for reason in ("", os.fsdecode(b"\xff"), "a" * 1001):
+        assert "quiesced" in await orbit(dsn, "halt", "aside", "--reason", reason, "--direct")
     assert "brand (by " in await orbit(dsn, "status")
     refused = await orbit(dsn, "trigger", "--raw", "--namespace", "brand", "--json", code=4)
     assert json.loads(refused)["code"] == "namespace_halted"

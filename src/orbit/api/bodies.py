@@ -31,7 +31,8 @@ _IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 
 Key = Annotated[str, AfterValidator(check_key)]
 Instant = Annotated[AwareDatetime, Field(strict=False), AfterValidator(check_instant)]
-Reason = Annotated[str, Field(min_length=1, max_length=1000)]
+MOST_CHARACTERS = 1000  # of a reason
+Reason = Annotated[str, Field(min_length=1, max_length=MOST_CHARACTERS)]
 
 
 class Body(BaseModel):

@@ -1,7 +1,8 @@
 """The brake of a namespace: halted, resumed, looked at; and its rule of two persons.
 
-A halt is an emergency brake: it is never refused for want of a reason, it has a database
-connection of its own, and its answer comes in bounded time and says what is still out.
+A halt is an emergency brake: it is never refused for its reason (a blank one is none, a long one
+is cut), it has a database connection of its own, and its answer comes in bounded time and says what
+is still out.
 """
 
 from __future__ import annotations
@@ -11,10 +12,18 @@ from datetime import datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query, Request
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from orbit.api.access import actor_of, check_namespace, require
-from orbit.api.bodies import Bodies, Body, Instant, PageFilter, Reason, body_schema
+from orbit.api.bodies import (
+    MOST_CHARACTERS,
+    Bodies,
+    Body,
+    Instant,
+    PageFilter,
+    Reason,
+    body_schema,
+)
 from orbit.app import Node
 from orbit.errors import NotFound
 from orbit.governance.actor import Scope
@@ -33,13 +42,20 @@ from orbit.vocabulary import check_key
 Name = Annotated[str, Path(alias="namespace")]
 
 
+def _as_far_as_kept(reason: str | None) -> str | None:
+    """What can be stored of a reason; None if it says nothing."""
+    kept = (reason or "").replace("\x00", "�")[:MOST_CHARACTERS]
+    return kept if kept.strip() else None
+
+
 class HaltBody(Body):
     """Why, for how many seconds the answer may wait for what is in flight, and until when.
 
-    Without `until` the halt lasts until somebody resumes.
+    Of `reason` the first 1,000 characters are kept. Without `until` the halt lasts until somebody
+    resumes.
     """
 
-    reason: Reason | None = None
+    reason: Annotated[str | None, AfterValidator(_as_far_as_kept)] = None
     wait_seconds: float = Field(10.0, ge=0, le=300)
     until: Instant | None = None
 

@@ -46,6 +46,8 @@ def halt(
     is_json: Json = False,
 ) -> None:
     """Halt a namespace: nothing of it is sent until it is resumed."""
+    if reason is not None:  # of any bytes: nothing that is said keeps a halt from being asked for
+        reason = reason.encode("utf-8", "replace").decode()
     body = {"reason": reason, "waitSeconds": wait, "until": instant(until, "--until")}
     given = {name: value for name, value in body.items() if value is not None}
     # The answer comes after the wait, and a busy database may need some time of its own.
