@@ -50,6 +50,7 @@ async def waiting(payload: Payload, context: ExecutionContext) -> Payload:
     """A step that is under way until the test says so."""
     calls.append(f"{context.stage}:{context.step}")
     await gates[-1].wait()
+    calls.append("ended")
     return payload
 
 
@@ -170,12 +171,37 @@ async def test_a_running_step_may_end_and_no_next_one_begins(
     ]
     gate.set()
     assert (await node.brake.halt(ANN)).is_quiesced
-    assert calls == ["tier1_complete:0"]
+    assert calls == ["tier1_complete:0", "ended"]
     assert receiver.arrivals == []
     await node.brake.resume(ANN)
     assert answer.cycle_id is not None
     assert (await ended(node, answer.cycle_id))["state"] == "finished"
-    assert calls[-2:] == ["tier1_complete:0", "tier1_complete:1"]
+    assert calls[-4:] == ["tier1_complete:0", "ended", "tier1_complete:1", "ended"]
+
+
+async def test_a_node_that_was_cut_off_calls_no_other_step(
+    make_node: MakeNode, configure: Configure, receiver: Receiver, gate: asyncio.Event
+) -> None:
+    """Its lease is over and freed, and it has heard of nothing: a step ends, and none begins."""
+    configure(
+        run_profile(execution_policy=policy(tier1=[f"{__name__}:waiting", f"{__name__}:waiting"]))
+    )
+    endpoints = (receiver.endpoint("out"),)
+    node = await make_node(dispatch_endpoints=endpoints, lease_seconds=3)
+    aside = await make_node(is_started=False)
+    await node.orchestration.trigger_run_profiles(["daily"])
+    await until(lambda: calls, "the step")
+    runner, keeper = node.runner, node.keeper
+    assert runner is not None
+    assert keeper is not None
+    for service in (keeper, node._heartbeat):  # it is cut off from what it would be told
+        await service.stop(60)
+    assert (await aside.brake.halt(ANN, wait_seconds=60)).is_quiesced
+    gate.set()
+    await until(lambda: "ended" in calls, "the end of the step")
+    await runner.beat()
+    await until(lambda: not runner.running, "the end of the cycle's task")
+    assert "tier1_complete:1" not in calls
 
 
 async def test_what_waits_for_a_place_is_given_back(

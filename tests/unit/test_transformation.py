@@ -15,12 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orbit.errors import StepFailed
+from orbit.clock import SystemClock
+from orbit.errors import NamespaceHalted, StepFailed
 from orbit.execution.context import ExecutionContext, Normalization, Stage, Step
 from orbit.execution.http1 import Client
 from orbit.execution.normalization import Normalizer
 from orbit.execution.recorder import StepRecord
 from orbit.execution.retry import Backoff
+from orbit.execution.tenure import Tenure
 from orbit.execution.transformation import (
     Transformer,
     _described,
@@ -28,6 +30,7 @@ from orbit.execution.transformation import (
     invoke,
     step_headers,
 )
+from orbit.governance.fence import Fences
 from orbit.payload import Payload
 from tests.unit.talking import OK, Server, always, serving
 
@@ -61,6 +64,11 @@ async def _until(condition: Callable[[], bool]) -> None:
 
 def _step(use: str, **values: Any) -> Step:
     return Step(f"{HERE}:{use}", backoff=QUICK, **values)
+
+
+async def _doubles(payload: Payload, context: ExecutionContext) -> Payload:
+    seen.append(context)
+    return Payload(payload.content * 2)
 
 
 async def _succeeds_third(payload: Payload, context: ExecutionContext) -> Payload:
@@ -161,6 +169,32 @@ async def test_an_attempt_that_succeeds_ends_the_trying(transformer: Transformer
         (3, None, 2, 4),
     ]
     assert all(one.duration_seconds >= 0 for one in records)
+
+
+async def test_no_call_begins_while_the_lease_may_be_over() -> None:
+    """It waits for the heartbeat, which prolongs the lease; a halt that is heard of ends it."""
+    fences, clock = Fences(), SystemClock()
+    tenure = Tenure(fences, clock, 60.0)
+    client = Client()
+    transformer = Transformer(client, 1000, tenure=tenure)
+
+    def calling() -> asyncio.Task[Payload]:
+        step = _step("_doubles", max_attempts=1)
+        return asyncio.create_task(transformer.transform(step, Payload(b"ab"), CONTEXT, []))
+
+    waiting = calling()
+    done, _ = await asyncio.wait({waiting}, timeout=0.3)
+    assert (done, seen) == (set(), [])
+    tenure.hold(["cycle"], clock.monotonic())
+    assert (await waiting).content == b"abab"
+    tenure.drop("cycle")
+    waiting = calling()
+    await asyncio.sleep(0)
+    fences.learn([{"namespace": "brand", "epoch": 1}])
+    with pytest.raises(NamespaceHalted):
+        await waiting
+    assert len(seen) == 1
+    await client.close()
 
 
 @pytest.mark.parametrize(

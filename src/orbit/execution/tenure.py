@@ -1,8 +1,9 @@
 """Whether a cycle in hand may begin its next call: its lease is ours, its namespace not halted.
 
-A step's request is a request like a job's: it leaves only while the cycle's lease is certainly this
-node's by the monotonic clock, and does not begin after the node has heard of a halt. What a
-step does that runs already is its own; its result may still be committed.
+A call may send, as a job does: it begins only while the cycle's lease is certainly this node's by
+the monotonic clock, and not after the node has heard of a halt. Where the lease may be over, a call
+waits for the heartbeat, which prolongs the lease or takes the cycle out of hand. What a step does
+that runs already is its own; its result may still be committed.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class Tenure:
         return self._expires.get(cycle_id, 0.0) - self._clock.monotonic()
 
     def check_halted(self, namespace: str) -> None:
-        """Raises NamespaceHalted if no step may begin.
+        """Raises NamespaceHalted if nothing more of the namespace may begin.
 
-        A lease that may be over is no hindrance: what a step makes is committed only with it.
+        A lease that may be over is no hindrance to what calls nothing: its commit needs the lease.
         """
         self._fences.check(namespace)

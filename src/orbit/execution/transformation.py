@@ -133,7 +133,7 @@ class Transformer:
     ) -> Any:
         """Calls until it succeeds, or the attempts are spent: then StepFailed, with the reason."""
         for attempt in range(1, step.max_attempts + 1):
-            self.check_halted(context.namespace)
+            await self._be_held(context)
             started = time.monotonic()
             name = step.use if step.url is None else f"http {without_query(step.url)}"
             with tracing.span(f"step {step.use}", _span_of(context, attempt)):
@@ -161,6 +161,13 @@ class Transformer:
                 )
             await self._rest(full_jitter(step.backoff, attempt, self._draw), context)
         raise AssertionError("a step has at least one attempt")
+
+    async def _be_held(self, context: ExecutionContext) -> None:
+        """Waits while the lease may be over: the heartbeat prolongs it, or cancels this."""
+        self.check_halted(context.namespace)
+        while self._tenure is not None and self._tenure.seconds_left(context.cycle_id) <= 0:
+            await asyncio.sleep(_LONGEST_NAP_SECONDS)
+            self.check_halted(context.namespace)
 
     async def _rest(self, seconds: float, context: ExecutionContext) -> None:
         """Waits for the next attempt, if there may be one."""
