@@ -375,6 +375,23 @@ async def test_nothing_tells_of_a_foreign_namespace(scene: Scene) -> None:
         assert [one["namespace"] for one in status["slotsNotFired"]] == [OWN]
 
 
+async def test_why_another_namespace_was_switched_is_not_told(scene: Scene) -> None:
+    """It puts the configuration of all into force, for a reason that is its own, or names it."""
+    node = scene.node
+    bound = await key_of(node, "admin", namespaces=[OWN])
+    async with asking(node, await key_of(node, "admin")) as every, asking(node, bound) as api:
+        for path, body in (
+            (f"/run-profiles/{FOREIGN}-daily/disable", {"reason": "their-secret"}),
+            (f"/profiles/{FOREIGN}-profile/disable", {}),
+        ):
+            assert (await every.post(path, json=body)).json()["isChanged"] is True
+            shown, told = (await api.get("/config")).json(), (await every.get("/config")).json()
+            assert told["reason"], path
+            assert shown["reason"] is None, path
+            assert shown["activatedAt"] == told["activatedAt"]
+            assert "secret" not in json.dumps(shown), path
+
+
 async def test_no_page_and_no_cursor_tells_of_a_foreign_namespace(scene: Scene) -> None:
     """Pages are full as if the others weren't there, and cursors name own things only."""
     node = scene.node

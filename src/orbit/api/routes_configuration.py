@@ -246,16 +246,16 @@ def _add_configuration(router: APIRouter, node: Node, bodies: Bodies) -> None:
         summary="The configuration in force",
     )
     async def configuration(request: Request) -> ConfigurationView:
-        """Overlays on what there is for who asks."""
+        """Overlays on what there is for who asks; the reason, if that is who is everywhere."""
         await node.configuration.refresh()
-        found = node.configuration
+        found, actor = node.configuration, actor_of(request)
         activation = await last_activation(node.database) or Activation(None, None)
         return ConfigurationView(
             revision=found.active.revision,
             declared_revision=found.force.declared.revision,
-            overlays=overlays(found.force, actor_of(request).within),
+            overlays=overlays(found.force, actor.within),
             activated_at=activation.activated_at,
-            reason=activation.reason,
+            reason=activation.reason if actor.within is None else None,
             files_revision=found.proposed.revision if found.proposed else None,
             is_in_step=found.is_in_step,
         )
