@@ -21,7 +21,7 @@ from orbit.audit.trail import Act
 from orbit.errors import SettingInvalid
 from orbit.governance.actor import actor_here
 from orbit.governance.authentication import STALE_SECONDS
-from orbit.governance.sessions import MOST_LINKS, MOST_SESSIONS
+from orbit.governance.sessions import MOST_A_MINUTE, MOST_LINKS, MOST_SESSIONS
 from orbit.governance.slowing import FREE_FAILURES
 from orbit.governance.token import Token
 from orbit.settings import load_settings
@@ -614,6 +614,40 @@ async def test_a_link_opens_one_session_once(node: Node, set_time: SetTime) -> N
         late = await api.get(links[1])
         assert late.status_code == 401
         assert "set-cookie" not in late.headers
+
+
+async def test_a_key_begins_few_sessions_however_soon_they_end(
+    node: Node, acts: list[Act], set_time: SetTime
+) -> None:
+    """Nor does it fill the trail with links that are followed at once; a minute later it may."""
+    looping, linking = await key_of(node, "viewer"), await key_of(node, "viewer")
+    now = await database_now(node.database)
+    set_time(now)  # and back to it below: however long this takes, it is one minute
+
+    async def ended_at_once() -> int:
+        async with asking(node) as api:
+            begun = await api.post("/session", headers=bearer(looping))
+            if begun.status_code == 201:
+                proof = {"X-CSRF-Token": begun.json()["csrfToken"]}
+                assert (await api.delete("/session", headers=proof)).status_code == 204
+            return begun.status_code
+
+    async def followed_at_once() -> int:
+        async with asking(node) as api:
+            made = await api.post("/session/links", headers=bearer(linking))
+            if made.status_code == 201:
+                await api.get(made.json()["path"])
+            return made.status_code
+
+    for loop in (ended_at_once, followed_at_once):
+        for number in range(MOST_A_MINUTE + 3):
+            set_time(now)
+            assert await loop() == (201 if number < MOST_A_MINUTE else 429), number
+    done = [one.action for one in acts]
+    assert done.count("session.begun") == 2 * MOST_A_MINUTE
+    assert done.count("session.linked") == MOST_A_MINUTE
+    set_time(now + timedelta(minutes=2))
+    assert [await ended_at_once(), await followed_at_once()] == [201, 201]
 
 
 async def test_a_key_has_few_sessions_and_links(

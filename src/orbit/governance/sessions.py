@@ -4,7 +4,8 @@ A session is a random secret in a cookie, kept as its SHA-256, that stands for t
 opened with and ends with it. Its CSRF token is derived from the secret, so only a page that could
 read the session's own answers can know it. A link opens one session, once.
 
-Each session and link is an entry of the trail, which nobody can take back: a key has few of them.
+Each session and link is an entry of the trail, which nobody can take back: a key has few of them,
+and few in a minute, however soon they are over.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from orbit.audit import trail
 from orbit.audit.trail import Act
-from orbit.database.pool import Database
+from orbit.database.pool import Connection, Database
 from orbit.database.queries import load
 from orbit.errors import TooManySessions
 from orbit.governance.actor import Actor
@@ -26,8 +27,9 @@ from orbit.governance.keys import Keys, Verified
 
 SQL = load("sessions")
 LINK_SECONDS = 120.0
-MOST_SESSIONS = 20  # of a key at a time, and begun in a minute
+MOST_SESSIONS = 20  # of a key at a time
 MOST_LINKS = 10  # of a key that nobody has followed yet
+MOST_A_MINUTE = 20  # of each, of a key
 _CSRF = b"orbit csrf v1"
 
 
@@ -60,8 +62,9 @@ class Sessions:
             found = await (await connection.execute(SQL.links_of, row)).fetchone()
             if found is not None and found["waiting"] >= MOST_LINKS:
                 raise TooManySessions(f"{MOST_LINKS} links of this key wait to be followed")
+            act = await _rationed(connection, _act("session.linked", actor))
             expires_at = await _expiry(await connection.execute(SQL.insert_link, row))
-            await trail.append(connection, _act("session.linked", actor))
+            await trail.append(connection, act)
         return code, expires_at
 
     async def follow(self, code: str) -> tuple[Actor, Session] | None:
@@ -81,12 +84,10 @@ class Sessions:
         row = {"digest": _digest(secret), "key_id": actor.key_id, "seconds": self.seconds}
         async with self._database.transaction() as connection:
             await connection.execute(SQL.delete_expired_sessions)
-            found = await (await connection.execute(SQL.sessions_of, row)).fetchone()
-            if found is not None and found["begun"] >= MOST_SESSIONS:
-                raise TooManySessions(f"{MOST_SESSIONS} sessions of this key began in a minute")
+            act = await _rationed(connection, _act("session.begun", actor))
             await connection.execute(SQL.delete_oldest_sessions, row | {"most": MOST_SESSIONS})
             expires_at = await _expiry(await connection.execute(SQL.insert_session, row))
-            await trail.append(connection, _act("session.begun", actor))
+            await trail.append(connection, act)
         return Session(secret, expires_at)
 
     async def verify(self, secret: str) -> Verified | None:
@@ -123,3 +124,12 @@ async def _expiry(cursor: Any) -> datetime:
 
 def _act(action: str, actor: Actor) -> Act:
     return Act(actor.audited_in, action, actor.name, subject=f"key {actor.key_id}")
+
+
+async def _rationed(connection: Connection, act: Act) -> Act:
+    """The act, unless its key has done it too often in the last minute."""
+    row = {"log": act.namespace, "action": act.action, "subject": act.subject}
+    found = await (await connection.execute(SQL.recent_acts, row)).fetchone()
+    if found is not None and found["done"] >= MOST_A_MINUTE:
+        raise TooManySessions(f"{MOST_A_MINUTE} sessions or links of this key in a minute")
+    return act

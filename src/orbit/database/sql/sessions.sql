@@ -23,10 +23,12 @@ INSERT INTO access_session (session_sha256, key_id, expires_at)
 VALUES (%(digest)b, %(key_id)s, orbit_now() + %(seconds)s * interval '1 second')
 RETURNING expires_at;
 
--- name: sessions_of
--- How many sessions of a key were begun in the last minute, if each lasts as long as now.
-SELECT count(*)::int AS begun FROM access_session
-WHERE key_id = %(key_id)s AND expires_at > orbit_now() + (%(seconds)s - 60) * interval '1 second';
+-- name: recent_acts
+-- How often a key did something in the last minute, by the trail, which also knows of sessions and
+-- links that are over. audit_trail_entry_newest_of_log serves it.
+SELECT count(*)::int AS done FROM audit_trail
+WHERE namespace = %(log)s AND at > orbit_now() - interval '1 minute'
+    AND action = %(action)s AND subject = %(subject)s;
 
 -- name: delete_oldest_sessions
 -- A key has so many sessions at most: the oldest go, to make room for one.
