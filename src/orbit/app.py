@@ -492,6 +492,7 @@ class Node:
             lease_seconds=settings.lease_seconds,
             poll_seconds=settings.poll_seconds,
             on_enqueued=self._wake_dispatcher,
+            is_paused=settings.global_pause,
         )
 
     async def _register(self) -> None:

@@ -226,7 +226,7 @@ class Settings(BaseSettings):
         30.0, "How long work in flight may go on after SIGTERM or SIGINT.", 0, 3600
     )
 
-    global_pause: bool = _knob(False, "No cycle starts while this is true.")
+    global_pause: bool = _knob(False, "This process starts no cycle while it is true.")
     cron_schedule: _Schedule = _knob(
         "0 0,12 * * *", "When raw cycles (without a run profile) start; empty: never."
     )

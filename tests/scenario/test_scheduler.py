@@ -247,6 +247,28 @@ async def test_a_slot_queues_behind_an_active_cycle_or_runs_beside_it(
     assert other["state"] == "finished"
 
 
+async def test_what_waits_goes_on_waiting_in_a_pause(
+    configure: Configure, make_node: MakeNode, set_time: SetTime, facts: Facts
+) -> None:
+    """Under ORBIT_GLOBAL_PAUSE the cycle that has begun ends, and its successor waits on."""
+    configure(scheduled("*/10 * * * *", overlap="queue"))
+    began = await begin(make_node, set_time, NOON - MINUTE)
+    await move(began, set_time, NOON + SECOND)
+    await move(began, set_time, NOON + 10 * MINUTE + SECOND)
+    first, second = (
+        row["cycle_id"] for row in facts("SELECT cycle_id FROM schedule_slot ORDER BY slot_at")
+    )
+    lease = "SELECT is_waiting, node_id FROM cycle_lease WHERE cycle_id = %s"
+    worker = frozenset({"worker"})
+    paused = await make_node(roles=worker, global_pause=True)
+    await ended(paused, first)
+    assert paused.runner is not None
+    await paused.runner.run_once()
+    assert facts(lease, second) == [{"is_waiting": True, "node_id": None}]
+    await paused.drain()
+    assert (await ended(await make_node(roles=worker), second))["state"] == "finished"
+
+
 async def test_jitter_delays_a_slot_by_the_same_time_on_every_node(
     configure: Configure, make_node: MakeNode, set_time: SetTime, facts: Facts
 ) -> None:

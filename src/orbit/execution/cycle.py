@@ -48,17 +48,24 @@ _ORDER = list(Stage)
 
 
 async def claim(
-    database: Database, node_id: str, room: int, lease_seconds: float, *, only: str | None = None
+    database: Database,
+    node_id: str,
+    room: int,
+    lease_seconds: float,
+    *,
+    only: str | None = None,
+    is_paused: bool = False,
 ) -> list[ClaimedCycle]:
     """Takes the leases of at most `room` due cycles of namespaces that are not halted.
 
-    Drills' are left out; with `only` it is a drill that asks, and nothing else is touched.
+    Drills' are left out; with `only` it is a drill that asks, and nothing else is touched. Who
+    `is_paused` lets no cycle begin that waits for another of its run profile.
     """
     fences = {"room": room, "most": MOST_FENCES, "only": only, "drills": DRILL_PREFIX}
     asked = {"node_id": node_id, "room": room, "lease_seconds": lease_seconds}
     try:
         async with database.batch() as connection:
-            if only is None:
+            if only is None and not is_paused:
                 await connection.execute(SQL.release_waiting)
             await connection.execute(SQL.share_fences, fences)
             cursor = await connection.execute(SQL.claim_cycles, asked, binary=True)

@@ -30,7 +30,8 @@ _ERROR_CHARACTERS = 500
 class Runner(Service):
     """Claims cycles up to its concurrency; a drill's, and nothing else, if `only` names it.
 
-    `on_enqueued` is called when a cycle's jobs are queued, so that dispatch begins at once.
+    `on_enqueued` is called when a cycle's jobs are queued, so that dispatch begins at once. While
+    `is_paused` what waits for another cycle goes on waiting.
     """
 
     name = "runner"
@@ -48,13 +49,14 @@ class Runner(Service):
         poll_seconds: float,
         on_enqueued: Callable[[], None],
         only: str | None = None,
+        is_paused: bool = False,
     ) -> None:
         super().__init__(database)
         self._orchestrator, self._node_id = orchestrator, node_id
         self._tenure, self._clock = tenure, clock
         self._concurrency, self._lease_seconds = concurrency, lease_seconds
         self._poll_seconds, self._on_enqueued = poll_seconds, on_enqueued
-        self._only = only
+        self._only, self._is_paused = only, is_paused
         self._running: dict[str, tuple[ClaimedCycle, asyncio.Task[None]]] = {}
         self._traced = tracing.traced(self._carry, _span_of)
 
@@ -65,7 +67,12 @@ class Runner(Service):
             return self._poll_seconds
         asked_at = self._clock.monotonic()
         claimed = await claim(
-            self._database, self._node_id, room, self._lease_seconds, only=self._only
+            self._database,
+            self._node_id,
+            room,
+            self._lease_seconds,
+            only=self._only,
+            is_paused=self._is_paused,
         )
         self._tenure.hold([cycle.cycle_id for cycle in claimed], asked_at)
         for cycle in claimed:
