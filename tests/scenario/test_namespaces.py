@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import psycopg
 import pytest
-from aiohttp import web
 
 from orbit.api.application import create_application
 from orbit.app import Node
@@ -22,7 +20,6 @@ from orbit.governance.halt import Order
 from orbit.reading.view import camel_case, cursor_of
 from tests.scenario.access import asking, key_of
 from tests.scenario.conftest import (
-    Arrival,
     Configure,
     Facts,
     MakeNode,
@@ -34,17 +31,11 @@ from tests.scenario.conftest import (
     until,
 )
 from tests.scenario.routes import OF_A_NAMESPACE, ROUTES, inputs
+from tests.scenario.two_namespaces import FOREIGN, OWN, PAYLOAD, TOKEN, Scene, both_namespaces
 
 LISTS = ("/cycles", "/slots", "/dead-letters", "/dead-letters/requeues", "/lanes")
 NOT_TO_BE_READ = {"/session/open", "/telemetry/stream"}  # a page for browsers; an endless answer
 UNKNOWN = "01890000-0000-7000-8000-000000000000"
-OWN, FOREIGN = "sea", "secret-moon"
-PAYLOAD = "payload-that-a-viewer-may-not-see"
-_SLOT = (
-    b"INSERT INTO schedule_slot (namespace, run_profile_id, slot_at, outcome, reason, node_id)"
-    b" VALUES (%s, %s, orbit_now(), 'missed', 'why', %s)"
-)
-TOKEN = "token-that-nobody-may-see"
 # What is asked of each route that may name something foreign. A route that has a parameter in its
 # path, or takes names of namespaces or of what is theirs, and stands in none of these, fails.
 BY_ID: dict[tuple[str, str], tuple[str, Any]] = {
@@ -114,90 +105,10 @@ FOREIGN_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Scene:
-    """A node where both namespaces have had everything, and the ids of the foreign ones."""
-
-    node: Node
-    cycle_id: str
-    job_id: str
-    batch_id: str
-    own_cycle_id: str
-    own_job_id: str
-    own_batch_id: str
-    foreign_key_id: str
-
-
 @pytest.fixture
 async def scene(make_node: MakeNode, configure: Configure, receiver: Receiver) -> Scene:
-    """Both namespaces: a run profile with a slot, a dead letter, a bulk requeue, a key."""
-
-    async def echo(arrival: Arrival) -> web.Response:
-        return web.Response(status=500, body=arrival.body)
-
-    receiver.answers = {"/sea-out": echo, "/secret-moon-out": echo, "/default": echo}
-    configure(
-        *(
-            run_profile(
-                f"{name}-daily",
-                profile_id=f"{name}-profile",
-                namespace=name,
-                distribution_targets=[f"{name}-out"],
-                execution_policy=policy(schedule="0 6 * * *"),
-            )
-            for name in (OWN, FOREIGN)
-        ),
-        profiles=[profile(f"{name}-profile") for name in (OWN, FOREIGN)],
-    )
-    node = await make_node(
-        auth="on",
-        max_dispatch_retries=0,
-        dispatch_endpoints=(
-            receiver.endpoint("sea-out", token=TOKEN),
-            receiver.endpoint("secret-moon-out", token=TOKEN),
-            receiver.endpoint("default-endpoint", "/default", token=TOKEN),
-        ),
-    )
-    found = [await _everything(node, name) for name in (FOREIGN, OWN)]
-    key = await key_of(node, "admin", namespaces=[FOREIGN])
-    return Scene(node, *found[0], *found[1], key.key_id)
-
-
-async def _everything(node: Node, namespace: str) -> tuple[str, str, str]:
-    """A cycle whose job is dead, and a bulk requeue of an older one that has ended; their ids."""
-    async with asking(node, await key_of(node, "admin")) as admin:
-        body = {
-            "namespace": namespace,
-            "payload": PAYLOAD,
-            "endpointKeys": [f"{namespace}-out"],
-        }
-        await _dead(admin, node, body)
-        asked = {"namespace": namespace, "reason": "x", "canary": 1, "limit": 1}
-        answer = await admin.post("/dead-letters/requeue", json=asked)
-        batch_id = answer.json()["batchId"]
-        cycle_id, job_id = await _dead(admin, node, body)
-        await admin.post("/run-profiles/trigger", json={"runProfileIds": [f"{namespace}-daily"]})
-
-        async def is_over() -> bool:
-            answer = await admin.get(f"/dead-letters/requeues/{batch_id}")
-            return bool(answer.json()["state"] != "running")
-
-        await until(is_over, "the end of the bulk requeue")
-        await node.database.execute(_SLOT, [namespace, f"{namespace}-daily", node.node_id])
-        return cycle_id, job_id, batch_id
-
-
-async def _dead(admin: httpx.AsyncClient, node: Node, body: dict[str, Any]) -> tuple[str, str]:
-    """A new cycle and its one job, which is dead."""
-    cycle_id = (await admin.post("/cycles/trigger", json=body)).json()["cycleRunId"]
-    await ended(node, cycle_id)
-    (job,) = (await admin.get(f"/cycles/{cycle_id}")).json()["jobs"]
-
-    async def is_dead() -> bool:
-        return (await admin.get(f"/dead-letters/{job['jobId']}")).status_code == 200
-
-    await until(is_dead, "the dead letter")
-    return cycle_id, job["jobId"]
+    """Both namespaces have had everything."""
+    return await both_namespaces(make_node, configure, receiver)
 
 
 def shown(answer: httpx.Response, *ids: str) -> tuple[int, str]:

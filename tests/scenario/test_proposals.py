@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime, timedelta
@@ -58,20 +59,29 @@ async def node(make_node: MakeNode, configure: Configure, receiver: Receiver) ->
     return await make_node(auth="on", dispatch_endpoints=(receiver.endpoint("out"),))
 
 
+_BODY = {
+    "recent": 0.6,
+    "baseline": {"mean": 0.9, "lower_limit": 0.85, "upper_limit": 0.95, "count": 100},
+    "baseline_kind": "own",
+    "recommendation": "look at it",
+}
+
+
 async def say(
     node: Node,
     name: str,
     position: int,
     namespace: str = "sea",
     detector: int = DETECTOR_VERSION,
+    profile_id: str = "nova",
 ) -> str:
-    """Records that the detector said something of nova's deliveries; the signal's id."""
+    """Records that the detector said something of a profile's deliveries; the signal's id."""
     documents = node.configuration.active.documents
     signal_id = f"{position:032x}"
     row = {
         "signal_id": signal_id,
-        "profile_id": "nova",
-        "revision": profile_revisions(document_body(documents))["nova"],
+        "profile_id": profile_id,
+        "revision": profile_revisions(document_body(documents))[profile_id],
         "metric": "delivered",
         "name": name,
         "alarm_level": "warning",
@@ -79,7 +89,7 @@ async def say(
         "from_position": position,
         "to_position": position,
         "detector_version": detector,
-        "body": '{"recent":0.6,"baseline":{"mean":0.9}}',
+        "body": json.dumps(_BODY),
     }
     values = {key: array([value]) for key, value in row.items()}
     await node.database.execute(SIGNALS.add_signals, {"namespace": namespace, **values})
