@@ -105,6 +105,17 @@ def test_a_cycle_without_jobs_says_nothing_and_one_that_failed_delivered_nothing
     assert state["recent"] == [0.0, 1.0]
 
 
+def test_a_halt_makes_no_cycle_slow() -> None:
+    """A cycle that a halt held up says what it delivered, and not how long it took."""
+    feed = Feed(50)
+    facts = {**ended(1, "nova", 1.0).metadata, "durationSeconds": 3600}
+    list(feed.take([Told(1, FINISHED, "nova", "a", {**facts, "halted": True})]))
+    list(feed.take([Told(2, FINISHED, "nova", "b", {**facts, "halted": False})]))
+    list(feed.take([Told(3, FINISHED, "nova", "c", facts)]))  # told before there was the field
+    needed = {one.metric: feed.detector.standing(one).needed for one in feed.detector.stream_keys()}
+    assert needed == {"delivered": 47, "latency": 48}
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 1.5, "1", True, None])
 def test_what_is_no_score_is_passed_over(value: Any) -> None:
     """A figure, or no number at all, makes no stream and stops no later score."""

@@ -1,10 +1,10 @@
 """From events to observations: what a namespace's telemetry says of its profiles.
 
-A cycle that ended says what share was delivered and how long it took; one that failed with no job
-delivered nothing. A reported outcome is one observation for each cycle and metric: a score for
-the whole cycle counts at once and once, scores for items and jobs count as their mean when the
-next cycle is reported on. What has a unit or lies outside [0, 1] is a figure, not a score, and is
-passed over, as is whatever else is no number.
+A cycle that ended says what share was delivered and, unless a halt held it up, how long it took;
+one that failed with no job delivered nothing. A reported outcome is one observation for each cycle
+and metric: a score for the whole cycle counts at once and once, scores for items and jobs count as
+their mean when the next cycle is reported on. What has a unit or lies outside [0, 1] is a figure,
+not a score, and is passed over, as is whatever else is no number.
 
 Data that stay away are an alarm. Two clocks, neither of the wall: a metric is silent when ten
 more cycles of its profile have ended without a value than ever before; a profile is silent when
@@ -214,7 +214,7 @@ class Feed:
         share = delivered_share(event)
         if share is not None:
             yield from self._observe(event, profile_id, heard.revision, DELIVERED, share)
-        seconds = _number(facts.get("durationSeconds"))
+        seconds = None if facts.get("halted") else _number(facts.get("durationSeconds"))
         if event.event_type == FINISHED and seconds is not None:
             yield from self._observe(event, profile_id, heard.revision, LATENCY, seconds)
         for metric, one in heard.reported.items():

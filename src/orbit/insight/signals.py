@@ -56,7 +56,7 @@ class Observation:
     """What one cycle came to, at a position of the telemetry stream.
 
     `value` lies in [0, 1]; of the metric `latency` it is in seconds. None says that a value was
-    due and none came. Cycles that were halted or cancelled are not observations.
+    due and none came. How long a cycle took that a halt held up is no observation.
     """
 
     position: int
