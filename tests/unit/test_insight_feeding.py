@@ -128,18 +128,48 @@ def test_what_is_no_score_is_passed_over(value: Any) -> None:
     assert feed.detector.standing(key).needed == 49
 
 
+def recent(feed: Feed, metric: str = "clicks") -> list[float]:
+    """The last values of nova's metric that counted."""
+    state = feed.detector.stream_state(StreamKey("nova", "r1", metric))
+    return [] if state is None else state["recent"]
+
+
 def test_parts_of_a_cycle_count_once_as_their_mean() -> None:
-    """Scores of items wait for the next cycle's; a whole cycle's counts at once, and once."""
-    feed, key = Feed(50), StreamKey("nova", "r1", "clicks")
+    """Scores of items wait until four more cycles have some; a whole cycle's counts at once."""
+    feed = Feed(50)
     list(feed.take([ended(1, "nova", 1.0), scored(2, "nova", "a", 0.25, itemIndex=0)]))
-    list(feed.take([scored(3, "nova", "a", 0.75, jobId="2")]))
-    assert feed.detector.stream_state(key) is None
-    list(feed.take([scored(4, "nova", "b", 1.0, itemIndex=3), scored(5, "nova", "c", 0.0)]))
-    list(feed.take([scored(6, "nova", "d", 0.125), scored(7, "nova", "e", 0.875)]))
-    list(feed.take([scored(8, "nova", "e", 0.875)]))
-    state = feed.detector.stream_state(key)
-    assert state is not None
-    assert state["recent"] == [0.5, 1.0, 0.0, 0.125, 0.875]
+    list(feed.take([scored(3, "nova", "a", 0.75, jobId="2"), scored(4, "nova", "w", 0.0)]))
+    list(feed.take([scored(5, "nova", "w", 1.0), scored(6, "nova", "w", 1.0, itemIndex=3)]))
+    assert recent(feed) == [0.0]
+    later = [scored(10 + number, "nova", f"b{number}", 1.0, itemIndex=0) for number in range(5)]
+    list(feed.take(later[:3]))
+    assert recent(feed) == [0.0]
+    list(feed.take(later[3:]))
+    assert recent(feed) == [0.0, 0.5, 1.0]
+    list(feed.take([scored(20, "nova", "a", 0.0, itemIndex=9), scored(21, "nova", "b4", 0.125)]))
+    assert recent(feed) == [0.0, 0.5, 1.0, 0.125]
+
+
+@pytest.mark.parametrize("cycles", [2, 5, 30])
+@pytest.mark.parametrize("is_part", [True, False])
+def test_a_cycle_counts_once_however_reports_are_mixed(cycles: int, is_part: bool) -> None:
+    """Six reports of each of several cycles, by turns, then of others: one value of each."""
+    feed, events = Feed(50), [ended(1, "nova", 1.0)]
+    for turn in range(6):
+        for number in range(cycles):
+            item = {"itemIndex": turn} if is_part else {}
+            value = turn / 8 if cycles <= 4 else 0.5
+            events.append(scored(len(events) + 1, "nova", f"r{number}", value, **item))
+    for number in range(4):
+        events.append(scored(len(events) + 1, "nova", f"end{number}", 1.0, itemIndex=0))
+    random = Random(cycles)
+    while events:
+        list(feed.take(events[:7]))
+        events, feed = events[7:], reassembled(feed, random)
+    counted = 50 - feed.detector.standing(StreamKey("nova", "r1", "clicks")).needed
+    assert counted == cycles
+    if cycles <= 4:
+        assert recent(feed) == [(0 + 1 + 2 + 3 + 4 + 5) / 6 / 8 if is_part else 0.0] * cycles
 
 
 def test_a_late_score_counts_for_the_profile_as_its_cycle_ran() -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-DETECTOR_VERSION = 2
+DETECTOR_VERSION = 3
 """Raised by every change that gives other numbers for the same observations."""
 
 DELIVERED = "delivered"
