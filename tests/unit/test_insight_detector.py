@@ -16,6 +16,7 @@ from orbit.insight.detector import Detector
 from orbit.insight.evidence import NO_EVIDENCE, STAKES, RunningInterval, grown, total, wilson_bounds
 from orbit.insight.gate import signals_of
 from orbit.insight.signals import (
+    DETECTOR_VERSION,
     INSUFFICIENT_DATA,
     BaselineKind,
     NoData,
@@ -353,8 +354,9 @@ def test_positions_only_go_on() -> None:
 
 def test_other_versions_and_short_baselines_are_refused() -> None:
     """State of another detector version must be rebuilt; fewer than 50 are no baseline."""
+    version = f'"version":{DETECTOR_VERSION}'.encode()
     with pytest.raises(RequestInvalid):
-        Detector.restored(Detector().state().replace(b'"version":2', b'"version":0'))
+        Detector.restored(Detector().state().replace(version, b'"version":0'))
     with pytest.raises(RequestInvalid):
         Detector(49)
 

@@ -166,6 +166,7 @@ class Detector:
         """What of the state belongs to no stream: version, position, who is heard in which turn."""
         return {
             "version": DETECTOR_VERSION,
+            "size": self.size,
             "baseline": self._size,
             "position": self.position,
             "groups": [
@@ -201,7 +202,7 @@ class Detector:
     ) -> Detector:
         """The detector of a `head()` and the `stream_state()` of each stream, in any order.
 
-        Raises RequestInvalid for another detector version.
+        Raises RequestInvalid for another detector version, and where streams are not those.
         """
         if head["version"] != DETECTOR_VERSION:
             raise RequestInvalid(
@@ -215,9 +216,16 @@ class Detector:
             made._revisions.setdefault((key.profile_id, key.metric), []).append(key)
             if "scale" in one:
                 made._scales[key] = LatencyScale.restored(one["scale"])
-        for metric, turn, heard in head["groups"]:
+        heard = {
+            StreamKey(one[0], one[1], group[0]) for group in head["groups"] for one in group[2]
+        }
+        if made.size != head["size"] or not heard <= made._streams.keys():
+            raise RequestInvalid(
+                f"state of {head['size']} streams, and not those: rebuild it from telemetry"
+            )
+        for metric, turn, peers in head["groups"]:
             group = made._groups[metric] = _Group({}, {}, turn)
-            for name, revision, heard_at in heard:
+            for name, revision, heard_at in peers:
                 key = group.heard[name] = StreamKey(name, revision, metric)
                 group.turns[name] = heard_at
                 _count_in(group, made._streams[key], 1)

@@ -230,7 +230,8 @@ class Feed:
     ) -> Feed:
         """The feed of a `head()` and of its streams' states, in any order.
 
-        Raises RequestInvalid for another detector version: rebuild it from telemetry then.
+        Raises RequestInvalid for another detector version, and where streams are not those of the
+        head: rebuild it from telemetry then.
         """
         made = cls(head["detector"]["baseline"])
         made._detector = Detector.assembled(head["detector"], streams)
