@@ -236,6 +236,68 @@ async def test_a_proposal_ends_when_its_profile_changes(
     assert (shown["state"], "another" in shown["reason"]) == ("superseded", True)
 
 
+async def test_what_holds_again_is_proposed_again(
+    node: Node, people: People, configure: Configure, dsn: str
+) -> None:
+    """Off and on again, and the file changed and changed back; a rejection holds nonetheless."""
+    ann, ben = people
+    await node._strategist.stop()
+    await say(node, "low_performance", 7)
+    seen = [*await made(ann)]
+    await decide_profile(ann, "disable")
+    assert (await node.proposals.generate("sea")).ended == seen
+    await decide_profile(ann, "enable")
+    seen += await made(ann)
+    configure(run_profile(namespace="sea"), profiles=[moved(7)])
+    await node.orchestration.reload("ann")
+    assert await made(ann) == []  # nothing is said yet of the profile as it is now
+    configure(run_profile(namespace="sea"), profiles=[moved()])
+    await node.orchestration.reload("ann")
+    seen += await made(ann)
+    assert len(set(seen)) == 3
+    assert await made(ann) == []
+    (shown,) = await listed(ben, state="pending")
+    assert shown["proposalId"] == seen[2]
+    assert await decide(ben, seen[2], "reject", reason="not now") == (200, "rejected")
+    assert await made(ann) == []
+    assert verify(dsn).findings == []
+
+
+async def decide_profile(api: httpx.AsyncClient, verb: str) -> None:
+    """Turns nova off or on."""
+    answer = await api.post(f"/profiles/nova/{verb}", json={"reason": "a test"})
+    assert answer.status_code == 200, answer.text
+
+
+async def test_a_rule_that_does_not_answer_ends_no_proposal(node: Node, people: People) -> None:
+    """It raises, or is not there: what it suggested stays pending, and nobody approves it."""
+    ann, ben = people
+    await node._strategist.stop()
+    rule = _Mine()
+    rule.finding = Finding("it is so", "it is better", {"seen": 1}, 1, 2)
+    node.proposals = Proposals(
+        node.database, node.configuration, node.clock, hours=72, using=(rule,)
+    )
+    (proposal,) = await made(ann)
+    rule.error = RuntimeError("not now")
+    assert (await node.proposals.generate("sea")).ended == ()
+    for using in ((rule,), ()):
+        node.proposals._rules = using
+        assert await decide(ben, proposal, "approve") == (409, "rule_unavailable")
+        assert [one["state"] for one in await listed(ben)] == ["pending"]
+    node.proposals._rules, rule.error = (rule,), None
+    assert await decide(ben, proposal, "approve") == (200, "approved")
+
+
+async def test_who_rejects_needs_no_rule(node: Node, people: People) -> None:
+    """What nobody can say anything of may be turned down."""
+    ann, ben = people
+    await say(node, "low_performance", 7)
+    (proposal,) = await made(ann)
+    node.proposals._rules = ()
+    assert await decide(ben, proposal, "reject", reason="enough") == (200, "rejected")
+
+
 async def test_a_proposal_expires(node: Node, people: People, set_time: SetTime, dsn: str) -> None:
     """After 72 hours nobody approves it, whether that was written down yet or not."""
     ann, ben = people
@@ -348,10 +410,14 @@ class _Mine:
 
     def __init__(self) -> None:
         self.seen: list[Situation] = []
+        self.finding: Finding | None = None
+        self.error: Exception | None = None
 
     def find(self, situation: Situation) -> Finding | None:
         self.seen.append(situation)
-        return None
+        if self.error:
+            raise self.error
+        return self.finding
 
 
 async def test_rules_see_what_a_day_came_to(node: Node, facts: Facts) -> None:

@@ -2,16 +2,18 @@
 
 A proposal is pending until it is approved, rejected, or too old; and only as long as the rules
 still suggest the very same of the profile in force: otherwise it is superseded, and what they
-suggest now is another proposal. The same on the same grounds is proposed once for ever, so a
-rejection holds until there is new evidence. Approved proposals change no profile either: whoever
-applies one does so by the file, or as controlled autonomy within its own bounds.
+suggest now is another proposal. Where its rule does not answer it stays as it is, and nobody
+approves it. The same on the same grounds is proposed once for ever, so a rejection holds until
+there is new evidence; only what was superseded comes again, if it holds again. Approved proposals
+change no profile either: whoever applies one does so by the file, or as controlled autonomy within
+its own bounds.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from datetime import UTC, timedelta
 from typing import Any
 
@@ -25,6 +27,7 @@ from orbit.errors import (
     DatabaseUnavailable,
     NotEntitled,
     NotFound,
+    RuleUnavailable,
     SecondPersonRequired,
 )
 from orbit.governance.actor import Actor
@@ -52,6 +55,7 @@ _A_DAY = timedelta(days=1, minutes=10)  # its last events have their positions b
 _OVER = "its time is over"
 _CHANGED = "the profile is another by now"
 _UNFOUNDED = "what it rests on is another by now"
+_GROUNDS = ("profile_id", "body")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +71,22 @@ ORBIT = Author("orbit", "orbit")
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """The ids of the proposals that are new, and of those that ended by a change or by time."""
+    """The ids of the proposals that are new, and of those that ended by a change or by time.
+
+    `unknown` are those that neither hold nor ended, since their rule did not answer.
+    """
 
     made: Sequence[str]
     ended: Sequence[str]
+    unknown: Set[str] = frozenset()
+
+
+@dataclass(slots=True)
+class _Answers:
+    """What rules suggest, and of which profiles which rules answered at all."""
+
+    suggestions: list[Suggestion] = field(default_factory=list)
+    answered: set[tuple[str, str]] = field(default_factory=set)
 
 
 class Proposals:
@@ -106,9 +122,11 @@ class Proposals:
         documents = self._configuration.active.documents
         within = _of_namespace(documents, namespace, profile_id)
         found = await self._suggested(documents, within, namespace)
-        if not found and not undecided:
-            return Generated((), ())
-        return await self._write(namespace, author, found, _ends(undecided, found, within))
+        ends, unknown = _ends(undecided, found, within)
+        if not found.suggestions and not ends:
+            return Generated((), (), unknown)
+        made = await self._write(namespace, author, found.suggestions, ends)
+        return replace(made, unknown=unknown)
 
     async def namespaces(self, node_id: str) -> list[str]:
         """Where there may be something to do; nowhere unless the node numbers events."""
@@ -128,11 +146,18 @@ class Proposals:
         """Approves or rejects, once; what the rules say no longer is superseded first.
 
         Raises NotFound, AlreadyDecided, SecondPersonRequired (an author approves nothing of their
-        own) and NotEntitled (the profile runs where the actor has no say).
+        own), NotEntitled (the profile runs where the actor has no say) and RuleUnavailable (an
+        approval, and the rule did not answer).
         """
         row = await self._visible(proposal_id, actor)
         if row["decision"] is None:
-            await self.generate(row["namespace"], profile_id=row["profile_id"])
+            found = await self.generate(row["namespace"], profile_id=row["profile_id"])
+            if is_approved and proposal_id in found.unknown:
+                raise RuleUnavailable(
+                    f"the rule {row['rule']} does not answer on this node, so whether the proposal "
+                    "still holds is not known; it stays pending, see rule_failed and rule_unusable "
+                    "in the log"
+                )
         for _ in range(_TRIES):
             await self._configuration.refresh()
             if await self._decide(row, actor, is_approved=is_approved, reason=reason):
@@ -183,19 +208,17 @@ class Proposals:
             )
         return True
 
-    async def _suggested(
-        self, documents: Documents, within: Documents, namespace: str
-    ) -> list[Suggestion]:
+    async def _suggested(self, documents: Documents, within: Documents, namespace: str) -> _Answers:
         asking = [one for one in within.profiles if declares_reaction(one)]
+        found = _Answers()
         if not asking:
-            return []
+            return found
         revisions = profile_revisions(document_body(documents))
         said = await self._signals(
             namespace, {one.profile_id: revisions[one.profile_id] for one in asking}
         )
         day, figures = await self._of_day(namespace)
         using = rules() if self._rules is None else self._rules
-        found: list[Suggestion] = []
         for profile in asking:
             situation = Situation(namespace, profile, said.get(profile.profile_id, ()), day)
             endpoints = {
@@ -204,8 +227,20 @@ class Proposals:
                 if one.profile_id == profile.profile_id
                 for key in one.distribution_targets
             }
-            found += suggestions(_with_figures(situation, figures, endpoints), using)
+            made, answered = suggestions(_with_figures(situation, figures, endpoints), using)
+            found.suggestions += made
+            found.answered |= {(profile.profile_id, rule) for rule in answered}
+        found.suggestions = await self._counted(namespace, found.suggestions)
         return found
+
+    async def _counted(self, namespace: str, found: Sequence[Suggestion]) -> list[Suggestion]:
+        """What is suggested, as often as the very same was superseded before."""
+        if not found:
+            return []
+        columns = {name: array(getattr(one, name) for one in found) for name in _GROUNDS}
+        rows = await self._database.fetch_all(SQL.superseded, {"namespace": namespace, **columns})
+        times = {row["body"]: row["times"] for row in rows}
+        return [one.again(times.get(one.body, 0)) for one in found]
 
     async def _signals(
         self, namespace: str, revisions: Mapping[str, str]
@@ -345,20 +380,23 @@ def _summed(rows: Any) -> Figures:
 
 
 def _ends(
-    undecided: Sequence[Mapping[str, Any]], found: Sequence[Suggestion], within: Documents
-) -> dict[str, tuple[str, str | None]]:
-    """What becomes of proposals that are undecided and no longer hold: expired, or superseded."""
-    held = {one.proposal_id for one in found}
+    undecided: Sequence[Mapping[str, Any]], found: _Answers, within: Documents
+) -> tuple[dict[str, tuple[str, str | None]], set[str]]:
+    """Of what is undecided what becomes of that which does not hold, and what nobody can say of."""
+    held = {one.proposal_id for one in found.suggestions}
     digests = {one.profile_id: profile_digest(one) for one in within.profiles}
     ends: dict[str, tuple[str, str | None]] = {}
+    unknown: set[str] = set()
     for row in undecided:
         if row["is_over"]:
             ends[row["proposal_id"]] = "expired", _OVER
         elif digests.get(row["profile_id"]) != row["profile_digest"]:
             ends[row["proposal_id"]] = "superseded", _CHANGED
+        elif (row["profile_id"], row["rule"]) not in found.answered:
+            unknown.add(row["proposal_id"])
         elif row["proposal_id"] not in held:
             ends[row["proposal_id"]] = "superseded", _UNFOUNDED
-    return ends
+    return ends, unknown
 
 
 async def _end(

@@ -47,7 +47,7 @@ GROUP BY 1, 2, 3;
 -- name: undecided
 -- The proposals of a namespace that nothing became of as yet; none is older than it may become.
 -- strategy_proposal_of_profile serves it.
-SELECT proposal.proposal_id, proposal.profile_id, proposal.profile_digest, proposal.expires_at,
+SELECT proposal.proposal_id, proposal.profile_id, proposal.rule, proposal.profile_digest,
     proposal.expires_at <= orbit_now() AS is_over
 FROM strategy_proposal proposal
 WHERE proposal.namespace = %(namespace)s
@@ -55,6 +55,19 @@ WHERE proposal.namespace = %(namespace)s
     AND NOT EXISTS (SELECT FROM strategy_decision decision
         WHERE decision.namespace = proposal.namespace
             AND decision.proposal_id = proposal.proposal_id);
+
+-- name: superseded
+-- Of what is suggested that which was superseded before, and how often: all of its body is the same
+-- but for how often that was. strategy_proposal_of_profile serves it.
+SELECT asked.body, count(*)::int AS times
+FROM unnest(%(profile_id)s::text[], %(body)s::text[]) AS asked (profile_id, body)
+JOIN strategy_proposal proposal ON proposal.namespace = %(namespace)s
+    AND proposal.profile_id = asked.profile_id
+    AND regexp_replace(proposal.body, '^\{"again":[0-9]+,', '{') = asked.body
+JOIN strategy_decision decision ON decision.namespace = proposal.namespace
+    AND decision.proposal_id = proposal.proposal_id
+WHERE decision.decision = 'superseded'
+GROUP BY asked.body;
 
 -- name: leader
 -- Which node numbers events, and so works on what follows from them.
