@@ -239,8 +239,7 @@ class Node:
         self.sessions = Sessions(database, self.keys, settings.session_seconds)
         self.refusals = Refusals(database, self.clock)
         self.authentication = await self._authentication()
-        source = TelemetrySource()
-        self.signals = SignalKeeper(database, source)
+        self.signals = SignalKeeper(database, TelemetrySource())
         self.proposals = Proposals(
             database, self.configuration, self.clock, hours=settings.proposal_hours
         )
@@ -257,7 +256,7 @@ class Node:
             guard,
             self.modes,
             self.signals,
-            source,
+            self.proposals,
             probation_hours=settings.watched_hours,
         )
         self.shadows = Shadows(database, self.configuration, guard, self.changes)

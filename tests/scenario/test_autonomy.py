@@ -333,6 +333,24 @@ async def test_it_does_nothing_beyond_a_profiles_bounds(
     assert [one["why"] for one in (await shown(node))["skips"]] == ["profile_changed"]
 
 
+@pytest.mark.parametrize("is_asked", [True, False])
+async def test_what_was_approved_on_other_evidence_is_not_applied(
+    node: Node, facts: Facts, is_asked: bool
+) -> None:
+    """Approved while nobody armed; by then the detector says otherwise, or nobody knows."""
+    await approved(node)
+    await look(node)
+    if is_asked:
+        await say(node, "stable", 8)
+    else:
+        node.proposals._rules = ()
+    await arm(node)
+    await look(node)
+    assert intensity(node) == 5
+    found = facts("SELECT why FROM autonomy_skip WHERE function = 'apply' ORDER BY created_at")
+    assert [one["why"] for one in found] == ["not_armed", "evidence_changed"]
+
+
 async def test_without_a_baseline_nothing_is_changed(
     make_node: MakeNode, configure: Configure
 ) -> None:

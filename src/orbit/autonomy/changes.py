@@ -8,10 +8,10 @@ either is kept in memory that facts do not say: whichever node looks next goes o
 node that dies within has done nothing. Two that come at once wait for the lock, and the second
 finds it done.
 
-It applies only what a person approved and nobody applied, within the profile's bounds, and one
-change of a profile at a time. A breach is rolled back at once; what stays inconclusive is held
-until its time is over and then reverted; only what is shown to be no worse is kept, as an overlay,
-while the profile is armed. Nothing is ever written into a file.
+It applies only what a person approved, nobody applied and the rules still suggest, within the
+profile's bounds, and one change of a profile at a time. A breach is rolled back at once; what stays
+inconclusive is held until its time is over and then reverted; only what is shown to be no worse is
+kept, as an overlay, while the profile is armed. Nothing is ever written into a file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from orbit.database.pool import TRANSIENT, Connection, Database
 from orbit.database.queries import load
 from orbit.errors import DatabaseUnavailable
 from orbit.governance.actor import Actor
-from orbit.insight.keeping import BATCH_EVENTS, EventSource, SignalKeeper
+from orbit.insight.keeping import BATCH_EVENTS, SignalKeeper
+from orbit.insight.proposals import Proposals
 from orbit.insight.source import profile_revisions
 from orbit.insight.strategy import profile_digest
 from orbit.profiles.adjustments import (
@@ -92,12 +93,12 @@ class Changes:
         guard: Guard,
         modes: Modes,
         keeper: SignalKeeper,
-        source: EventSource,
+        proposals: Proposals,
         *,
         probation_hours: int,
     ) -> None:
         self._database, self._configuration, self._clock = database, configuration, clock
-        self._guard, self._modes, self._keeper, self._source = guard, modes, keeper, source
+        self._guard, self._modes, self._keeper, self._proposals = guard, modes, keeper, proposals
         self._hours = probation_hours
         self._trials: dict[str, dict[str, Trial]] = {}
         self._weighing = asyncio.Lock()
@@ -159,6 +160,8 @@ class Changes:
             if isinstance(moves, Why):
                 return why or moves
             why = why or why_not(profile, moves, await _of_today(connection, profile_id))
+        if why is None and not await self._proposals.is_suggested(row):
+            why = Why.UNFOUNDED
         if why is not None:
             return why
         overlay = Overlay(
@@ -389,7 +392,9 @@ class Changes:
         while not is_last and batches != most_batches:
             batches += 1
             async with self._database.connection() as connection:
-                found = await self._source.read(connection, namespace, trial.position, BATCH_EVENTS)
+                found = await self._keeper.source.read(
+                    connection, namespace, trial.position, BATCH_EVENTS
+                )
             await asyncio.to_thread(trial.take, found.events, found.last_position)
             is_last = found.is_last or trial.is_breached
 

@@ -79,7 +79,7 @@ class SignalKeeper:
     """The stored feeds of all namespaces, fed from one source."""
 
     def __init__(self, database: Database, source: EventSource) -> None:
-        self._database, self._source = database, source
+        self._database, self.source = database, source
         self._feeds: dict[str, Feed] = {}  # as they are stored; one that is in use is not in it
 
     async def behind(self, node_id: str) -> list[str]:
@@ -109,7 +109,7 @@ class SignalKeeper:
             feed = await self._locked(connection, namespace, is_leader=is_leader)
             if feed is None:
                 return Fed(0, 0, 0, is_up_to_date=False)
-            found = await self._source.read(connection, namespace, feed.position, BATCH_EVENTS)
+            found = await self.source.read(connection, namespace, feed.position, BATCH_EVENTS)
             if found.last_position > feed.position:
                 moved = await asyncio.to_thread(_moved, namespace, feed, found)
                 new = await _store(connection, namespace, moved)

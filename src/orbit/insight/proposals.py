@@ -128,6 +128,13 @@ class Proposals:
         made = await self._write(namespace, author, found.suggestions, ends)
         return replace(made, unknown=unknown)
 
+    async def is_suggested(self, row: Mapping[str, Any]) -> bool:
+        """Whether the rules still suggest a proposal; no, where its rule does not answer."""
+        documents, namespace = self._configuration.active.documents, row["namespace"]
+        within = _of_namespace(documents, namespace, row["profile_id"])
+        found = await self._suggested(documents, within, namespace)
+        return row["proposal_id"] in {one.proposal_id for one in found.suggestions}
+
     async def namespaces(self, node_id: str) -> list[str]:
         """Where there may be something to do; nowhere unless the node numbers events."""
         row = await self._database.fetch_one(SQL.leader)
