@@ -197,6 +197,20 @@ def test_a_metric_that_stays_away_is_an_alarm_and_a_slower_pace_is_learned() -> 
     assert not [one for one in feed.take(again) if isinstance(one, NoData)]
 
 
+def test_a_second_silence_is_told_of_too() -> None:
+    """Also where one cycle reported by parts, which counts later, is all that came in between."""
+    feed, events = Feed(50), []
+    for number in range(30):
+        events += [ended(2 * number + 1, "nova", 1.0)]
+        events += [scored(2 * number + 2, "nova", f"r{number}", 0.5)]
+    events += [ended(100 + number, "nova", 1.0) for number in range(15)]
+    events += [scored(200, "nova", "late", 0.5, itemIndex=0)]
+    events += [ended(300 + number, "nova", 1.0) for number in range(60)]
+    alarms = [one for one in feed.take(events) if isinstance(one, NoData)]
+    assert [(one.key.metric, one.missed) for one in alarms] == [("clicks", 10)] * 2
+    assert alarms[0].last_position < 200 < alarms[1].first_position
+
+
 def test_a_profile_whose_cycles_stay_away_is_told_of_once() -> None:
     """Others go on and it does not: an alarm once; a burst of one profile alarms nobody."""
     feed, names = Feed(50), ["a", "b", "c"]

@@ -109,6 +109,13 @@ class Detector:
             said += self._take(key, stream, position, one)
         return said
 
+    def hear(self, key: StreamKey) -> None:
+        """Says that of what was due something came, though it is no observation yet."""
+        stream = self._streams.get(key)
+        if stream is not None and stream.missed:
+            stream.missed = 0
+            self._changed.add(key)
+
     def standing(self, key: StreamKey) -> Standing:
         """How the stream stands; a stream never heard of has insufficient data."""
         stream = self._streams.get(key)

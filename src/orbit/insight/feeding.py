@@ -273,6 +273,7 @@ class Feed:
         one.longest, one.since = max(one.longest, one.since), 0
         one.revision = _revision(facts) or heard.revision
         is_part = facts.get("itemIndex") is not None or facts.get("jobId") is not None
+        self._detector.hear(StreamKey(profile_id, one.revision, metric))
         ready = one.add(event.run_id, value, is_part=is_part)
         if ready:
             yield from self._observe(event, profile_id, ready[0], metric, ready[1])
