@@ -236,6 +236,31 @@ async def test_a_proposal_ends_when_its_profile_changes(
     assert (shown["state"], "another" in shown["reason"]) == ("superseded", True)
 
 
+async def test_rules_are_asked_of_the_very_configuration_that_is_in_force(
+    node: Node, people: People, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that comes into force after they were asked has them asked once more."""
+    ann, ben = people
+    await node._strategist.stop()
+    await say(node, "low_performance", 7)
+    (proposal,) = await made(ann)
+    ask = node.proposals._suggested
+    asked: list[str] = []
+
+    async def and_reload(*given: Any) -> Any:
+        found = await ask(*given)
+        asked.append(node.configuration.active.revision)
+        if len(asked) == 1:  # the profile stays as it is, and what is known of it does not
+            configure(run_profile(namespace="sea", value_tags={"a": "b"}), profiles=[moved()])
+            await node.orchestration.reload("ann")
+        return found
+
+    monkeypatch.setattr(node.proposals, "_suggested", and_reload)
+    assert await decide(ben, proposal, "approve") == (409, "already_decided")
+    assert len(set(asked)) == 2
+    assert [one["state"] for one in await listed(ben)] == ["superseded"]
+
+
 async def test_what_holds_again_is_proposed_again(
     node: Node, people: People, configure: Configure, dsn: str
 ) -> None:

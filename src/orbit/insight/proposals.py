@@ -73,12 +73,14 @@ ORBIT = Author("orbit", "orbit")
 class Generated:
     """The ids of the proposals that are new, and of those that ended by a change or by time.
 
-    `unknown` are those that neither hold nor ended, since their rule did not answer.
+    `unknown` are those that neither hold nor ended, since their rule did not answer. All of it is
+    of the configuration `revision`.
     """
 
     made: Sequence[str]
     ended: Sequence[str]
-    unknown: Set[str] = frozenset()
+    unknown: Set[str]
+    revision: str
 
 
 @dataclass(slots=True)
@@ -119,14 +121,15 @@ class Proposals:
         }
         undecided = await self._database.fetch_all(SQL.undecided, asked)
         await self._configuration.refresh()
-        documents = self._configuration.active.documents
-        within = _of_namespace(documents, namespace, profile_id)
-        found = await self._suggested(documents, within, namespace)
+        active = self._configuration.active
+        within = _of_namespace(active.documents, namespace, profile_id)
+        found = await self._suggested(active.documents, within, namespace)
         ends, unknown = _ends(undecided, found, within)
-        if not found.suggestions and not ends:
-            return Generated((), (), unknown)
-        made = await self._write(namespace, author, found.suggestions, ends)
-        return replace(made, unknown=unknown)
+        made: Sequence[str] = ()
+        ended: Sequence[str] = ()
+        if found.suggestions or ends:
+            made, ended = await self._write(namespace, author, found.suggestions, ends)
+        return Generated(made, ended, unknown, active.revision)
 
     async def is_suggested(self, row: Mapping[str, Any]) -> bool:
         """Whether the rules still suggest a proposal; no, where its rule does not answer."""
@@ -157,7 +160,9 @@ class Proposals:
         approval, and the rule did not answer).
         """
         row = await self._visible(proposal_id, actor)
-        if row["decision"] is None:
+        if row["decision"] is not None:
+            raise _decided(row)
+        for _ in range(_TRIES):
             found = await self.generate(row["namespace"], profile_id=row["profile_id"])
             if is_approved and proposal_id in found.unknown:
                 raise RuleUnavailable(
@@ -165,9 +170,9 @@ class Proposals:
                     "still holds is not known; it stays pending, see rule_failed and rule_unusable "
                     "in the log"
                 )
-        for _ in range(_TRIES):
-            await self._configuration.refresh()
-            if await self._decide(row, actor, is_approved=is_approved, reason=reason):
+            if await self._decide(
+                row, found.revision, actor, is_approved=is_approved, reason=reason
+            ):
                 return
         raise DatabaseUnavailable("the configuration is changing; try again")
 
@@ -178,9 +183,15 @@ class Proposals:
         return row
 
     async def _decide(
-        self, row: Mapping[str, Any], actor: Actor, *, is_approved: bool, reason: str | None
+        self,
+        row: Mapping[str, Any],
+        revision: str,
+        actor: Actor,
+        *,
+        is_approved: bool,
+        reason: str | None,
     ) -> bool:
-        """Whether it was decided; not while another configuration came into force."""
+        """Whether it was decided; not if another configuration came into force since `revision`."""
         active = self._configuration.active
         namespace, proposal_id = row["namespace"], row["proposal_id"]
         async with self._database.transaction() as connection:
@@ -188,7 +199,7 @@ class Proposals:
             await connection.execute(SQL.share_configuration)
             cursor = await connection.execute(CONFIGURATION_SQL.active_revision)
             force = await cursor.fetchone()
-            if force is None or force["revision"] != active.revision:
+            if force is None or {force["revision"], active.revision} != {revision}:
                 return False
             cursor = await connection.execute(SQL.proposal, {"proposal_id": proposal_id})
             now = await cursor.fetchone()
@@ -289,7 +300,7 @@ class Proposals:
         author: Author,
         found: Sequence[Suggestion],
         ends: Mapping[str, tuple[str, str | None]],
-    ) -> Generated:
+    ) -> tuple[list[str], list[str]]:
         async with self._database.transaction() as connection:
             made = await self._add(connection, namespace, author, found)
             ended = await _end(connection, namespace, ends, ORBIT.name, ORBIT.id)
@@ -319,7 +330,7 @@ class Proposals:
                 for row in ended
             ]
             await append(connection, *acts)
-        return Generated(list(profiles), [row["proposal_id"] for row in ended])
+        return list(profiles), [row["proposal_id"] for row in ended]
 
     async def _add(
         self,
