@@ -22,6 +22,7 @@ from orbit.insight.signals import DETECTOR_VERSION
 from orbit.insight.source import profile_revisions
 from orbit.insight.strategy import Finding, Situation
 from orbit.profiles.model import document_body
+from orbit.services.sequencer import Sequencer
 from orbit.telemetry.catalogue import EventType
 from orbit.telemetry.emission import Event, emit
 from tests.scenario.access import asking, key_of
@@ -471,3 +472,28 @@ async def test_rules_see_what_a_day_came_to(node: Node, facts: Facts) -> None:
     assert (figures.values, figures.value, figures.costs, figures.cost) == (1, 2.5, 1, 4.0)
     assert seen.before.cycles == 0
     assert 0 < seen.from_position <= seen.to_position
+
+
+async def test_a_day_is_over_once_all_of_it_has_positions(node: Node, facts: Facts) -> None:
+    """What has none as yet is waited for; then it counts, though the day was looked at before."""
+    ends = Event("sea", EventType.EXECUTION_FINISHED, {"attempts": 60, "unknown": 6}, "nova")
+
+    async def tell() -> None:
+        async with node.database.transaction() as connection:
+            await emit(connection, ends)
+
+    await tell()
+    await until(lambda: not facts("SELECT FROM telemetry_pending"), "the positions")
+    await node._sequencer.stop()
+    await tell()
+    mine = _Mine()
+    proposals = Proposals(node.database, node.configuration, _Clock(node), hours=1, using=(mine,))
+    await proposals.generate("sea")
+    node._sequencer = Sequencer(node.database, node.node_id)
+    node._sequencer.start()
+    await until(lambda: not facts("SELECT FROM telemetry_pending"), "the positions")
+    await proposals.generate("sea")
+    await node._sequencer.stop()
+    before, after = mine.seen
+    assert before.day < after.day
+    assert (before.recent.cycles, after.recent.cycles) == (0, 2)

@@ -51,7 +51,7 @@ from orbit.telemetry.emission import Event, emit
 SQL = load("proposals")
 CONFIGURATION_SQL = load("configuration")
 _TRIES = 3
-_A_DAY = timedelta(days=1, minutes=10)  # its last events have their positions by then
+_A_DAY = timedelta(days=1, minutes=10)  # its last events are committed by then
 _OVER = "its time is over"
 _CHANGED = "the profile is another by now"
 _UNFOUNDED = "what it rests on is another by now"
@@ -285,8 +285,15 @@ class Proposals:
         return found
 
     async def _of_day(self, namespace: str) -> tuple[str, Sequence[Mapping[str, Any]]]:
-        """The figures of the last whole day; they change no more, so they are read once."""
-        day = (self._clock.now().astimezone(UTC) - _A_DAY).date().isoformat()
+        """The figures of the last day that is over and all of whose events have positions.
+
+        They change no more, so they are read once.
+        """
+        over = self._clock.now() - _A_DAY
+        row = await self._database.fetch_one(SQL.oldest_pending, {"namespace": namespace})
+        if row is not None:
+            over = min(over, row["at"] - timedelta(days=1))
+        day = over.astimezone(UTC).date().isoformat()
         known = self._figures.get(namespace)
         if known is None or known[0] != day:
             asked = {"namespace": namespace, "day": day}

@@ -44,6 +44,11 @@ WHERE event.namespace = %(namespace)s
     AND event.batch_id >= edge.begin AND event.batch_id < edge.until
 GROUP BY 1, 2, 3;
 
+-- name: oldest_pending
+-- When the oldest of a namespace's events without a position was told. The primary key serves it.
+SELECT orbit_id_time(batch_id) AS at FROM telemetry_pending
+WHERE namespace = %(namespace)s ORDER BY batch_id LIMIT 1;
+
 -- name: undecided
 -- The proposals of a namespace that nothing became of as yet; none is older than it may become.
 -- strategy_proposal_of_profile serves it.
