@@ -6,6 +6,7 @@ import math
 from fractions import Fraction
 from random import Random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +28,7 @@ from orbit.insight.signals import (
 )
 from orbit.insight.simulation import Fleet, Scenario, simulated
 from orbit.insight.stickiness import Stickiness
-from tests.unit.detector_reference import autocorrelation, expected, residuals
+from tests.unit.detector_reference import autocorrelation, expected, interval, residuals
 
 ALONE = StreamKey("nova", "r1", "delivered")
 exactly = settings(derandomize=True, deadline=None, max_examples=25)
@@ -304,6 +305,24 @@ def test_stable_is_claimed_only_within_the_baseline() -> None:
     assert first.baseline.mean - 0.06 <= first.interval[0] <= first.interval[1]
     assert first.interval[1] <= first.baseline.mean + 0.06
     assert detector.standing(key).status == "stable"
+
+
+def test_an_interval_is_that_of_the_positions_it_names() -> None:
+    """Steady for long, then worse: each claim's interval, computed again from its own cycles."""
+    detector, key = Detector(), StreamKey("nova", "r1", "score")
+    values = [0.625, 0.75] * 350 + [0.0, 0.125] * 30
+    found = [one for one in fed(detector, key, values) if isinstance(one, Signal)]
+    said = [one for one in found if one.averaged == 1]
+    assert {one.name for one in said[:-1]} == {SignalName.STABLE}
+    for one in said:
+        own = np.array(values[one.interval_position - 1 : one.last_position])
+        assert len(own) == one.interval_count
+        assert one.interval == pytest.approx(interval(own)[:2], abs=1e-9)
+        assert one.count == one.last_position - one.first_position + 1
+        assert (one.first_position == one.interval_position) or one.name is SignalName.LOW
+    low = said[-1]
+    assert low.name is SignalName.LOW
+    assert low.first_position == 101 < low.interval_position
 
 
 def test_a_silent_stream_raises_one_alarm() -> None:

@@ -366,6 +366,8 @@ def _signal(
         claim.averaged,
         stream.first_position,
         claim.first_position,
+        claim.interval_position,
+        claim.interval_count,
         stream.last_position,
         recommend(claim.name, recent, baseline, ratio),
     )
