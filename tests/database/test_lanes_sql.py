@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
 from orbit.clock import DatabaseClock
 from orbit.database.pool import Database
 from orbit.endpoints import Breaker, Endpoint
-from orbit.execution.dispatch import SECRET_UNREADABLE, ClaimedJob, Lane
+from orbit.execution.dispatch import SECRET_UNREADABLE, ClaimedJob, Lane, Settlement
 from orbit.execution.wire import Outcome, WireResult
 from tests.database.engine import DELIVERED, FAILED, Worker, count, expire, only
 
@@ -205,6 +206,31 @@ async def test_failures_from_without_a_breaker_open_none_by_themselves(
     assert await breaker(database) == "closed"
     await settle_all(without, jobs[5:], FAILED)
     assert await breaker(database) == "closed"
+
+
+async def test_a_settlement_whose_answer_was_lost_is_judged_once(
+    database: Database, clock: DatabaseClock
+) -> None:
+    """It is flushed again, and its failures are still as many as were seen."""
+    worker = Worker.new(database, clock, endpoint=endpoint(breaker=BREAKER))
+    await queued(worker, 3)
+    flush = worker.queue._settlements._flush
+
+    async def twice(entries: Sequence[Settlement]) -> Sequence[None]:
+        await flush(entries)
+        return await flush(entries)
+
+    worker.queue._settlements._flush = twice
+    await settle_all(worker, await take(worker, 2), FAILED)
+    counted = "SELECT failures, window_attempts, window_failures FROM lane"
+    assert await only(database, counted) == {
+        "failures": 2,
+        "window_attempts": 2,
+        "window_failures": 2,
+    }
+    assert await breaker(database) == "closed"
+    await settle_all(worker, await take(worker, 1), FAILED)
+    assert await changes(database) == ["opened"]
 
 
 async def test_a_success_ends_a_run(database: Database, clock: DatabaseClock) -> None:

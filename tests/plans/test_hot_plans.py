@@ -185,7 +185,7 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
             "answer": contents,
             "part": 1,
         },
-        "dispatch.judge_lanes": {**verdicts, "settler_id": NODE},
+        "dispatch.judge_lanes": {**verdicts, "part": 1, "settler_id": NODE},
         "dispatch.snapshot": {"namespace": sample["namespace"][0], "snapshot_id": "s"},
         "halt.still_in_flight": {"namespace": sample["namespace"][0], "epoch": 1},
         "halt.attempts_in_flight": {"namespace": sample["namespace"][0]},

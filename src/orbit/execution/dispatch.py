@@ -384,7 +384,7 @@ class DispatchQueue:
         self, connection: Connection, settlements: Sequence[Settlement]
     ) -> Callable[[], Awaitable[None]]:
         """Writes the ends of attempts; gives what is to be called after the commit."""
-        rows = _rows(settlements) | {"part": self._part, "settler_id": self._node_id}
+        rows = _rows(settlements) | {"part": self._part}
         await connection.execute(SQL.settle_jobs, rows)
         await connection.execute(SQL.insert_receipts, rows)
         if unspared := [s for s in settlements if s.is_unspared and not s.is_done]:
@@ -399,7 +399,7 @@ class DispatchQueue:
                 "node_id": self._node_id,
             }
             ended = await connection.execute(CYCLE_SQL.end_dispatched, touched)
-        verdicts = self._lane_rows(settlements) | {"settler_id": self._node_id}
+        verdicts = self._lane_rows(settlements)
         changes = await connection.execute(SQL.judge_lanes, verdicts)
 
         async def tell() -> None:
@@ -427,6 +427,8 @@ class DispatchQueue:
             "window_seconds": array(breaker.window_seconds for breaker in breakers),
             "hold_seconds": array(breaker.hold_seconds for breaker in breakers),
             "longest_hold_seconds": array(breaker.longest_hold_seconds for breaker in breakers),
+            "part": self._part,
+            "settler_id": self._node_id,
         }
 
 

@@ -435,8 +435,9 @@ ON CONFLICT (namespace, endpoint_key, part) DO UPDATE SET
 
 -- name: judge_lanes
 -- Counts the ends of attempts in their lanes' breakers, and opens, holds on or closes them; says
--- what changed. Lanes that are well and had no failure are only looked at. Locks in key order,
--- after all else that a settlement locks.
+-- what changed. Lanes that are well and had no failure are only looked at, and so are those of which
+-- this transaction wrote no receipt: they were judged when their attempts' were. Locks in key order,
+-- after all else that a settlement locks. To follow insert_receipts.
 WITH result AS MATERIALIZED (
     SELECT * FROM unnest(%(lane_namespace)s::text[], %(lane_key)s::text[], %(attempts)s::int[],
         %(failures)s::int[], %(last_failures)s::int[], %(has_success)s::boolean[],
@@ -457,8 +458,11 @@ WITH result AS MATERIALIZED (
         result.failures AS new_failures
     FROM lane JOIN result
         ON lane.namespace = result.namespace AND lane.endpoint_key = result.endpoint_key
-    WHERE result.failures > 0 OR lane.failures > 0 OR lane.window_failures > 0
-        OR lane.probe_at IS NOT NULL
+    WHERE (result.failures > 0 OR lane.failures > 0 OR lane.window_failures > 0
+        OR lane.probe_at IS NOT NULL)
+        AND EXISTS (SELECT FROM lane_tally tally WHERE tally.namespace = result.namespace
+            AND tally.endpoint_key = result.endpoint_key AND tally.part = %(part)s
+            AND tally.xmin = pg_current_xact_id()::xid)
     ORDER BY lane.namespace, lane.endpoint_key
     FOR NO KEY UPDATE OF lane
 ), counted AS MATERIALIZED (
