@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tarfile
 import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +25,14 @@ from tests.delivery.conftest import (
     run,
     tracked,
 )
+
+EXTRAS = {"embedded", "otel", "parquet"}
+ASKS_FOR_EXTRAS: dict[str, Any] = {
+    "ORBIT_TELEMETRY_COLD_ARCHIVE_ENABLED": "true",
+    "ORBIT_TELEMETRY_PARQUET_DIR": "weeks",
+    "OTEL_TRACES_EXPORTER": "console",
+    "OTEL_METRICS_EXPORTER": "console",
+}
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +90,7 @@ def test_the_wheel_has_every_file_of_the_program(packages: dict[str, Path]) -> N
     assert found == expected
     for ending in (".sql", ".schema.json", ".mako", "templates/steps.py"):
         assert any(name.endswith(ending) for name in found), ending
-    assert "Provides-Extra: embedded" in declared
-    assert "Provides-Extra: otel" in declared
+    assert set(re.findall(r"^Provides-Extra: (\w+)$", declared, re.MULTILINE)) == EXTRAS
 
 
 def test_the_sdist_makes_the_same_wheel(packages: dict[str, Path], place: Path) -> None:
@@ -111,3 +120,24 @@ def test_the_demo_runs_from_the_wheel_alone(installed: Path, place: Path, user: 
     assert "stored" in told
     place_of = run(installed / "python", "-c", "import orbit; print(orbit.__file__)", cwd=folder)
     assert Path(place_of.strip()).is_relative_to(installed.parent)
+
+
+def test_extras_are_asked_for_by_name_and_work(
+    installed: Path, packages: dict[str, Path], place: Path
+) -> None:
+    """Refused without; then Parquet by its lock, by hash, OpenTelemetry, and a node with both."""
+    python, folder = installed / "python", place / "extras"
+    run(installed / "orbit", "init", folder, cwd=place)
+    refused = run(installed / "orbit", "validate", cwd=folder, code=1, **ASKS_FOR_EXTRAS)
+    assert "pip install 'orbit-control-plane[parquet]'" in refused
+    lock = ROOT / "requirements" / "parquet.txt"
+    assert lock.read_text().partition("\n\n")[2] in (lock.parent / "dev.txt").read_text()
+    install(python, "--require-hashes", "--requirement", str(lock))
+    locked = ("--constraint", str(constraints(place / "constraints.txt")))
+    wheel = f"{packages['wheel']}[otel,parquet]"
+    install(python, "--only-binary", ":all:", *locked, wheel)
+    run(installed / "orbit", "demo", "--dir", folder / "demo", cwd=folder, **ASKS_FOR_EXTRAS)
+    log = (folder / "demo" / "node.log").read_text()
+    assert '"name": "cycle"' in log
+    assert "otel_not_installed" not in log
+    run(python, "-c", "import pyarrow.parquet", cwd=folder)
