@@ -185,7 +185,7 @@ def parse(mention: str) -> None:
         assert found is not None
         command = found
     for parameter in command.params:
-        parameter.required = False
+        parameter.required, parameter.callback = False, None
     command.make_context("orbit", words, parent=context)
 
 
