@@ -78,7 +78,9 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
     verdicts = {
         "lane_namespace": array(sample["namespace"]),
         "lane_key": array(sample["endpoint_key"]),
-        **keyed(sample, attempts=5, failures=3, last_failures=1, has_success="true"),
+        **keyed(
+            sample, attempts=5, failures=3, last_failures=1, has_success="true", may_close="true"
+        ),
         **keyed(sample, has_probe_failed="false", limit_failures=10, limit_share=0.7),
         **keyed(sample, least=20, window_seconds=60.0, hold_seconds=10.0),
         **keyed(sample, longest_hold_seconds=300.0),
@@ -171,7 +173,7 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
         "dispatch.settle_jobs": {
             **jobs,
             **keyed(sample, node_id=NODE, attempt=1, size=1, retry_seconds=None, cause=None),
-            **keyed(sample, outcome="delivered"),
+            **keyed(sample, outcome="delivered", is_unspared="false"),
             **profile,
         },
         "dispatch.insert_receipts": {
@@ -353,7 +355,6 @@ BY_KEY = (
     "dispatch.renew_jobs",
     "dispatch.release_jobs",
     "dispatch.settle_jobs",
-    "dispatch.unspare_jobs",
 )
 KEYS = {"cycle_lease_pkey", "dispatch_lease_pkey"}
 
@@ -378,8 +379,7 @@ def test_a_held_lease_is_found_by_its_key(
     waiting: Connection, sample: dict[str, list[Any]]
 ) -> None:
     """Not among all that are under way, whose index was empty when the plan was made."""
-    unspared = keyed(sample, "namespace", "job_id", lease_number=0)
-    asked = {**parameters(sample), "dispatch.unspare_jobs": unspared}
+    asked = parameters(sample)
     waiting.execute("SET plan_cache_mode = force_generic_plan")
     plans = {name: explain(waiting, name, asked[name]) for name in BY_KEY}
     found = {name: indexes(plan, {"dispatch_lease", "cycle_lease"}) for name, plan in plans.items()}

@@ -103,13 +103,25 @@ class Dispatcher(Service):
         self._look_at = self._recover_at = 0.0
         self._is_telling_all = self._log.is_enabled_for(logging.DEBUG)
         self._is_short = False  # jobs are due that there was no place for
+        self._withdrawn: list[_Sending] = []  # to be given back: their lane is held
+        queue.on_held = self._withdraw
 
     async def run_once(self) -> float:
         """Claims what there is room for, lane by lane; rests until the next job is due.
 
         Which lanes have jobs is looked up once in a poll length, or when told of new ones.
         """
+        try:
+            return await self._pass()
+        except TRANSIENT:  # other nodes are to write what they know, when the database is back
+            self._recover_at = self._clock.monotonic() + self._lease_seconds / 2
+            raise
+
+    async def _pass(self) -> float:
         await self._recover()
+        if withdrawn := self._withdrawn:
+            self._withdrawn = []
+            await self._cancel_unbegun(withdrawn)
         if len(self._sending) >= self._places.count * _UNSETTLED_PER_PLACE:
             self._is_short = True
             return self._poll_seconds
@@ -163,10 +175,12 @@ class Dispatcher(Service):
         """Which lanes have jobs, and when each is ready for a claim."""
         asked_at = self._clock.monotonic()
         self._look_at = asked_at + self._poll_seconds
+        lanes = await self._queue.lanes()
         self._ready_at = {
             lane.key: asked_at + lane.ready_in_seconds(self._queue.endpoint(lane.endpoint_key))
-            for lane in await self._queue.lanes()
+            for lane in lanes
         }
+        self._withdraw({lane.key for lane in lanes if self._queue.is_held(lane)})
         for key, at in self._retry_at.items():  # it may have been scheduled meanwhile
             self._ready_at[key] = min(at, self._ready_at.get(key, at))
 
@@ -193,6 +207,18 @@ class Dispatcher(Service):
             sending.has_place = True
             sending.task = asyncio.create_task(self._traced(sending))
 
+    def _withdraw(self, lanes: Collection[LaneKey]) -> None:
+        """What was claimed ahead for lanes that are held now waits in the database."""
+        ahead = {
+            one
+            for one in self._sending.values()
+            if one.lane in lanes and one.task is None and not one.job.is_probe
+        }
+        if ahead:
+            self._places.withdraw(ahead)
+            self._withdrawn += ahead
+            super().wake()
+
     def _due(self, now: float) -> list[LaneKey]:
         """Lanes with jobs to claim, as far as is known."""
         return [lane for lane, at in self._ready_at.items() if at <= now]
@@ -210,9 +236,12 @@ class Dispatcher(Service):
                 self._ready_at[lane] = at + grain(rate) / rate
 
     async def _recover(self) -> None:
+        """Ends what others let run out, never what this node holds: that it knows better."""
         now = self._clock.monotonic()
         if now >= self._recover_at:
             self._recover_at = now + self._lease_seconds / _RECOVERY_SHARE
+            if any(one.expires <= now for one in self._sending.values()):
+                await self.beat()
             count = await self._queue.recover(self._clock.now())
             if count:
                 self._log.warning("attempts_unknown", count=count, reason="worker lost")
@@ -289,12 +318,12 @@ class Dispatcher(Service):
 
     async def recall(self) -> None:
         """Gives back at once what was claimed before a halt and has not begun."""
-        overtaken = [
+        overtaken = {
             one
             for one in self._sending.values()
             if not (one.is_begun or one.is_over)
             and not self._fences.may_send(one.job.namespace, one.job.epoch)
-        ]
+        }
         self._places.withdraw(overtaken)
         await self._cancel_unbegun(overtaken)
 
@@ -304,13 +333,14 @@ class Dispatcher(Service):
             [one for one in self._sending.values() if not (one.is_begun or one.is_over)]
         )
 
-    async def _cancel_unbegun(self, unbegun: Sequence[_Sending]) -> None:
+    async def _cancel_unbegun(self, unbegun: Collection[_Sending]) -> None:
         tasks = _cancelled(unbegun)
         if tasks:
             await asyncio.wait(tasks, timeout=LAST_WORDS_SECONDS)
         if unbegun:
             await self._give_back([sending.job for sending in unbegun])
         for sending in unbegun:
+            self._vacate(sending)  # a task that is cancelled before its first step does nothing
             self._forget(sending)
 
     def _tell(self, job: ClaimedJob, result: WireResult) -> None:
