@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import psycopg
@@ -14,7 +15,7 @@ from orbit.clock import DatabaseClock
 from orbit.database.pool import Database
 from orbit.endpoints import Breaker, Endpoint
 from orbit.execution.context import Stage
-from orbit.execution.dispatch import Lane, Settlement
+from orbit.execution.dispatch import ClaimedJob, Lane, LaneKey, Settlement
 from orbit.execution.http1 import WITHHELD
 from orbit.execution.lapse import Hold
 from orbit.execution.memory import PayloadMemory
@@ -208,3 +209,28 @@ async def test_what_was_claimed_ahead_waits_while_the_lane_is_held(
     await node.close()
     await other.close()
     assert await count(database, "delivery_receipt") == begun
+
+
+@pytest.mark.parametrize("is_sure", [True, False])
+async def test_a_claim_whose_answer_is_lost_is_given_back(
+    node: _Node, database: Database, monkeypatch: pytest.MonkeyPatch, *, is_sure: bool
+) -> None:
+    """Unsent, and its number with it; not if one that was sent may be among them."""
+    await node.queue(2 * PLACES)
+    await node.dispatcher._claim({LANE: PLACES})
+    await node.receiver.has(PLACES)
+    claim = node.worker.queue.claim
+
+    async def lost(rooms: Mapping[LaneKey, int], places: int) -> list[ClaimedJob]:
+        await claim(rooms, places)
+        raise psycopg.OperationalError("the connection is lost")
+
+    monkeypatch.setattr(node.worker.queue, "claim", lost)
+    if not is_sure:
+        node.dispatcher._unsure_until = math.inf
+    with pytest.raises(psycopg.OperationalError):
+        await node.dispatcher._claim({LANE: PLACES})
+    assert await waiting(database) == (PLACES if is_sure else 0)
+    assert await count(database, "dispatch_lease", "attempt = 1") == PLACES * (1 if is_sure else 2)
+    await node.close()
+    assert await count(database, "delivery_receipt", "outcome = 'delivered'") == PLACES

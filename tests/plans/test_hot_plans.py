@@ -75,9 +75,12 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
     profile = keyed(sample, profile_id="p", run_profile_id="p-1")
     contents = [b"x"] * size
     profiles = keyed(sample, "namespace", run_profile_id="p-1")
-    verdicts = {
+    lanes = {
         "lane_namespace": array(sample["namespace"]),
         "lane_key": array(sample["endpoint_key"]),
+    }
+    verdicts = {
+        **lanes,
         **keyed(
             sample, attempts=5, failures=3, last_failures=1, has_success="true", may_close="true"
         ),
@@ -169,6 +172,7 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
         "dispatch.hold_lanes": keyed(sample, "namespace", "endpoint_key"),
         "dispatch.renew_jobs": {**jobs, "node_id": NODE, "lease_seconds": 30.0},
         "dispatch.release_jobs": {**jobs, "node_id": NODE},
+        "dispatch.release_unseen": {**jobs, **lanes, "node_id": NODE},
         "dispatch.expired_jobs": {"limit": 500, "namespace": None},
         "dispatch.settle_jobs": {
             **jobs,

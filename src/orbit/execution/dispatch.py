@@ -370,6 +370,14 @@ class DispatchQueue:
         """Gives back jobs of whose open attempt no byte has left."""
         await self._database.execute(SQL.release_jobs, self._leases(jobs))
 
+    async def release_unseen(self, lanes: Collection[LaneKey], known: Sequence[ClaimedJob]) -> None:
+        """Gives back this node's open attempts in lanes, but those that it knows of."""
+        asked = {
+            "lane_namespace": array(namespace for namespace, _ in lanes),
+            "lane_key": array(key for _, key in lanes),
+        }
+        await self._database.execute(SQL.release_unseen, self._leases(known) | asked)
+
     async def drained(self) -> None:
         """Returns when no settlement is waiting to be committed."""
         await self._settlements.drained()

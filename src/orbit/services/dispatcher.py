@@ -100,7 +100,7 @@ class Dispatcher(Service):
         self._places: Places[_Sending] = Places(concurrency, queue.endpoint, clock)
         self._ready_at: dict[LaneKey, float] = {}  # by the monotonic clock, as of the last look
         self._retry_at: dict[LaneKey, float] = {}  # the first of those scheduled here
-        self._look_at = self._recover_at = 0.0
+        self._look_at = self._recover_at = self._unsure_until = 0.0
         self._is_telling_all = self._log.is_enabled_for(logging.DEBUG)
         self._is_short = False  # jobs are due that there was no place for
         self._withdrawn: list[_Sending] = []  # to be given back: their lane is held
@@ -190,6 +190,9 @@ class Dispatcher(Service):
             jobs = await self._queue.claim(rooms, self._places.count)
         except LockNotAvailable:  # another's claim, or a halt, has stopped in its middle
             return 0
+        except TRANSIENT:  # it may have been committed all the same
+            await self._give_back_unseen(rooms)
+            raise
         self._expect(rooms, {(job.namespace, job.endpoint_key) for job in jobs}, asked_at)
         now = self._clock.now()
         for job in jobs:
@@ -263,6 +266,7 @@ class Dispatcher(Service):
                 self._tell(job, result)
         except Exception:  # noqa: BLE001 - whatever it is, the lease runs out
             # The attempt is then settled as unknown.
+            self._unsure_until = self._clock.monotonic() + 2 * self._lease_seconds
             self._log.exception("attempt_interrupted", **_named(job))
         finally:
             self._vacate(sending)
@@ -315,6 +319,15 @@ class Dispatcher(Service):
 
     async def _give_back(self, jobs: Sequence[ClaimedJob]) -> None:
         await self._database.persist(lambda: self._queue.release(jobs))
+
+    async def _give_back_unseen(self, lanes: Collection[LaneKey]) -> None:
+        """Gives back what this node holds without knowing of it, so nothing of it can have begun.
+
+        Not after an attempt that began was lost sight of, until its lease is over.
+        """
+        if self._clock.monotonic() >= self._unsure_until:
+            known = [sending.job for sending in self._sending.values()]
+            await self._database.persist(lambda: self._queue.release_unseen(lanes, known))
 
     async def recall(self) -> None:
         """Gives back at once what was claimed before a halt and has not begun."""

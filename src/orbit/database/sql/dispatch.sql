@@ -252,6 +252,19 @@ WHERE dispatch_lease.namespace = held.namespace AND dispatch_lease.job_id = held
     AND dispatch_lease.lease_number = held.lease_number
     AND dispatch_lease.node_id IS NOT DISTINCT FROM %(node_id)s;
 
+-- name: release_unseen
+-- Gives back the jobs of lanes whose attempt a node opened without hearing of it: the claim was
+-- committed, and its answer lost. dispatch_lease_taken serves it.
+UPDATE dispatch_lease SET due_at = orbit_now(), node_id = NULL, attempt = attempt - 1,
+    spared = spared - is_probe::int
+FROM unnest(%(lane_namespace)s::text[], %(lane_key)s::text[]) AS asked (namespace, endpoint_key)
+WHERE dispatch_lease.namespace = asked.namespace
+    AND dispatch_lease.endpoint_key = asked.endpoint_key
+    AND dispatch_lease.node_id = %(node_id)s AND dispatch_lease.due_at > orbit_now()
+    AND ((dispatch_lease.namespace, dispatch_lease.job_id, dispatch_lease.lease_number) IN (
+        SELECT * FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(lease_number)s::int[])
+    )) IS NOT TRUE;
+
 -- name: expired_jobs
 -- Attempts, of one namespace or all, whose worker let its lease run out, locked, so that they can be
 -- settled as unknown in this transaction. A loose scan of dispatch_lease_taken over the lanes.
