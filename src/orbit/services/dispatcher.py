@@ -350,11 +350,13 @@ class Dispatcher(Service):
         tasks = _cancelled(unbegun)
         if tasks:
             await asyncio.wait(tasks, timeout=LAST_WORDS_SECONDS)
-        if unbegun:
-            await self._give_back([sending.job for sending in unbegun])
-        for sending in unbegun:
-            self._vacate(sending)  # a task that is cancelled before its first step does nothing
-            self._forget(sending)
+        try:
+            if unbegun:
+                await self._give_back([sending.job for sending in unbegun])
+        finally:  # what cannot be given back lapses with its lease
+            for sending in unbegun:
+                self._vacate(sending)  # a task cancelled before its first step does nothing
+                self._forget(sending)
 
     def _tell(self, job: ClaimedJob, result: WireResult) -> None:
         """Successes are in the facts, and in the log for who looks closely."""
