@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import structlog
 
+from orbit import metrics
 from orbit.audit.trail import Act, append
 from orbit.autonomy.bounds import Why, moves_in, why_not
 from orbit.autonomy.guard import Function, Guard, fences
@@ -134,6 +135,8 @@ class Changes:
                     acts = await self._lay(connection, held, row, plan)
                 await append(connection, *acts)
             await self._configuration.refresh()
+            if isinstance(plan, Plan):
+                metrics.autonomy_changes.labels("applied").inc()
             return isinstance(plan, Plan)
         raise DatabaseUnavailable("the configuration is changing; it is looked at again")
 
@@ -256,6 +259,8 @@ class Changes:
         async with self._database.transaction() as connection:
             done = await self._end(connection, overlay_of(row), verdict, body)
         await self._configuration.refresh()
+        if done is not None:
+            metrics.autonomy_changes.labels(_ENDINGS.get(done, done).value).inc()
         return done
 
     async def _is_watched(self, row: Mapping[str, Any]) -> bool:
@@ -291,6 +296,7 @@ class Changes:
             acts += await self._modes.disarm(connection, profile_id, places, Cause.REVERT, by)
             await append(connection, *acts)
         await self._configuration.refresh()
+        metrics.autonomy_changes.labels(Ending.UNDONE.value).inc(len(laid))
         return laid
 
     async def _end(
