@@ -205,6 +205,31 @@ def test_help_and_version_start_quickly(tmp_path: Path) -> None:
     assert not heavy & set(loaded)
 
 
+def test_a_shell_completes_verbs_options_and_values(tmp_path: Path) -> None:
+    """What `--show-completion` prints for bash, taken up by a bash, which is then asked."""
+    script = """
+        eval "$(orbit --show-completion)"
+        complete -p orbit
+        asked() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _orbit_completion orbit; }
+        for words in 'dl' 'trigger --na' 'cycles --state f'; do
+            asked orbit $words; echo "${COMPREPLY[*]}"
+        done
+    """
+    path = f"{PROGRAM.parent}:{os.environ['PATH']}"
+    told = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env=clean_environment(PATH=path),
+        text=True,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    registered, *completed = told.stdout.split("\n", 1)
+    assert registered.endswith("_orbit_completion orbit"), told.stderr
+    assert " ".join(completed).split() == ["dlq", "--namespace", "finished", "failed"]
+
+
 def test_usage_errors_exit_with_2(tmp_path: Path) -> None:
     """A command line that cannot be used gets one line and code 2, and a document with --json."""
     here = Project(tmp_path)
