@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -242,8 +243,11 @@ async def test_the_command_line_verifies_and_exports(
     assert await orbit("export", "--out", str(out)) == 0
     assert await orbit("verify") == 0
     offline = ("verify", "--export", str(out), "--public-key", str(public / "public-key.pem"))
-    assert await orbit(*offline) == 0
     capsys.readouterr()
+    assert await orbit(*offline) == 0
+    told = capsys.readouterr().out
+    assert "Exported at 20" in told
+    assert re.search(r"^brand: [12] entr(y|ies), vouched for up to [12] at 20", told, re.MULTILINE)
     streamed = await api.get("/audit/export", params={"namespace": "brand"})
     lines = streamed.content.splitlines(keepends=True)
     report = verify_export(lines, load_public_key(public / "public-key.pem"))

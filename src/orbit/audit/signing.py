@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -25,7 +25,17 @@ from psycopg import Connection
 from psycopg.rows import TupleRow
 
 from orbit import metrics
-from orbit.audit.checkpoints import PUBLIC_KEY, Checkpoint, file_of, files, log_of, read_line, sign
+from orbit.audit.checkpoints import (
+    PUBLIC_KEY,
+    Checkpoint,
+    Manifest,
+    file_of,
+    files,
+    log_of,
+    read_line,
+    sign,
+    sign_manifest,
+)
 from orbit.audit.keys import public_pem
 from orbit.audit.trail import FIRST_PREV, SQL
 from orbit.audit.verification import entries_of, snapshot, stream
@@ -75,6 +85,15 @@ class Signer:
         self.contradictions = refused
         metrics.audit_contradictions.set(len(refused))
         return len(fresh)
+
+    def manifest(self, log: str | None) -> dict[str, Any]:
+        """What an export that begins now has to have, of all logs or of one, signed.
+
+        Raises OSError if the folder cannot be read.
+        """
+        lasts = self._lasts({})
+        last = tuple(lasts[name] for name in sorted(lasts) if log in (None, name))
+        return sign_manifest(Manifest(self._clock.now().isoformat(), log, last), self._key)
 
     def _look(self, lasts: Mapping[str, Checkpoint], refused: dict[str, str]) -> list[Checkpoint]:
         """Looks at every log that has grown; what can be signed. Others go into `refused`."""

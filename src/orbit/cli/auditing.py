@@ -87,7 +87,7 @@ def exported(
     namespace: Namespace = None,
     out: Annotated[Path | None, typer.Option(help="The file to write; else stdout.")] = None,
 ) -> None:
-    """Write the trail as JSON lines, with the checkpoints, signed anew where the key is here."""
+    """Write the trail as JSON lines, signed as a whole where the signing key is here."""
     from orbit.app import checkpoint_folder, signer_of
     from orbit.audit.export import export as lines_of
     from orbit.clock import SystemClock
@@ -99,7 +99,10 @@ def exported(
         if signer is not None:
             signer.sign_all()
         file = sys.stdout.buffer if out is None else stack.enter_context(out.open("wb"))
-        file.writelines(lines_of(database.dsn, checkpoint_folder(given), namespace))
+        folder = checkpoint_folder(given)
+        file.writelines(lines_of(database.dsn, folder, namespace, signer=signer))
+    if signer is None:
+        note("Not signed: no signing key is here, so nothing vouches for this export.")
     if out is not None:
         note(f"Written to {out}. The public key has to reach the auditor another way.")
 
@@ -175,7 +178,31 @@ def _lines(report: Report) -> Iterator[str]:
         yield f"✗ {finding}"
     if len(report.findings) > _MOST_SHOWN:
         yield f"✗ and {len(report.findings) - _MOST_SHOWN:,} more"
-    counts = f"{report.entries:,} entries, {report.facts:,} sealed facts"
+    yield from _vouched(report)
+    yield from _counts(report)
+    if not report.is_good:
+        yield f"{len(report.findings):,} findings"
+    elif report.is_anchored:
+        yield "The trail is whole."
+    else:
+        logs = f"logs without a checkpoint: {report.unanchored:,}"
+        yield f"The trail is whole in itself, but nothing vouches for its end: {logs}."
+
+
+def _vouched(report: Report) -> Iterator[str]:
+    if report.exported_at is not None:
+        yield f"Exported at {report.exported_at}"
+    for one in report.logs[:_MOST_SHOWN]:
+        told = "nothing vouches for them"
+        if one.last is not None:
+            told = f"vouched for up to {one.last.size:,} at {one.last.at}"
+        yield f"{one.log}: {_entries(one.entries)}, {told}"
+    if len(report.logs) > _MOST_SHOWN:
+        yield f"and {len(report.logs) - _MOST_SHOWN:,} more logs"
+
+
+def _counts(report: Report) -> Iterator[str]:
+    counts = f"{_entries(report.entries)}, {report.facts:,} sealed facts"
     yield f"{counts}, {report.checkpoints:,} checkpoint{'s' if report.checkpoints != 1 else ''}"
     if report.retired:
         yield f"{report.retired:,} facts have only their hash here: retention dropped the rows"
@@ -188,18 +215,25 @@ def _lines(report: Report) -> Iterator[str]:
             f"{report.undeclared:,} facts have only their hash here; whether retention dropped the "
             "rows stands in the installation's log, which is not in this export"
         )
-    if not report.is_good:
-        yield f"{len(report.findings):,} findings"
-    elif report.is_anchored:
-        yield "The trail is whole."
-    else:
-        logs = f"logs without a checkpoint: {report.unanchored:,}"
-        yield f"The trail is whole in itself, but nothing vouches for its end: {logs}."
+
+
+def _entries(count: int) -> str:
+    return f"{count:,} entr{'y' if count == 1 else 'ies'}"
 
 
 def _as_json(report: Report) -> dict[str, Any]:
     return {
         "isGood": report.is_good,
+        "exportedAt": report.exported_at,
+        "logs": [
+            {
+                "namespace": one.log,
+                "entries": one.entries,
+                "vouchedUpTo": one.size,
+                "vouchedAt": one.last.at if one.last else None,
+            }
+            for one in report.logs
+        ],
         "entries": report.entries,
         "facts": report.facts,
         "isAnchored": report.is_anchored,
