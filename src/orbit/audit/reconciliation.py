@@ -44,6 +44,7 @@ GOVERNED = (
     Governed("namespace_resume", "resume.asked", SQL.asked_resumptions),
     Governed("namespace_resume", "resume", SQL.resumptions),
     Governed("namespace_resume", "resume.until", SQL.timed_resumptions),
+    Governed("halt_drill", "drill.halt", SQL.drilled_halts),
     Governed("governance_setting", "setting", SQL.made_settings),
     Governed("access_key", "key.created", SQL.created_keys),
     Governed("access_key_end", "key.rotated", SQL.rotated_keys),

@@ -333,6 +333,11 @@ WHERE step = 'resumed' AND cause = 'person' AND (%(log)s::text IS NULL OR namesp
 SELECT namespace AS log, 'epoch ' || epoch AS subject, created_at AS at FROM namespace_resume
 WHERE step = 'resumed' AND cause = 'until' AND (%(log)s::text IS NULL OR namespace = %(log)s);
 
+-- name: drilled_halts
+-- Rehearsals of halts, by their namespaces; the installation's log tells of them.
+SELECT '*' AS log, namespace AS subject, created_at AS at FROM halt_drill
+WHERE %(log)s::text IS NULL OR %(log)s = '*';
+
 -- name: made_settings
 -- Versions of namespaces' rules.
 SELECT namespace AS log, setting || '/' || version AS subject, created_at AS at
