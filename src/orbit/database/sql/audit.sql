@@ -338,6 +338,10 @@ WHERE step = 'resumed' AND cause = 'until' AND (%(log)s::text IS NULL OR namespa
 SELECT '*' AS log, namespace AS subject, created_at AS at FROM halt_drill
 WHERE %(log)s::text IS NULL OR %(log)s = '*';
 
+-- name: present_consumers
+-- The stored consumers of telemetry.
+SELECT name FROM telemetry_consumer;
+
 -- name: made_settings
 -- Versions of namespaces' rules.
 SELECT namespace AS log, setting || '/' || version AS subject, created_at AS at
