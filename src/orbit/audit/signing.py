@@ -67,7 +67,13 @@ class Signer:
         self._dsn, self._clock, self._key = dsn, clock, key
         self._folder, self._command = folder, command
         self._signed: dict[str, Checkpoint] = {}
+        self._done_at = clock.monotonic()
         self.contradictions: Mapping[str, str] = {}
+
+    @property
+    def age_seconds(self) -> float:
+        """How long ago a pass last came to its end: what is younger is covered by no checkpoint."""
+        return self._clock.monotonic() - self._done_at
 
     def sign_all(self) -> int:
         """Signs every log that has grown; how many. Blocks: call it off the event loop.
@@ -75,6 +81,7 @@ class Signer:
         Raises psycopg.Error if the database does not answer, OSError if the folder cannot be
         written or the command fails.
         """
+        begun_at = self._clock.monotonic()
         with self._held():
             refused: dict[str, str] = {}
             lasts = self._lasts(refused)
@@ -82,7 +89,7 @@ class Signer:
             self._keep(fresh)
         for name in refused.keys() - self.contradictions.keys():
             log.error("audit_contradiction", log=name, why=refused[name])
-        self.contradictions = refused
+        self.contradictions, self._done_at = refused, begun_at
         metrics.audit_contradictions.set(len(refused))
         return len(fresh)
 

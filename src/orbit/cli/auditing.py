@@ -1,4 +1,4 @@
-"""`audit`: the trail listed, verified against the database or offline, and exported.
+"""`audit`: the trail listed, verified against the database or offline, and exported; its key made.
 
 Verifying and exporting ask no node: they read the database themselves, or only files. What is
 found ends the verb with code 6.
@@ -107,6 +107,22 @@ def exported(
         note(f"Written to {out}. The public key has to reach the auditor another way.")
 
 
+@app.command("key")
+def key_made(
+    file: Annotated[
+        Path, typer.Argument(help="Where the key is, or is to be.", show_default=False)
+    ],
+) -> None:
+    """Make the key that signs checkpoints, unless it is there; print its public half (PEM)."""
+    from orbit.audit.keys import load_signing_key, public_pem
+
+    is_new = not file.exists()
+    key = load_signing_key(file, is_made=True)
+    say(public_pem(key.public_key()).decode().strip())
+    if is_new:
+        note(f"Made {file}, which only its owner reads. Take the lines above to the auditor.")
+
+
 def _verify_export(path: Path, public_key: Path | None) -> Report:
     from orbit.audit.export import verify_export
     from orbit.audit.keys import load_public_key
@@ -125,6 +141,8 @@ def _verify_database(
     from orbit.audit.verification import verify as run
 
     refuse_without_data(given)
+    if folder is not None and not folder.is_dir():
+        raise RequestInvalid(f"--checkpoints: there is no folder {folder}")
     folder = folder or checkpoint_folder(given)
     signed, broken = _checkpoints(given, folder, public_key, namespace)
     with access(given) as database:
@@ -141,7 +159,6 @@ def _checkpoints(
     from orbit.audit.walk import Finding
 
     if folder is None or not folder.is_dir():
-        note("No checkpoints: an end of the trail that was cut off would not show.")
         return [], []
     key = _public_key(given, folder, public_key)
     signed, broken = [], []
@@ -185,8 +202,10 @@ def _lines(report: Report) -> Iterator[str]:
     elif report.is_anchored:
         yield "The trail is whole."
     else:
-        logs = f"logs without a checkpoint: {report.unanchored:,}"
-        yield f"The trail is whole in itself, but nothing vouches for its end: {logs}."
+        yield (
+            f"! NOTHING VOUCHES for {report.unanchored:,} of {len(report.logs):,} logs: an end "
+            "that was cut off, or a restored backup, would not show. In itself the trail is whole."
+        )
 
 
 def _vouched(report: Report) -> Iterator[str]:
