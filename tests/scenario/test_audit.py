@@ -191,6 +191,41 @@ async def test_every_failed_attempt_and_dead_letter_is_sealed(
     }
 
 
+async def test_who_reported_an_outcome_is_sealed(
+    node: Node, api: httpx.AsyncClient, owner_dsn: str, facts: Facts
+) -> None:
+    """It stays when the event has gone, and whoever puts another name to it is found."""
+    await dead_letters(node, 1)
+    (cycle,) = facts("SELECT cycle_id::text FROM cycle_run")
+    body = {"namespace": "brand", "metric": "quality", "value": 0.5, "runId": cycle["cycle_id"]}
+    for outcome_id in ("o-1", "o-1", "o-2"):
+        answer = await api.post("/outcomes", json={"outcomeId": outcome_id, **body})
+        assert answer.status_code == 200
+    assert (await whole(owner_dsn)).findings == []
+    sealed = facts(
+        "SELECT part, fact_id::text, reported_by FROM audit_sealed_fact JOIN outcome_key"
+        " ON log = namespace AND part = outcome_id WHERE fact = 'outcome_key' ORDER BY part"
+    )
+    assert [tuple(row.values()) for row in sealed] == [
+        (outcome_id, cycle["cycle_id"], ANYONE.id) for outcome_id in ("o-1", "o-2")
+    ]
+    with psycopg.connect(owner_dsn, autocommit=True) as owner:
+        owner.execute("ALTER TABLE outcome_key DISABLE TRIGGER append_only")
+        for tampering, words in (
+            ("UPDATE outcome_key SET reported_by = 'ann' WHERE outcome_id = 'o-1'", "was altered"),
+            ("DELETE FROM outcome_key WHERE outcome_id = 'o-2'", "/o-2 is missing"),
+            (
+                (
+                    "INSERT INTO outcome_key SELECT namespace, 'o-3', digest, created_at, cycle_id,"
+                    " reported_by, '9' FROM outcome_key"
+                ),
+                "/o-3 has no number: it was added",
+            ),
+        ):
+            owner.execute(tampering.encode())
+            assert words in "\n".join(map(str, verify(owner_dsn).findings))
+
+
 async def test_entries_are_listed_page_by_page_and_narrowed(
     node: Node, api: httpx.AsyncClient, owner_dsn: str
 ) -> None:
