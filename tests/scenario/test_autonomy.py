@@ -92,6 +92,15 @@ async def resume(node: Node, namespace: str = "sea") -> None:
     await node.brake.resume(Order(namespace, "ann", "key-1", "a test"))
 
 
+async def outcomes(node: Node) -> list[str | None]:
+    """What proposals came to, the newest first, in the list and each by itself."""
+    async with asking(node) as api:
+        items = (await api.get("/proposals")).json()["items"]
+        for one in items:
+            assert (await api.get(f"/proposals/{one['proposalId']}")).json() == one
+    return [one["application"] and one["application"]["outcome"] for one in items]
+
+
 async def test_an_approved_change_is_applied_breaks_and_is_rolled_back(
     node: Node, facts: Facts, dsn: str
 ) -> None:
@@ -100,6 +109,7 @@ async def test_an_approved_change_is_applied_breaks_and_is_rolled_back(
     await arm(node)
     proposal_id = await approved(node)
     assert intensity(node) == 5  # approving applies nothing
+    assert await outcomes(node) == [None]
     await look(node)
     assert intensity(node) == 4
     await run(node)
@@ -123,6 +133,7 @@ async def test_an_approved_change_is_applied_breaks_and_is_rolled_back(
     assert intensity(node) == 5
     await run(node)
     assert seen == [5, 4, 5]
+    assert await outcomes(node) == ["rolled_back"]
     found = await shown(node)
     assert (found["profile"]["mode"], found["profile"]["cause"]) == ("disarmed", "rollback")
     (change,) = found["changes"]
@@ -211,6 +222,7 @@ async def test_what_is_shown_to_be_no_worse_is_kept_as_an_overlay(
     assert intensity(node) == 3
     async with asking(node) as api:
         assert len((await api.get("/config")).json()["overlays"]) == 2
+        assert await outcomes(node) == ["on_probation", "kept"]
         taken = await ask(api, "revert", reason="enough")
     assert len(taken["overlayIds"]) == 2
     assert intensity(node) == 5

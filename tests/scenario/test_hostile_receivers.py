@@ -284,6 +284,23 @@ async def test_an_address_that_cannot_be_gone_to(
     await prove(scene, url, Server(), not_sent(cause, error))
 
 
+@pytest.mark.parametrize(
+    ("address", "error"), [("169.254.169.254", "a metadata address"), ("fe80::1", "link-local")]
+)
+async def test_a_name_that_leads_to_a_forbidden_address(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, address: str, error: str
+) -> None:
+    """Whoever answers for the name decides nothing: where it leads is judged before connecting."""
+    system = socket.getaddrinfo
+
+    def answer(host: str, *given: Any, **more: Any) -> Any:
+        return system(address if host == "rebound.example" else host, *given, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+    url = "http://rebound.example/latest/meta-data/"
+    await prove(scene, url, Server(), not_sent("address refused", error))
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 async def test_private_addresses_are_refused_where_the_setting_says_so(
     scene: Scene, facts: Facts, host: str

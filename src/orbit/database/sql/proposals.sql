@@ -120,3 +120,15 @@ CROSS JOIN LATERAL (
     ORDER BY proposal_status.namespace DESC, created_at DESC, proposal_id DESC LIMIT %(count)s
 ) found
 ORDER BY found.created_at DESC, found.proposal_id DESC LIMIT %(count)s);
+
+-- name: applications
+-- What proposals came to that autonomy applied: a change on probation, or how it ended.
+-- a_proposal_is_applied_once serves it.
+SELECT overlay.proposal_namespace, overlay.proposal_id, overlay.overlay_id::text,
+    overlay.created_at AS applied_at,
+    COALESCE(ended.ending, verdict.verdict, 'on_probation') AS outcome
+FROM unnest(%(namespace)s::text[], %(proposal_id)s::text[]) AS asked (namespace, proposal_id)
+JOIN profile_overlay overlay ON overlay.proposal_namespace = asked.namespace
+    AND overlay.proposal_id = asked.proposal_id
+LEFT JOIN autonomy_verdict verdict ON verdict.overlay_id = overlay.overlay_id
+LEFT JOIN profile_overlay_end ended ON ended.overlay_id = overlay.overlay_id;
