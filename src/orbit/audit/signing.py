@@ -98,8 +98,8 @@ class Signer:
 
         Raises OSError if the folder cannot be read.
         """
-        lasts = self._lasts({})
-        last = tuple(lasts[name] for name in sorted(lasts) if log in (None, name))
+        lasts = self._lasts({}, log)
+        last = tuple(lasts[name] for name in sorted(lasts))
         return sign_manifest(Manifest(self._clock.now().isoformat(), log, last), self._key)
 
     def _look(self, lasts: Mapping[str, Checkpoint], refused: dict[str, str]) -> list[Checkpoint]:
@@ -123,14 +123,15 @@ class Signer:
                     fresh.append(Checkpoint(name, size, head, self._clock.now().isoformat()))
         return fresh
 
-    def _lasts(self, refused: dict[str, str]) -> dict[str, Checkpoint]:
+    def _lasts(self, refused: dict[str, str], only: str | None = None) -> dict[str, Checkpoint]:
         """The last checkpoint of each log; one that is not ours is refused, not passed over."""
         if self._folder is None:
-            return dict(self._signed)
+            known = dict(self._signed)
+            return {name: one for name, one in known.items() if only in (None, name)}
         found: dict[str, Checkpoint] = {}
         for path in files(self._folder):
             name = log_of(path)
-            line = _last_line(path)
+            line = _last_line(path) if only in (None, name) else None
             if line is None:
                 continue
             one = read_line(line, self._key.public_key(), name)
