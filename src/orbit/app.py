@@ -164,15 +164,19 @@ def checkpoint_folder(settings: Settings) -> Path | None:
     return settings.audit_checkpoint_dir
 
 
+def signing_key_file(settings: Settings) -> Path | None:
+    """The file of the key that signs checkpoints; None where none is named."""
+    if settings.audit_signing_key_file is None and settings.database_url is None:
+        return settings.data_dir / "audit.key"
+    return settings.audit_signing_key_file
+
+
 def signer_of(settings: Settings, dsn: str, clock: Clock) -> Signer | None:
     """What signs checkpoints; None where no key is named. Raises AuditKeyInvalid."""
-    path = settings.audit_signing_key_file
-    is_embedded = settings.database_url is None
-    if path is None and is_embedded:
-        path = settings.data_dir / "audit.key"
+    path = signing_key_file(settings)
     if path is None:
         return None
-    key = load_signing_key(path, is_made=is_embedded)
+    key = load_signing_key(path, is_made=settings.database_url is None)
     folder = checkpoint_folder(settings)
     return Signer(dsn, clock, key, folder, settings.audit_checkpoint_command)
 
@@ -272,6 +276,10 @@ class Node:
         self.signer = await asyncio.to_thread(
             signer_of, self.settings, self.database.dsn, self.clock
         )
+        if self.signer is None:
+            log.warning(
+                "audit_unsigned", hint="ORBIT_AUDIT_SIGNING_KEY_FILE is unset: docs/audit.md"
+            )
         documents = await asyncio.to_thread(self.orchestration.read_files)
         janitor = Janitor(
             self.database,
