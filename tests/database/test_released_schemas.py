@@ -151,7 +151,7 @@ def test_a_released_schema_is_upgraded_and_its_work_goes_on(
     states = rows(owner_dsn, "SELECT run_profile_id, state FROM cycle_status ORDER BY cycle_id")
     ended = {name: "failed" if name == "fails" else "finished" for name in RUN_PROFILES}
     assert sorted(states) == sorted([*ended.items(), ("ends", "finished")])
-    arrived = httpx.get(f"{receiver}/received", trust_env=False).json()["items"]
+    arrived = httpx.get(f"{receiver}/received", trust_env=False, timeout=60).json()["items"]
     assert [one["outcome"] for one in arrived] == ["stored"] * 4
     went_on = {one["cycleRunId"] for one in arrived} & cycles.keys()
     assert {cycles[cycle] for cycle in went_on} == {"refused", "slow", "waits"}

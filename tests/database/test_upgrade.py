@@ -202,7 +202,7 @@ def test_six_processes_upgrade_at_once_and_one_does_it(empty: str) -> None:
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(6)
     ]
-    answers = [process.communicate(timeout=60) for process in processes]
+    answers = [process.communicate(timeout=300) for process in processes]
     assert [error for _, error in answers] == [""] * 6
     assert sorted(out.strip() for out, _ in answers) == ["current"] * 5 + ["missing"]
     upgrade.require_current(empty)

@@ -114,7 +114,7 @@ PRELUDE = """
 set -euo pipefail
 field() { orbit $1 --json | python3 -c 'import json, sys
 print(json.load(sys.stdin)["items"][0][sys.argv[1]])' "$2"; }
-ready() { for try in $(seq 300); do
+ready() { for try in $(seq 3000); do
     if curl --silent --fail --output /dev/null "http://127.0.0.1:$1"; then return; fi; sleep 0.1
 done; echo "nothing answers at $1"; exit 1; }
 leave() { jobs -p | xargs -r kill 2>/dev/null; wait; }
@@ -223,6 +223,7 @@ def test_every_page_with_commands_says_what_must_be_printed() -> None:
     assert {page for page in PAGES if runs(page)} == set(PRINTED)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", [page for page in PAGES if runs(page)])
 def test_the_commands_of_a_page_work_as_written(
     page: str, tmp_path: Path, missing: Missing
@@ -252,7 +253,7 @@ def test_the_commands_of_a_page_work_as_written(
             start_new_session=True,
         )
         try:
-            code = shell.wait(timeout=400)
+            code = shell.wait(timeout=600)
         except subprocess.TimeoutExpired:
             code = -1
         finally:
@@ -326,6 +327,6 @@ def _end(shell: subprocess.Popen[bytes]) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(shell.pid, number)
-            shell.wait(timeout=20)
+            shell.wait(timeout=60)
         except (ProcessLookupError, subprocess.TimeoutExpired):
             continue

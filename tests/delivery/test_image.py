@@ -164,7 +164,7 @@ class Composed:
             env=self.environment(name, **given),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
             **self._as_user(),
         )
@@ -187,7 +187,7 @@ class Composed:
             yield
         finally:
             child.send_signal(signal.SIGTERM)
-            code = child.wait(40)
+            code = child.wait(300)
         assert code == 0, (self.folder / f"{name}.log").read_text()
 
     def _command(self, command: Any) -> list[str]:
@@ -299,7 +299,8 @@ def test_the_services_of_compose_do_their_work(composed: Composed) -> None:
             composed.run("node-1", *health, PORT=str(port))
         wait_for(lambda: answers(f"{receiver}/health"), "the receiver")
         composed.run("receiver", *health, PORT=str(ports[2]))
-        with httpx.Client(headers={"Authorization": f"Bearer {key}"}, trust_env=False) as client:
+        head = {"Authorization": f"Bearer {key}"}
+        with httpx.Client(headers=head, trust_env=False, timeout=60) as client:
             url = f"http://127.0.0.1:{ports[1]}/run-profiles/trigger"
             (item,) = client.post(url).raise_for_status().json()["items"]
             received = f"{receiver}/received"

@@ -188,7 +188,7 @@ async def test_what_stays_inconclusive_is_held_and_then_reverted(
     await tell(node, facts, rounds=30)
     until_at = datetime.fromisoformat((await shown(node))["profile"]["inFlight"]["expiresAt"])
     assert until_at - await database_now(node.database) > timedelta(hours=167)
-    set_time(until_at - timedelta(seconds=30))
+    set_time(until_at - timedelta(minutes=10))
     await look(node)
     assert intensity(node) == 4
     set_time(until_at)
@@ -257,7 +257,7 @@ async def test_what_a_disarmed_profile_could_have_kept_goes_when_its_time_is_ove
         await ask(api, "disarm", reason="holidays")
     await tell(node, facts, rounds=700)
     until_at = datetime.fromisoformat((await shown(node))["profile"]["inFlight"]["expiresAt"])
-    set_time(until_at - timedelta(seconds=1))
+    set_time(until_at - timedelta(minutes=10))
     await node._heartbeat.run_once()
     for _ in range(2):
         await look(node)
@@ -533,6 +533,7 @@ async def test_of_two_nodes_that_look_at_once_one_applies(
     first = await fleet(make_node, configure, facts, **ON)
     second = await make_node(**ON)
     await second._pilot.stop()
+    await second._strategist.stop()
     await arm(first)
     await approved(first)
     nodes = (first, second)

@@ -123,7 +123,7 @@ async def test_a_fence_that_does_not_hold_fails_the_drill(
     """With a flag that the database drops, code 6 and a fact that says so; nothing is left."""
     with psycopg.connect(owner_dsn, autocommit=True) as connection:
         connection.execute(BREAK_THE_FENCE)
-    code, out = await orbit_drill(dsn, "--direct", "--json")
+    code, out = await orbit_drill(dsn, "--direct", "--json", "--watch", "3")
     assert code == 6, out
     answer = json.loads(out)
     assert answer["hasPassed"] is False

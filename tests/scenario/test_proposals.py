@@ -23,6 +23,7 @@ from orbit.insight.source import profile_revisions
 from orbit.insight.strategy import Finding, Situation
 from orbit.profiles.model import document_body
 from orbit.services.sequencer import Sequencer
+from orbit.services.strategist import Strategist
 from orbit.telemetry.catalogue import EventType
 from orbit.telemetry.emission import Event, emit
 from tests.scenario.access import asking, key_of
@@ -54,9 +55,11 @@ def moved(intensity: float = 5, **given: Any) -> dict[str, Any]:
 
 @pytest.fixture
 async def node(make_node: MakeNode, configure: Configure, receiver: Receiver) -> Node:
-    """A node with nova in `sea`."""
+    """A node with nova in `sea`, which suggests nothing before the test does."""
     configure(run_profile(namespace="sea"), profiles=[moved()])
-    return await make_node(auth="on", dispatch_endpoints=(receiver.endpoint("out"),))
+    node = await make_node(auth="on", dispatch_endpoints=(receiver.endpoint("out"),))
+    await node._strategist.stop()
+    return node
 
 
 async def say(
@@ -409,7 +412,7 @@ async def test_the_node_suggests_by_itself(node: Node, people: People) -> None:
         return bool(await node.proposals.namespaces(node.node_id))
 
     await until(leads, "the numbering of events")
-    await node._strategist.run_once()
+    await Strategist(node.database, node.proposals, node.node_id).run_once()
     (shown,) = await listed(ann)
     assert shown["author"] == "orbit"
     assert await decide(ann, shown["proposalId"], "approve") == (200, "approved")

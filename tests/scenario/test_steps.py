@@ -677,7 +677,7 @@ async def test_a_module_that_vanished_after_the_configuration_was_read(
     tiers = policy(tier1=[{"use": "vanishing_steps:shout", "retry": {"max_attempts": 5}}])
     configure(run_profile(execution_policy=tiers))
     node = await make_node(
-        dispatch_endpoints=(receiver.endpoint("out"),), max_cycle_recoveries=1, lease_seconds=1
+        dispatch_endpoints=(receiver.endpoint("out"),), max_cycle_recoveries=1, lease_seconds=5
     )
     monkeypatch.delitem(sys.modules, "vanishing_steps")
     cycle = await run(node)
@@ -971,7 +971,7 @@ async def test_an_endpoint_that_no_node_knows_fails_the_cycle_at_the_bound(
 ) -> None:
     """A node with other endpoints than its configuration's names the missing one."""
     node, cycle_id = await _accepted_here_and_unknown_there(
-        configure, make_node, receiver, max_cycle_recoveries=1, lease_seconds=1
+        configure, make_node, receiver, max_cycle_recoveries=1, lease_seconds=5
     )
     cycle = await ended(node, cycle_id)
     assert cycle["state"] == "failed"
