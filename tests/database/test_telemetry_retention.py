@@ -31,12 +31,12 @@ from orbit.telemetry.retention import Retained, Retention, retain
 from orbit.telemetry.sequencing import sequence
 
 WEEK = "2026-01-05"  # a Monday long ago
+AT = datetime(2026, 1, 7, tzinfo=UTC)
 
 
 @pytest.fixture
 async def old(database: Database, owner_dsn: str, clock: DatabaseClock) -> int:
     """Twelve events in a week of long ago, numbered; the last position."""
-    at = datetime(2026, 1, 7, tzinfo=UTC)
     with psycopg.connect(owner_dsn, autocommit=True) as owner:
         for fact in ("telemetry_event", "telemetry_batch"):
             partition = f"{fact}_p20260105"
@@ -46,7 +46,7 @@ async def old(database: Database, owner_dsn: str, clock: DatabaseClock) -> int:
                 " (orbit_first_id('2026-01-05Z')) TO (orbit_first_id('2026-01-12Z'))".encode()
             )
         for number in range(4):
-            batch_id = new_id(at + timedelta(seconds=number))
+            batch_id = new_id(AT + timedelta(seconds=number))
             owner.execute(
                 "INSERT INTO telemetry_event (namespace, batch_id, ordinal, event_type, metadata)"
                 " SELECT 'ns', %s, n, 'requeued', jsonb_build_object('n', n)"
@@ -59,6 +59,20 @@ async def old(database: Database, owner_dsn: str, clock: DatabaseClock) -> int:
             )
     assert (await sequence(database, new_id(clock.now()))).events == 12
     return 12
+
+
+async def numbered(database: Database, owner_dsn: str, metadata: str) -> None:
+    """One more event of the old week, which comes after what is numbered."""
+    batch_id = new_id(AT + timedelta(days=1))
+    with psycopg.connect(owner_dsn, autocommit=True) as owner:
+        owner.execute(
+            "INSERT INTO telemetry_event (namespace, batch_id, ordinal, event_type, metadata)"
+            " VALUES ('ns', %s, 1, 'outcome_reported', %s)",
+            (batch_id, metadata),
+        )
+        owner.execute("INSERT INTO telemetry_pending VALUES (%s, 'ns', 1)", (batch_id,))
+        owner.execute("UPDATE telemetry_sequencer SET due_at = '-infinity'")
+    assert (await sequence(database, new_id(AT))).events == 1
 
 
 async def weeks(database: Database) -> list[str]:
@@ -207,6 +221,18 @@ async def test_a_parquet_file_has_every_event(
     path.write_bytes(content[:-1] + b"x")
     with pytest.raises(ArchiveDamaged, match="not as it was written"):
         await check_parquet(database, WEEK, path)
+
+
+async def test_a_large_number_is_archived(
+    database: Database, old: int, owner_dsn: str, tmp_path: Path
+) -> None:
+    """What may be reported can be dropped: a number beyond 2**53 comes out of a file as it was."""
+    told = json.dumps({"value": 1.7e18, "unit": "ns", "metric": "größe"})
+    await numbered(database, owner_dsn, told)
+    await retain(database, Retention(30, is_archiving=True, parquet_folder=tmp_path))
+    *_, last = parquet_lines(tmp_path / f"telemetry-{WEEK}.parquet")
+    assert json.loads(last)["metadata"] == json.loads(told)
+    assert await weeks(database) == []
 
 
 async def test_a_file_that_is_there_as_written_stays(

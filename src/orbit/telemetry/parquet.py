@@ -18,7 +18,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orbit.canonical import canonical_json
 from orbit.database.pool import Database
 from orbit.database.queries import load
 from orbit.errors import ArchiveDamaged
@@ -122,11 +121,16 @@ def _table(lines: Sequence[bytes]) -> pa.Table:
     columns = {
         "position": pa.array([row["position"] for row in rows], pa.int64()),
         "time": pa.array([datetime.fromisoformat(row["time"]) for row in rows], at),
-        "metadata": pa.array([canonical_json(row["metadata"]).decode() for row in rows]),
+        "metadata": pa.array([_metadata(row["metadata"]) for row in rows], pa.string()),
     }
     for name, field in _TEXTS.items():
         columns[name] = pa.array([row[field] for row in rows], pa.string())
     return pa.table(columns)
+
+
+def _metadata(fields: Mapping[str, Any]) -> str:
+    """JSON text of whatever JSON carries: canonical JSON refuses numbers beyond 2**53."""
+    return json.dumps(fields, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
 def _event(row: Mapping[str, Any]) -> dict[str, Any]:
