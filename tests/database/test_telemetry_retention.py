@@ -18,9 +18,12 @@ import pyarrow.parquet
 import pytest
 from cryptography.fernet import Fernet
 
+from orbit.app import Node
 from orbit.clock import DatabaseClock, new_id
 from orbit.database.pool import Database
 from orbit.errors import ArchiveDamaged, ConsumerExists, NotFound, RequestInvalid
+from orbit.services.janitor import Janitor
+from orbit.settings import Settings
 from orbit.telemetry import parquet
 from orbit.telemetry.archive import archive, read_chunk
 from orbit.telemetry.catalogue import EventType
@@ -163,16 +166,72 @@ async def test_an_archive_has_every_event(database: Database, old: int) -> None:
     assert [line["metadata"]["n"] for line in lines] == [1, 2, 3] * 4
 
 
+DAMAGES = {
+    "another digest": "sha256 = sha256('x')",
+    "a flipped byte": "content = set_byte(content, 30, get_byte(content, 30) # 255)",
+    "a flipped magic": "content = set_byte(content, 0, 0)",
+    "a cut end": "content = substr(content, 1, 40)",
+}
+
+
+def damage(owner_dsn: str, how: str) -> None:
+    """As a disk does, past the trigger that keeps facts."""
+    with psycopg.connect(owner_dsn, autocommit=True) as owner:
+        owner.execute("ALTER TABLE telemetry_archive DISABLE TRIGGER append_only")
+        owner.execute(f"UPDATE telemetry_archive SET {DAMAGES[how]}".encode())
+
+
+@pytest.mark.parametrize("how", DAMAGES)
 async def test_a_changed_archive_stops_the_drop(
-    database: Database, old: int, owner_dsn: str
+    database: Database, old: int, owner_dsn: str, how: str
 ) -> None:
     """Nothing is dropped while the archive does not read back as it was written."""
     assert await archive(database, WEEK) == 1
-    with psycopg.connect(owner_dsn, autocommit=True) as owner:
-        owner.execute("ALTER TABLE telemetry_archive DISABLE TRIGGER append_only")
-        owner.execute("UPDATE telemetry_archive SET sha256 = sha256('x')")
-    with pytest.raises(ArchiveDamaged):
+    damage(owner_dsn, how)
+    with pytest.raises(ArchiveDamaged, match=f"chunk 1 of {WEEK}"):
         await retain(database, Retention(30, is_archiving=True))
+    assert await weeks(database) == [WEEK]
+
+
+async def test_a_damaged_archive_keeps_no_node_from_starting(
+    database: Database, old: int, dsn: str, owner_dsn: str, tmp_path: Path
+) -> None:
+    """It is for the janitor to keep trying; a node needs partitions, and no more of it."""
+    await archive(database, WEEK)
+    damage(owner_dsn, "a flipped byte")
+    (tmp_path / "profiles.json").write_text('{"profiles": []}')
+    (tmp_path / "runProfiles.json").write_text('{"run_profiles": []}')
+    given: dict[str, Any] = {
+        "database_url": dsn,
+        "secret_keys": (Fernet.generate_key().decode(),),
+        "config_dir": tmp_path,
+        "auth": "off",
+        "cron_schedule": "",
+        "drain_timeout_seconds": 0.2,
+        "telemetry_cold_archive_enabled": True,
+    }
+    node = Node(Settings(**given))
+    await node.open()
+    try:
+        await node.start()
+        assert node.is_ready
+        await node.drain()
+    finally:
+        await node.close()
+    assert await weeks(database) == [WEEK]
+
+
+async def test_a_janitor_outlives_whatever_stops_retention(
+    database: Database, old: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What nobody thought of is logged and tried again the next hour, not at once."""
+
+    async def fail(*_: object) -> None:
+        raise LookupError("what nobody thought of")
+
+    monkeypatch.setattr("orbit.telemetry.retention.archive", fail)
+    janitor = Janitor(database, fact_retention_days=0, telemetry=Retention(30, is_archiving=True))
+    assert await janitor.run_once() == 3600
     assert await weeks(database) == [WEEK]
 
 
@@ -266,6 +325,22 @@ async def test_a_file_that_cannot_be_written_or_read_back_stops_the_drop(
     assert names(tmp_path) == [taken.name]
     assert await weeks(database) == [WEEK]
     assert await files(database) == []
+
+
+async def test_a_file_of_which_the_end_is_lost_stops_the_drop(
+    database: Database, old: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is none any more is damage, like one that holds something else."""
+
+    async def lose(write: Any, *given: Any) -> int:
+        events: int = await write(*given)
+        os.truncate(given[-1], 100)
+        return events
+
+    monkeypatch.setattr(parquet, "_write", partial(lose, parquet._write))
+    with pytest.raises(ArchiveDamaged, match="does not read back"):
+        await retain(database, Retention(30, is_archiving=True, parquet_folder=tmp_path))
+    assert names(tmp_path) == []
 
 
 async def test_archived_weeks_are_listed_and_restored(

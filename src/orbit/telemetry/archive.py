@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import zlib
 from hashlib import sha256
 
 from orbit.database.pool import Database
@@ -68,5 +69,8 @@ def _packed(text: str) -> dict[str, bytes]:
 
 
 def _unpacked(content: bytes) -> tuple[list[bytes], bytes]:
-    lines = gzip.decompress(content)
+    try:
+        lines = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error):
+        return [], b""
     return lines.splitlines(), sha256(lines).digest()

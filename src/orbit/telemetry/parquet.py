@@ -43,6 +43,8 @@ async def write_parquet(database: Database, week: str, chunks: int, folder: Path
     Raises ArchiveDamaged if what is read is not what is in the archive, and for what the
     disk refuses.
     """
+    from pyarrow import ArrowException  # noqa: PLC0415 - of the extra
+
     path = folder / f"telemetry-{week}.parquet"
     partial = folder / f".{path.name}.{secrets.token_hex(4)}"
     try:
@@ -57,6 +59,8 @@ async def write_parquet(database: Database, week: str, chunks: int, folder: Path
     except OSError as error:
         text = f"{path.name} cannot be written: {error.strerror or error}"
         raise ArchiveDamaged(text) from error
+    except ArrowException as error:
+        raise ArchiveDamaged(f"{path.name} does not read back: {error}") from error
     fact = {"week": week, "sha256": digest, "file": path.name, "events": events, "bytes": size}
     await database.execute(SQL.add_archive_file, fact)
 
