@@ -44,7 +44,8 @@ asyncio.run(main(*sys.argv[1:]))
 
 _END_SEQUENCERS = b"""SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE datname = current_database() AND pid <> pg_backend_pid()
-    AND query LIKE '%telemetry_sequencer%'"""
+    AND query LIKE '%telemetry_sequencer%'
+    AND query NOT LIKE '%first_position%'"""
 
 
 async def page(

@@ -7,21 +7,27 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from itertools import count
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
 
-from orbit.api import streams
+from orbit.api import routes_telemetry, streams
 from orbit.api.application import create_application
 from orbit.app import Node
+from orbit.database.pool import Database
 from orbit.governance.actor import actor_here
 from orbit.payload import Payload
+from orbit.reading.telemetry import window
+from orbit.services.janitor import Janitor
 from orbit.telemetry.catalogue import EventType
 from orbit.telemetry.emission import Event, emit
+from orbit.telemetry.retention import Retention, retain
 from tests.scenario.access import asking, bearer, key_of
-from tests.scenario.conftest import Facts, MakeNode, send, until
+from tests.scenario.conftest import Facts, MakeNode, SetTime, send, until
 
 
 async def tell(node: Node, count: int, namespace: str = "brand-a") -> int:
@@ -131,6 +137,63 @@ async def test_who_comes_back_too_late_is_told(make_node: MakeNode, facts: Facts
                 if expected == "event: gap":
                     assert await anext(lines) == 'data: {"firstPosition":501}'
                     assert (await frames(lines, 1))[0][0] == 501
+
+
+@pytest.fixture
+async def aged(make_node: MakeNode, set_time: SetTime) -> Node:
+    """A node with six events of a week that is over for long, and four of now."""
+    set_time(datetime(2026, 1, 7, tzinfo=UTC))
+    node = await make_node()
+    assert await tell(node, 6 - await tell(node, 1)) == 6
+    set_time(datetime(2026, 3, 4, tzinfo=UTC))
+    await Janitor(node.database, fact_retention_days=0).run_once()
+    assert await tell(node, 4) == 10
+    return node
+
+
+def dropping(module: Any, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Lets retention pass right before a module's call for a window, the first being 1."""
+    calls = count(1)
+
+    async def late(database: Database, *given: Any, **named: Any) -> Any:
+        if next(calls) == call:
+            assert (await retain(database, Retention(30))).dropped
+        return await window(database, *given, **named)
+
+    monkeypatch.setattr(module, "window", late)
+
+
+async def test_a_page_tells_of_what_is_dropped_meanwhile(
+    aged: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`firstPosition` is of the moment in which the events were read."""
+    dropping(routes_telemetry, monkeypatch, 1)
+    async with asking(aged) as client:
+        page = (await client.get("/telemetry", params={"after": 2})).json()
+    assert [one["position"] for one in page["items"]] == [7, 8, 9, 10]
+    assert (page["firstPosition"], page["position"], page["lastPosition"]) == (7, 10, 10)
+
+
+async def test_a_stream_tells_of_what_is_dropped_meanwhile(
+    aged: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader in the middle is told of the gap where it is, once."""
+    monkeypatch.setattr(streams, "_PAGE", 2)
+    dropping(streams, monkeypatch, 3)
+    async with (
+        serving(aged) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client,
+        client.stream("GET", "/telemetry/stream?after=0") as answer,
+    ):
+        lines = answer.aiter_lines()
+        assert [position for position, _ in await frames(lines, 4)] == [1, 2, 3, 4]
+        await anext(lines)
+        assert [await anext(lines) for _ in range(3)] == [
+            "event: gap",
+            'data: {"firstPosition":7}',
+            "",
+        ]
+        assert [position for position, _ in await frames(lines, 4)] == [7, 8, 9, 10]
 
 
 async def test_a_stream_of_many_pages_misses_and_doubles_nothing(make_node: MakeNode) -> None:

@@ -46,16 +46,13 @@ def telemetry_router(node: Node) -> APIRouter:
         Every committed event comes once, in an order that does not change.
         """
         within = actor_of(request).within
-        edge = await bounds(node.database)
         after = asked.after or 0
         found = await window(
             node.database, after, asked.limit, namespace=asked.namespace, within=within
         )
-        # With fewer than asked for, all up to the edge (read before) has been looked at.
-        is_whole = found.events < asked.limit
-        position = max(found.position, edge.last_position) if is_whole else found.position
+        edge = found.bounds
         text = (
-            f'{{"items":{found.text},"position":{position},'
+            f'{{"items":{found.text},"position":{found.position},'
             f'"firstPosition":{edge.first_position},"lastPosition":{edge.last_position}}}'
         )
         return Response(text, media_type="application/json")

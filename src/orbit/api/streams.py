@@ -2,17 +2,19 @@
 
 Two pages are held at most: the next is read while the client takes one. A client that takes
 nothing for ten seconds is cut off, and goes on later where it was by `Last-Event-ID`. The key is
-looked at again each second, so that a revoked one gets nothing more. Who comes back too late is
-told of the gap, in an event of that name. Streams that wait look for
-the last position together, so that they cost one small query a twentieth of a second between them.
+looked at again each second, so that a revoked one gets nothing more. Who comes, or reads, too late
+is told of the gap, in an event of that name before what comes next. Streams that wait look for the
+last position together, so that they cost one small query a twentieth of a second between them.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import Any
 
 import structlog
 from fastapi import Request
@@ -36,12 +38,10 @@ log = structlog.get_logger("orbit.telemetry")
 
 @dataclass(frozen=True, slots=True)
 class _Page:
-    """Frames, how many, the last one's position, and up to where events have been looked for."""
+    """Frames, and up to where events have been looked for."""
 
     text: str
-    events: int
     position: int
-    looked: int
 
 
 class Streams:
@@ -117,9 +117,7 @@ class _EventStream(Response):
     async def _frames(self, send: Send) -> None:
         loop = asyncio.get_running_loop()
         looked_at, sent_at = loop.time(), float("-inf")
-        if (first := (await bounds(self._node.database)).first_position) > self._after + 1:
-            await _send(send, f'event: gap\ndata: {{"firstPosition":{first}}}\n\n')
-        ahead = self._ahead(_Page("", 0, self._after, -1))
+        ahead = self._ahead(self._page(self._after))
         try:
             while not self._node.is_draining:
                 page = await ahead
@@ -127,37 +125,43 @@ class _EventStream(Response):
                     if await actor_again(self._request) is None:
                         return
                     looked_at = loop.time()
-                ahead = self._ahead(page)
-                if page.events or loop.time() >= sent_at + _BEAT_SECONDS:
+                ahead = self._ahead(self._following(page.position))
+                if page.text or loop.time() >= sent_at + _BEAT_SECONDS:
                     await _send(send, page.text or ": \n\n")
                     self._after, sent_at = page.position, loop.time()
         finally:
             ahead.cancel()
 
-    def _ahead(self, page: _Page) -> asyncio.Task[_Page]:
-        """Begins to read what follows a page."""
-        task = asyncio.create_task(self._following(page))
+    def _ahead(self, work: Coroutine[Any, Any, _Page]) -> asyncio.Task[_Page]:
+        """Begins to read a page."""
+        task = asyncio.create_task(work)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task
 
-    async def _following(self, page: _Page) -> _Page:
-        """What follows a page; nothing if nothing came for a second."""
+    async def _following(self, place: int) -> _Page:
+        """What follows a place; nothing if nothing came for a second."""
         loop = asyncio.get_running_loop()
         over_at = loop.time() + _LOOK_SECONDS
-        while (edge := await self._streams.edge()) <= page.looked:
+        while await self._streams.edge() <= place:
             if loop.time() >= over_at or self._node.is_draining:
-                return _Page("", 0, page.position, page.looked)
+                return _Page("", place)
             await asyncio.sleep(_POLL_SECONDS)
+        return await self._page(place)
+
+    async def _page(self, place: int) -> _Page:
+        """What there is after a place, and before it what there is no more."""
         found = await window(
             self._node.database,
-            page.position,
+            place,
             _PAGE,
             namespace=self._namespace,
             within=actor_of(self._request).within,
             is_stream=True,
         )
-        looked = found.position if found.events == _PAGE else max(edge, found.position)
-        return _Page(found.text, found.events, found.position, looked)
+        text, first = found.text, found.bounds.first_position
+        if first > place + 1:
+            text = f'event: gap\ndata: {{"firstPosition":{first}}}\n\n{text}'
+        return _Page(text, found.position)
 
 
 async def _send(send: Send, text: str, *, is_more: bool = True) -> None:

@@ -82,9 +82,12 @@ FROM (SELECT GREATEST((SELECT last_position FROM telemetry_sequencer), COALESCE(
         FROM telemetry_batch ORDER BY last_position DESC LIMIT 1), 0)) AS position) last;
 
 -- name: window
--- What follows a position, as CloudEvents in their order: the whole answer, or frames of a stream.
+-- What follows a position, as CloudEvents in their order: the whole answer, or frames of a stream;
+-- with the bounds at that very moment: what retention drops meanwhile is seen by both, or by none.
 -- Batches are taken until there are enough events. telemetry_batch_by_position serves it.
-WITH next AS MATERIALIZED (
+WITH edge AS MATERIALIZED (
+    {{bounds}}
+), next AS MATERIALIZED (
     SELECT namespace, batch_id, events, last_position FROM telemetry_batch
     WHERE last_position > %(after)s::bigint ORDER BY last_position LIMIT %(count)s
 ), batch AS MATERIALIZED (
@@ -122,16 +125,21 @@ WITH next AS MATERIALIZED (
         AS line
     FROM chosen
 )
-SELECT count(*)::int AS events, max(position) AS last_position,
+SELECT count(*)::int AS events, max(position) AS position,
+    (SELECT first_position FROM edge) AS first_position,
+    (SELECT last_position FROM edge) AS last_position,
     CASE WHEN %(is_stream)s THEN string_agg('id: ' || position || E'\ndata: ' || line || E'\n\n',
         '' ORDER BY position) ELSE '[' || string_agg(line, ',' ORDER BY position) || ']' END AS text
 FROM shown;
 
 -- name: window_of_namespaces
--- What follows a position, as CloudEvents in their order: the whole answer, or frames of a stream.
+-- What follows a position, as CloudEvents in their order: the whole answer, or frames of a stream;
+-- with the bounds at that very moment: what retention drops meanwhile is seen by both, or by none.
 -- Of some namespaces only. telemetry_batch_of_namespace serves it, since no other index has an
 -- order that begins with the namespace.
-WITH next AS MATERIALIZED (
+WITH edge AS MATERIALIZED (
+    {{bounds}}
+), next AS MATERIALIZED (
     SELECT batch.* FROM unnest(%(namespaces)s::text[]) AS wanted (namespace)
     CROSS JOIN LATERAL (
         SELECT namespace, batch_id, events, last_position FROM telemetry_batch
@@ -175,7 +183,9 @@ WITH next AS MATERIALIZED (
         AS line
     FROM chosen
 )
-SELECT count(*)::int AS events, max(position) AS last_position,
+SELECT count(*)::int AS events, max(position) AS position,
+    (SELECT first_position FROM edge) AS first_position,
+    (SELECT last_position FROM edge) AS last_position,
     CASE WHEN %(is_stream)s THEN string_agg('id: ' || position || E'\ndata: ' || line || E'\n\n',
         '' ORDER BY position) ELSE '[' || string_agg(line, ',' ORDER BY position) || ']' END AS text
 FROM shown;
