@@ -196,6 +196,59 @@ async def test_a_stream_tells_of_what_is_dropped_meanwhile(
         assert [position for position, _ in await frames(lines, 4)] == [7, 8, 9, 10]
 
 
+async def test_a_page_beyond_what_was_given_is_refused(make_node: MakeNode) -> None:
+    """After a restore a reader is ahead: it is told, and does not pass over what comes next."""
+    node = await make_node()
+    last = await tell(node, 3)
+    async with asking(node) as client:
+        assert (await client.get("/telemetry", params={"after": last})).status_code == 200
+        for after in (last + 1, last + 10):
+            answer = await client.get("/telemetry", params={"after": after})
+            assert (answer.status_code, answer.json()["code"]) == (409, "position_ahead")
+            assert f"the last position is {last}" in answer.json()["detail"]
+
+
+async def test_a_stream_beyond_what_was_given_begins_anew(make_node: MakeNode) -> None:
+    """It says so, and then misses nothing, though positions are given again."""
+    node = await make_node()
+    last = await tell(node, 3)
+    ahead = {"Last-Event-ID": str(last + 10)}
+    async with (
+        serving(node) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client,
+        client.stream("GET", "/telemetry/stream", headers=ahead) as answer,
+    ):
+        lines = answer.aiter_lines()
+        assert await anext(lines) == "event: reset"
+        assert await anext(lines) == f'data: {{"lastPosition":{last}}}'
+        await tell(node, 5)
+        found = await frames(lines, 5)
+    assert [position for position, _ in found] == list(range(last + 1, last + 6))
+
+
+async def test_a_stream_is_told_when_the_database_goes_back(
+    make_node: MakeNode, facts: Facts
+) -> None:
+    """A failover that lost what was committed ends no stream that waits: it is told there."""
+    node = await make_node()
+    last = await tell(node, 1)
+    given = "UPDATE telemetry_sequencer SET last_position = %s RETURNING 1"
+    facts(given, 500)
+    async with (
+        serving(node) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client,
+        client.stream("GET", "/telemetry/stream?after=500") as answer,
+    ):
+        lines = answer.aiter_lines()
+        await anext(lines)
+        facts(given, last)
+        await anext(lines)
+        assert await anext(lines) == "event: reset"
+        assert await anext(lines) == f'data: {{"lastPosition":{last}}}'
+        await tell(node, 2)
+        assert [position for position, _ in await frames(lines, 2)] == [last + 1, last + 2]
+
+
 async def test_a_stream_of_many_pages_misses_and_doubles_nothing(make_node: MakeNode) -> None:
     """Pages are read ahead, and a namespace's own go on while others' events come between."""
     node = await make_node()

@@ -3,8 +3,9 @@
 Two pages are held at most: the next is read while the client takes one. A client that takes
 nothing for ten seconds is cut off, and goes on later where it was by `Last-Event-ID`. The key is
 looked at again each second, so that a revoked one gets nothing more. Who comes, or reads, too late
-is told of the gap, in an event of that name before what comes next. Streams that wait look for the
-last position together, so that they cost one small query a twentieth of a second between them.
+is told of the `gap`, by an event of that name; who is ahead, since the database went back in time,
+gets the event `reset`, and what comes after the last position. Streams that wait look for that
+together: one small query a twentieth of a second between them.
 """
 
 from __future__ import annotations
@@ -142,8 +143,10 @@ class _EventStream(Response):
         """What follows a place; nothing if nothing came for a second."""
         loop = asyncio.get_running_loop()
         over_at = loop.time() + _LOOK_SECONDS
-        while await self._streams.edge() <= place:
+        while (edge := await self._streams.edge()) <= place:
             if loop.time() >= over_at or self._node.is_draining:
+                if edge < place:  # it was looked at before the place was given, or that is lost
+                    break
                 return _Page("", place)
             await asyncio.sleep(_POLL_SECONDS)
         return await self._page(place)
@@ -158,9 +161,12 @@ class _EventStream(Response):
             within=actor_of(self._request).within,
             is_stream=True,
         )
-        text, first = found.text, found.bounds.first_position
-        if first > place + 1:
-            text = f'event: gap\ndata: {{"firstPosition":{first}}}\n\n{text}'
+        text, edge = found.text, found.bounds
+        if edge.last_position < place:
+            told = f'{{"lastPosition":{edge.last_position}}}'
+            return _Page(f"event: reset\ndata: {told}\n\n", edge.last_position)
+        if edge.first_position > place + 1:
+            text = f'event: gap\ndata: {{"firstPosition":{edge.first_position}}}\n\n{text}'
         return _Page(text, found.position)
 
 
