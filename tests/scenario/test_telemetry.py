@@ -121,6 +121,43 @@ async def test_a_stream_goes_on_after_the_last_event_id(make_node: MakeNode) -> 
     assert all(position == event["position"] for position, event in before + after)
 
 
+async def test_a_stream_is_taken_up_again_before_its_first_event(make_node: MakeNode) -> None:
+    """It begins with the place where it is: what happens while the client is away is not lost."""
+    node = await make_node()
+    last = await tell(node, 3)
+    async with (
+        serving(node) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client,
+    ):
+        async with client.stream("GET", "/telemetry/stream") as answer:
+            assert await anext(answer.aiter_lines()) == f"id: {last}"
+        later = await tell(node, 2)
+        back = {"Last-Event-ID": str(last)}
+        async with client.stream("GET", "/telemetry/stream", headers=back) as answer:
+            found = await frames(answer.aiter_lines(), 2)
+    assert [position for position, _ in found] == [later - 1, later]
+
+
+async def test_a_filtered_stream_says_how_far_it_has_looked(
+    make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its place goes on though nothing is for it: it ages into no gap."""
+    monkeypatch.setattr(streams, "_BEAT_SECONDS", 0.0)
+    node = await make_node()
+    await tell(node, 1, "brand-a")
+    async with (
+        serving(node) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client,
+        client.stream("GET", "/telemetry/stream?after=0&namespace=brand-a") as answer,
+    ):
+        lines = answer.aiter_lines()
+        await frames(lines, 1)
+        last = await tell(node, 5, "brand-b")
+        async with asyncio.timeout(30):
+            while await anext(lines) != f"id: {last}":
+                pass
+
+
 async def test_who_comes_back_too_late_is_told(make_node: MakeNode, facts: Facts) -> None:
     """A stream begins by saying that what comes next is not kept any more; else it says nothing."""
     facts("UPDATE telemetry_sequencer SET last_position = 500 RETURNING 1")
@@ -130,12 +167,13 @@ async def test_who_comes_back_too_late_is_told(make_node: MakeNode, facts: Facts
         serving(node) as port,
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client,
     ):
-        for after, expected in ((400, "event: gap"), (500, "id: 501"), (last - 1, f"id: {last}")):
+        for after, expected in ((400, "event: gap"), (500, "id: 501"), (last, f"id: {last}")):
             async with client.stream("GET", f"/telemetry/stream?after={after}") as answer:
                 lines = answer.aiter_lines()
                 assert await anext(lines) == expected
                 if expected == "event: gap":
                     assert await anext(lines) == 'data: {"firstPosition":501}'
+                    assert await anext(lines) == "id: 500"
                     assert (await frames(lines, 1))[0][0] == 501
 
 
@@ -191,7 +229,7 @@ async def test_a_stream_tells_of_what_is_dropped_meanwhile(
         assert [await anext(lines) for _ in range(3)] == [
             "event: gap",
             'data: {"firstPosition":7}',
-            "",
+            "id: 6",
         ]
         assert [position for position, _ in await frames(lines, 4)] == [7, 8, 9, 10]
 

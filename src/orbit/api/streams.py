@@ -1,7 +1,9 @@
 """A stream of events to one client, which is dropped rather than buffered for.
 
-Two pages are held at most: the next is read while the client takes one. A client that takes
-nothing for ten seconds is cut off, and goes on later where it was by `Last-Event-ID`. The key is
+It begins with an id, and sends one when there has been nothing else: the place up to which it has
+looked, so that whoever is cut off before an event comes goes on there too. Two pages are held at
+most: the next is read while the client takes one. A client that takes nothing for ten seconds is
+cut off, and goes on later where it was by `Last-Event-ID`. The key is
 looked at again each second, so that a revoked one gets nothing more. Who comes, or reads, too late
 is told of the `gap`, by an event of that name; who is ahead, since the database went back in time,
 gets the event `reset`, and what comes after the last position. Streams that wait look for that
@@ -128,7 +130,7 @@ class _EventStream(Response):
                     looked_at = loop.time()
                 ahead = self._ahead(self._following(page.position))
                 if page.text or loop.time() >= sent_at + _BEAT_SECONDS:
-                    await _send(send, page.text or ": \n\n")
+                    await _send(send, page.text or f"id: {page.position}\n\n")
                     self._after, sent_at = page.position, loop.time()
         finally:
             ahead.cancel()
@@ -163,11 +165,16 @@ class _EventStream(Response):
         )
         text, edge = found.text, found.bounds
         if edge.last_position < place:
-            told = f'{{"lastPosition":{edge.last_position}}}'
-            return _Page(f"event: reset\ndata: {told}\n\n", edge.last_position)
-        if edge.first_position > place + 1:
-            text = f'event: gap\ndata: {{"firstPosition":{edge.first_position}}}\n\n{text}'
+            last = edge.last_position
+            return _Page(_notice("reset", "lastPosition", last, last), last)
+        if (first := edge.first_position) > place + 1:
+            text = _notice("gap", "firstPosition", first, first - 1) + text
         return _Page(text, found.position)
+
+
+def _notice(name: str, field: str, position: int, place: int) -> str:
+    """An event of the stream itself, and the place from which it goes on."""
+    return f'event: {name}\ndata: {{"{field}":{position}}}\nid: {place}\n\n'
 
 
 async def _send(send: Send, text: str, *, is_more: bool = True) -> None:
