@@ -166,6 +166,39 @@ async def test_an_archive_has_every_event(database: Database, old: int) -> None:
     assert [line["metadata"]["n"] for line in lines] == [1, 2, 3] * 4
 
 
+async def test_a_week_is_sized_twice_however_many_chunks_it_has(
+    database: Database, old: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What scans the whole week runs before the first chunk and after the last."""
+    monkeypatch.setattr("orbit.telemetry.archive._CHUNK_EVENTS", 3)
+    fetch, asked = database.fetch_one, []
+
+    async def counting(query: bytes, params: Any = None) -> Any:
+        asked.append(query)
+        return await fetch(query, params)
+
+    monkeypatch.setattr(database, "fetch_one", counting)
+    assert await archive(database, WEEK) == 4
+    assert asked.count(SQL.week_size) == 2
+    positions = [
+        json.loads(line)["position"]
+        for number in range(1, 5)
+        for line in await read_chunk(database, WEEK, number)
+    ]
+    assert positions == list(range(1, old + 1))
+
+
+async def test_two_archive_a_week_at_once(
+    database: Database, old: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither doubles what the other wrote, nor takes it for damage."""
+    monkeypatch.setattr("orbit.telemetry.archive._CHUNK_EVENTS", 3)
+    both = await asyncio.gather(archive(database, WEEK), archive(database, WEEK))
+    assert set(both) == {4}
+    rows = await database.fetch_all(b"SELECT sum(events) AS events FROM telemetry_archive")
+    assert rows == [{"events": old}]
+
+
 DAMAGES = {
     "another digest": "sha256 = sha256('x')",
     "a flipped byte": "content = set_byte(content, 30, get_byte(content, 30) # 255)",

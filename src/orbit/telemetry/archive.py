@@ -11,6 +11,7 @@ import asyncio
 import gzip
 import zlib
 from hashlib import sha256
+from typing import Any
 
 from orbit.database.pool import Database
 from orbit.database.queries import load
@@ -25,9 +26,8 @@ async def archive(database: Database, week: str) -> int:
 
     Raises ArchiveDamaged if what is read is not what was written.
     """
+    size = await _size(database, week)
     while True:
-        size = await database.fetch_one(SQL.week_size, {"week": week})
-        assert size is not None
         asked = {"week": week, "after": size["archived_until"], "count": _CHUNK_EVENTS}
         found = await database.fetch_one(SQL.week_lines, asked)
         assert found is not None
@@ -41,7 +41,11 @@ async def archive(database: Database, week: str) -> int:
             "events": found["events"],
         }
         packed = await asyncio.to_thread(_packed, found["text"])
-        await database.execute(SQL.insert_archive, chunk | packed)
+        if await database.execute(SQL.insert_archive, chunk | packed):
+            size |= {"chunks": chunk["chunk"], "archived_until": chunk["last_position"]}
+        else:  # another node archives it too: after what that has
+            size = await _size(database, week)
+    size = await _size(database, week)
     archived = 0
     for number in range(1, size["chunks"] + 1):
         archived += len(await read_chunk(database, week, number))
@@ -50,6 +54,13 @@ async def archive(database: Database, week: str) -> int:
             f"the archive of {week} has {archived} events, the week {size['events']}"
         )
     return int(size["chunks"])
+
+
+async def _size(database: Database, week: str) -> dict[str, Any]:
+    """A scan of the week's batches: for the beginning and the end."""
+    size = await database.fetch_one(SQL.week_size, {"week": week})
+    assert size is not None
+    return size
 
 
 async def read_chunk(database: Database, week: str, chunk: int) -> list[bytes]:
