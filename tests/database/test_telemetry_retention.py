@@ -24,7 +24,7 @@ from orbit.database.pool import Database
 from orbit.errors import ArchiveDamaged, ConsumerExists, NotFound, RequestInvalid
 from orbit.services.janitor import Janitor
 from orbit.settings import Settings
-from orbit.telemetry import parquet
+from orbit.telemetry import parquet, retention
 from orbit.telemetry.archive import archive, read_chunk
 from orbit.telemetry.catalogue import EventType
 from orbit.telemetry.consumers import add, commit, remove
@@ -158,6 +158,83 @@ async def test_a_hard_limit_is_told(database: Database, old: int, clock: Databas
     }
 
 
+@pytest.mark.parametrize("is_archiving", [False, True])
+async def test_two_that_drop_at_once_do_it_once(
+    database: Database, old: int, is_archiving: bool
+) -> None:
+    """One node drops a week, another finds that it is done: one event, and no error."""
+    await stored(database, "bi", 1)
+    given = Retention(30, hard_days=60, is_archiving=is_archiving)
+    for found in await asyncio.gather(*(retain(database, given) for _ in range(3))):
+        assert found == Retained([WEEK], [])
+    rows = await database.fetch_all(b"SELECT event_type FROM telemetry_event")
+    assert rows == [{"event_type": "telemetry_dropped"}]
+
+
+async def test_a_drop_waits_for_another_before_it_looks(
+    database: Database, old: int, owner_dsn: str
+) -> None:
+    """A week that another drops meanwhile is gone, and nothing to fail at."""
+    drop = b"SELECT orbit_drop_telemetry('2026-01-05', false) AS last_position"
+    with psycopg.connect(owner_dsn) as other, psycopg.connect(owner_dsn) as watching:
+        other.execute(drop)
+        late = asyncio.create_task(database.fetch_one(drop))
+        while not watching.execute(
+            "SELECT FROM pg_locks WHERE NOT granted AND locktype = 'advisory'"
+        ).fetchall():
+            assert not late.done()
+            await asyncio.sleep(0.01)
+        other.commit()
+        assert await late == {"last_position": None}
+
+
+async def test_a_consumer_that_came_during_the_archive_is_named(
+    database: Database, old: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is passed over is who had not read in the moment of the drop."""
+    monkeypatch.setattr(retention, "archive", partial(_then, archive, partial(stored, database)))
+    await retain(database, Retention(30, hard_days=60, is_archiving=True))
+    row = await database.fetch_one(b"SELECT metadata -> 'consumers' AS names FROM telemetry_event")
+    assert row == {"names": ["bi"]}
+
+
+@pytest.mark.parametrize("is_archiving", [False, True])
+async def test_what_is_numbered_meanwhile_is_not_dropped(
+    database: Database,
+    old: int,
+    owner_dsn: str,
+    monkeypatch: pytest.MonkeyPatch,
+    is_archiving: bool,
+) -> None:
+    """An event that gets its position after the week was looked at stays until the next time."""
+    fetch, is_done = database.fetch_all, asyncio.Event()
+
+    async def late(query: bytes, params: Any = None) -> Any:
+        found = await fetch(query, params)
+        if query == SQL.behind and not is_done.is_set():
+            is_done.set()
+            await numbered(database, owner_dsn, "{}")
+        return found
+
+    async def later(database: Database, week: str) -> Any:
+        found = await archive(database, week)
+        if not is_done.is_set():
+            is_done.set()
+            await numbered(database, owner_dsn, "{}")
+        return found
+
+    if is_archiving:
+        monkeypatch.setattr(retention, "archive", later)
+    else:
+        monkeypatch.setattr(database, "fetch_all", late)
+    given = Retention(30, is_archiving=is_archiving)
+    assert await retain(database, given) == Retained([], ["events that were numbered meanwhile"])
+    assert await weeks(database) == [WEEK]
+    assert await retain(database, given) == Retained([WEEK], [])
+    rows = await database.fetch_all(b"SELECT sum(events) AS events FROM telemetry_archive")
+    assert rows == [{"events": old + 1 if is_archiving else None}]
+
+
 async def test_an_archive_has_every_event(database: Database, old: int) -> None:
     """With the archive on a dropped week can be read, line by line, in order of position."""
     assert await retain(database, Retention(30, is_archiving=True)) == Retained([WEEK], [])
@@ -178,7 +255,7 @@ async def test_a_week_is_sized_twice_however_many_chunks_it_has(
         return await fetch(query, params)
 
     monkeypatch.setattr(database, "fetch_one", counting)
-    assert await archive(database, WEEK) == 4
+    assert await archive(database, WEEK) == (4, old)
     assert asked.count(SQL.week_size) == 2
     positions = [
         json.loads(line)["position"]
@@ -194,7 +271,7 @@ async def test_two_archive_a_week_at_once(
     """Neither doubles what the other wrote, nor takes it for damage."""
     monkeypatch.setattr("orbit.telemetry.archive._CHUNK_EVENTS", 3)
     both = await asyncio.gather(archive(database, WEEK), archive(database, WEEK))
-    assert set(both) == {4}
+    assert set(both) == {(4, old)}
     rows = await database.fetch_all(b"SELECT sum(events) AS events FROM telemetry_archive")
     assert rows == [{"events": old}]
 
@@ -219,7 +296,7 @@ async def test_a_changed_archive_stops_the_drop(
     database: Database, old: int, owner_dsn: str, how: str
 ) -> None:
     """Nothing is dropped while the archive does not read back as it was written."""
-    assert await archive(database, WEEK) == 1
+    assert await archive(database, WEEK) == (1, old)
     damage(owner_dsn, how)
     with pytest.raises(ArchiveDamaged, match=f"chunk 1 of {WEEK}"):
         await retain(database, Retention(30, is_archiving=True))
@@ -331,7 +408,7 @@ async def test_a_file_that_is_there_as_written_stays(
     database: Database, old: int, tmp_path: Path
 ) -> None:
     """A pass that died before the drop writes no second file; a damaged one is written anew."""
-    chunks = await archive(database, WEEK)
+    chunks, _ = await archive(database, WEEK)
     await write_parquet(database, WEEK, chunks, tmp_path)
     path = tmp_path / f"telemetry-{WEEK}.parquet"
     before = path.stat()
@@ -349,12 +426,12 @@ async def test_a_file_that_cannot_be_written_or_read_back_stops_the_drop(
     """Nothing is dropped, nothing half-written stays, and no file is known that there is not."""
     taken = tmp_path / "taken"
     taken.write_text("a file where the folder should be")
-    retention = Retention(30, is_archiving=True, parquet_folder=taken)
+    given = Retention(30, is_archiving=True, parquet_folder=taken)
     with pytest.raises(ArchiveDamaged, match="cannot be written"):
-        await retain(database, retention)
+        await retain(database, given)
     monkeypatch.setattr(parquet, "_write", partial(_write_less, parquet._write))
     with pytest.raises(ArchiveDamaged, match="does not read back"):
-        await retain(database, replace(retention, parquet_folder=tmp_path))
+        await retain(database, replace(given, parquet_folder=tmp_path))
     assert names(tmp_path) == [taken.name]
     assert await weeks(database) == [WEEK]
     assert await files(database) == []
@@ -410,6 +487,12 @@ async def test_archived_weeks_are_listed_and_restored(
     refused = await run("restore", WEEK, "--parquet", path.name, "--out", "no.jsonl", code=6)
     assert "not as it was written" in refused
     assert not (tmp_path / "no.jsonl").exists()
+
+
+async def _then(first: Any, second: Any, *given: Any) -> Any:
+    found = await first(*given)
+    await second("bi", 1)
+    return found
 
 
 async def _write_less(write: Any, database: Database, week: str, chunks: int, path: Path) -> int:

@@ -312,8 +312,17 @@ WHERE EXISTS (SELECT FROM telemetry_batch batch WHERE batch.namespace = feed.nam
     AND batch.last_position > feed.position AND batch.last_position <= %(position)s::bigint)
 ORDER BY name;
 
+-- name: bound_waiting
+-- Bounds the waits for locks of the transaction, as drop_week's own are.
+SELECT set_config('lock_timeout', '2s', true);
+
+-- name: lock_weeks
+-- Lets nobody drop a week, or store a consumer, until the transaction ends: before drop_week.
+SELECT pg_advisory_xact_lock(hashtext('orbit.partitions'));
+
 -- name: drop_week
--- Drops a week's events; the database refuses while somebody has yet to read them.
+-- Drops a week's events; their last position, or NULL if they are gone already. The database
+-- refuses while somebody has yet to read them, and locks both tables before it looks.
 SELECT orbit_drop_telemetry(%(week)s::date, %(is_forced)s) AS last_position;
 
 -- name: hold_weeks
