@@ -57,9 +57,8 @@ def replay(
 ) -> None:
     """Print all events after a position (from the first that is kept), and end."""
     with connected(settings()) as api:
-        place = _place(api, after, consumer)
-        for page in _pages(api, place or 0, namespace, is_following=False):
-            _tell(api, page, consumer, is_json=is_json)
+        place = _place(api, after, consumer) or 0
+        _tell(api, _pages(api, place, namespace, is_following=False), place, consumer, is_json)
 
 
 @app.command()
@@ -74,8 +73,7 @@ def tail(
         place = _place(api, after, consumer)
         if place is None:
             place = api.get("/telemetry", limit=1, after=0)["lastPosition"]
-        for page in _pages(api, place, namespace, is_following=True):
-            _tell(api, page, consumer, is_json=is_json)
+        _tell(api, _pages(api, place, namespace, is_following=True), place, consumer, is_json)
 
 
 def _place(api: Api, after: int | None, consumer: str | None) -> int | None:
@@ -100,12 +98,17 @@ def _pages(
         time.sleep(_POLL_SECONDS)
 
 
-def _tell(api: Api, page: dict[str, Any], consumer: str | None, *, is_json: bool) -> None:
-    for event in page["items"]:
-        _print(event, is_json=is_json)
-    if consumer is not None and page["items"]:
-        sys.stdout.flush()
-        api.post(f"/telemetry/consumers/{consumer}/commit", {"position": page["position"]})
+def _tell(
+    api: Api, pages: Iterator[dict[str, Any]], place: int, consumer: str | None, is_json: bool
+) -> None:
+    """Prints pages; a consumer also passes what is not for its namespaces."""
+    for page in pages:
+        for event in page["items"]:
+            _print(event, is_json=is_json)
+        if consumer is not None and page["position"] > place:
+            sys.stdout.flush()
+            place = page["position"]
+            api.post(f"/telemetry/consumers/{consumer}/commit", {"position": place})
 
 
 def _print(event: dict[str, Any], *, is_json: bool) -> None:
