@@ -420,6 +420,21 @@ async def test_a_file_that_is_there_as_written_stays(
     assert len(list(parquet_lines(path))) == old
 
 
+async def test_what_a_killed_writer_left_goes(database: Database, old: int, tmp_path: Path) -> None:
+    """Of this week, and a day old: another node may be writing."""
+    path = tmp_path / f"telemetry-{WEEK}.parquet"
+    left = {name: tmp_path / f".{path.name}.{name}" for name in ("killed", "written")}
+    left["another"] = tmp_path / ".telemetry-2026-01-12.parquet.killed"
+    for name, one in left.items():
+        one.write_bytes(b"half")
+        if name != "written":
+            os.utime(one, (1_700_000_000, 1_700_000_000))
+    chunks, _ = await archive(database, WEEK)
+    await write_parquet(database, WEEK, chunks, tmp_path)
+    kept = {path.name, left["written"].name, left["another"].name}
+    assert set(names(tmp_path)) == kept
+
+
 async def test_a_file_that_cannot_be_written_or_read_back_stops_the_drop(
     database: Database, old: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -454,7 +469,7 @@ async def test_a_file_of_which_the_end_is_lost_stops_the_drop(
 
 
 async def test_archived_weeks_are_listed_and_restored(
-    database: Database, old: int, dsn: str, tmp_path: Path
+    database: Database, old: int, dsn: str, owner_dsn: str, tmp_path: Path
 ) -> None:
     """`orbit telemetry archive ls|restore` from the archive, and from the file of a week."""
     await retain(database, Retention(30, is_archiving=True, parquet_folder=tmp_path))
@@ -487,6 +502,15 @@ async def test_archived_weeks_are_listed_and_restored(
     refused = await run("restore", WEEK, "--parquet", path.name, "--out", "no.jsonl", code=6)
     assert "not as it was written" in refused
     assert not (tmp_path / "no.jsonl").exists()
+    os.mkfifo(tmp_path / "pipe")
+    reading = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    await run("restore", WEEK, "--out", "pipe")
+    assert [json.loads(line) for line in os.read(reading, 65_536).splitlines()] == lines
+    os.close(reading)
+    damage(owner_dsn, "a flipped byte")
+    before = sorted(names(tmp_path))
+    assert "is not what was archived" in await run("restore", WEEK, "--out", "no.jsonl", code=6)
+    assert sorted(names(tmp_path)) == before
 
 
 async def _then(first: Any, second: Any, *given: Any) -> Any:

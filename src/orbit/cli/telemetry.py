@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -240,6 +241,26 @@ async def _archives() -> list[dict[str, Any]]:
         return await database.fetch_all(SQL.archives)
 
 
+@contextmanager
+def _whole(out: Path | None) -> Iterator[IO[bytes]]:
+    """Where to write: a file gets its name when all of it is there, and is gone otherwise."""
+    if out is None:
+        yield sys.stdout.buffer
+        return
+    if out.exists() and not out.is_file():  # a device, or a pipe
+        with out.open("wb") as file:
+            yield file
+        return
+    out = out.resolve()
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 async def _restore(week: str, out: Path | None, parquet: Path | None) -> None:
     """A chunk, or a row group, is in memory at a time."""
     from orbit.telemetry.archive import SQL, read_chunk
@@ -249,10 +270,9 @@ async def _restore(week: str, out: Path | None, parquet: Path | None) -> None:
         weeks = {one["week"]: one["chunks"] for one in await database.fetch_all(SQL.archives)}
         if week not in weeks:
             raise RequestInvalid(f"{week} is not in the archive; `orbit telemetry archive ls`")
-        with ExitStack() as stack:
-            if parquet is not None:
-                await check_parquet(database, week, parquet)
-            file = sys.stdout.buffer if out is None else stack.enter_context(out.open("wb"))
+        if parquet is not None:
+            await check_parquet(database, week, parquet)
+        with _whole(out) as file:
             if parquet is not None:
                 file.writelines(line + b"\n" for line in parquet_lines(parquet))
                 return

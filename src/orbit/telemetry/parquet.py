@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SQL = load("telemetry")
+_LEFT_SECONDS = 86_400
 _TEXTS = {
     "id": "id",
     "namespace": "namespace",
@@ -52,6 +53,7 @@ async def write_parquet(database: Database, week: str, chunks: int, folder: Path
             return
         try:
             events = await _write(database, week, chunks, partial)
+            await asyncio.to_thread(_forget_killed, partial, path)
             await _compare(database, week, chunks, partial)
             digest, size = await asyncio.to_thread(_kept, partial, path)
         finally:
@@ -158,6 +160,14 @@ def _kept(partial: Path, path: Path) -> tuple[bytes, int]:
     finally:
         os.close(folder)
     return found
+
+
+def _forget_killed(partial: Path, path: Path) -> None:
+    """Removes what writers of this file have left that were killed: by age, others may be at it."""
+    newest = partial.stat().st_mtime
+    for left in path.parent.glob(f".{path.name}.*"):
+        if left.stat().st_mtime < newest - _LEFT_SECONDS:
+            left.unlink(missing_ok=True)
 
 
 def _digest(path: Path) -> tuple[bytes, int]:
