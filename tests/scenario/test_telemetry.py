@@ -12,11 +12,12 @@ from itertools import count
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import uvicorn
 
 from orbit.api import routes_telemetry, streams
-from orbit.api.application import create_application
+from orbit.api.server import http_config
 from orbit.app import Node
 from orbit.database.pool import Database
 from orbit.governance.actor import actor_here
@@ -50,8 +51,7 @@ async def tell(node: Node, count: int, namespace: str = "brand-a") -> int:
 async def serving(node: Node) -> AsyncIterator[int]:
     """The node's API on a socket; its port."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(create_application(node), log_level="error", lifespan="off")
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(http_config(node.settings, node))
     task = asyncio.create_task(server.serve(sockets=[listener]))
     yield listener.getsockname()[1]
     server.force_exit = server.should_exit = True
@@ -335,7 +335,7 @@ async def test_a_revoked_key_ends_its_stream(make_node: MakeNode) -> None:
 async def test_a_slow_client_is_dropped(
     make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who takes nothing is cut off before the end, and the stream's place is free again."""
+    """Who takes nothing is cut off before the end: the place is free, and the socket is gone."""
     monkeypatch.setattr(streams, "_TAKING_SECONDS", 0.5)
     monkeypatch.setattr(streams, "MOST_STREAMS", 1)
     node = await make_node()
@@ -358,6 +358,12 @@ async def test_a_slow_client_is_dropped(
             return not await refused()
 
         await until(taken, "the place free again")
+        ours = writer.get_extra_info("sockname")
+
+        def is_gone() -> bool:
+            return all(one.raddr != ours for one in psutil.Process().net_connections("tcp"))
+
+        await until(is_gone, "the server's side of the socket closed")
         writer.close()
 
 

@@ -112,7 +112,9 @@ class _EventStream(Response):
             await self._frames(send)
         except TimeoutError:
             log.warning("slow_stream_dropped", position=self._after)
-            return  # without an end, so that the server closes the connection
+            if (abort := getattr(self._request.state, "abort", None)) is not None:
+                abort()  # closed in order, it would first wait for ever to send what is buffered
+            return
         except TRANSIENT as error:
             log.warning("stream_ended", error=first_line(error))
         await _send(send, "", is_more=False)
