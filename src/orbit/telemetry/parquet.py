@@ -127,6 +127,7 @@ def _table(lines: Sequence[bytes]) -> pa.Table:
     columns = {
         "position": pa.array([row["position"] for row in rows], pa.int64()),
         "time": pa.array([datetime.fromisoformat(row["time"]) for row in rows], at),
+        "version": pa.array([row.get("version", 1) for row in rows], pa.int16()),
         "metadata": pa.array([_metadata(row["metadata"]) for row in rows], pa.string()),
     }
     for name, field in _TEXTS.items():
@@ -144,6 +145,7 @@ def _event(row: Mapping[str, Any]) -> dict[str, Any]:
         "position": row["position"],
         "time": row["time"].isoformat(timespec="microseconds").replace("+00:00", "Z"),
         **{field: row[name] for name, field in _TEXTS.items()},
+        "version": row.get("version", 1),
         "metadata": json.loads(row["metadata"]),
     }
 

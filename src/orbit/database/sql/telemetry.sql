@@ -4,15 +4,16 @@
 -- Events, and their pending batches, one for each namespace. Locks nothing that others wait for.
 WITH event AS MATERIALIZED (
     SELECT * FROM unnest(%(namespace)s::text[], %(event_type)s::text[], %(metadata)s::jsonb[],
-        %(profile_id)s::text[], %(run_profile_id)s::text[], %(run_id)s::uuid[]) WITH ORDINALITY
-        AS event (namespace, event_type, metadata, profile_id, run_profile_id, run_id, place)
+        %(profile_id)s::text[], %(run_profile_id)s::text[], %(run_id)s::uuid[],
+        %(version)s::smallint[]) WITH ORDINALITY
+        AS event (namespace, event_type, metadata, profile_id, run_profile_id, run_id, version, place)
 ), batch AS MATERIALIZED (
     SELECT orbit_new_batch() AS batch_id
 ), told AS (
     INSERT INTO telemetry_event (namespace, batch_id, ordinal, event_type, profile_id,
-        run_profile_id, run_id, metadata)
+        run_profile_id, run_id, metadata, version)
     SELECT namespace, batch_id, row_number() OVER (PARTITION BY namespace ORDER BY place),
-        event_type, profile_id, run_profile_id, run_id, metadata
+        event_type, profile_id, run_profile_id, run_id, metadata, version
     FROM event CROSS JOIN batch
     RETURNING namespace, batch_id
 )
@@ -104,7 +105,8 @@ WITH edge AS MATERIALIZED (
 ), chosen AS MATERIALIZED (
     SELECT last_position - events + ordinal AS position, name, head, source, event.*
     FROM named CROSS JOIN LATERAL (
-        SELECT ordinal, event_type, occurred_at, profile_id, run_profile_id, run_id, metadata
+        SELECT ordinal, event_type, version, occurred_at, profile_id, run_profile_id, run_id,
+            metadata
         FROM telemetry_event
         WHERE telemetry_event.namespace = named.namespace
             AND telemetry_event.batch_id = named.batch_id
@@ -113,7 +115,7 @@ WITH edge AS MATERIALIZED (
     ) event
     ORDER BY position LIMIT %(count)s
 ), shown AS MATERIALIZED (
-    SELECT position, head || ordinal || source || event_type || '.v1","time":'
+    SELECT position, head || ordinal || source || event_type || '.v' || version || '","time":'
         || left(to_json(occurred_at AT TIME ZONE 'UTC')::text, -1) || 'Z","subject":'
         || COALESCE('"' || run_id || '"', name)
         || ',"datacontenttype":"application/json","position":' || position
@@ -162,7 +164,8 @@ WITH edge AS MATERIALIZED (
 ), chosen AS MATERIALIZED (
     SELECT last_position - events + ordinal AS position, name, head, source, event.*
     FROM named CROSS JOIN LATERAL (
-        SELECT ordinal, event_type, occurred_at, profile_id, run_profile_id, run_id, metadata
+        SELECT ordinal, event_type, version, occurred_at, profile_id, run_profile_id, run_id,
+            metadata
         FROM telemetry_event
         WHERE telemetry_event.namespace = named.namespace
             AND telemetry_event.batch_id = named.batch_id
@@ -171,7 +174,7 @@ WITH edge AS MATERIALIZED (
     ) event
     ORDER BY position LIMIT %(count)s
 ), shown AS MATERIALIZED (
-    SELECT position, head || ordinal || source || event_type || '.v1","time":'
+    SELECT position, head || ordinal || source || event_type || '.v' || version || '","time":'
         || left(to_json(occurred_at AT TIME ZONE 'UTC')::text, -1) || 'Z","subject":'
         || COALESCE('"' || run_id || '"', name)
         || ',"datacontenttype":"application/json","position":' || position
@@ -249,15 +252,15 @@ WITH next AS MATERIALIZED (
         FROM next) counted WHERE before < %(count)s
 ), line AS MATERIALIZED (
     SELECT position, json_build_object('position', position, 'namespace', of,
-        'id', id || '-' || ordinal, 'type', event_type, 'time',
+        'id', id || '-' || ordinal, 'type', event_type, 'version', version, 'time',
         to_char(occurred_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
         'profileId', profile_id, 'runProfileId', run_profile_id, 'runId', run_id,
         'metadata', metadata)::text AS line
     FROM (
         SELECT last_position - events + ordinal AS position, event.*
         FROM batch CROSS JOIN LATERAL (
-            SELECT ordinal, namespace AS of, batch_id AS id, event_type, occurred_at, profile_id,
-                run_profile_id, run_id, metadata
+            SELECT ordinal, namespace AS of, batch_id AS id, event_type, version, occurred_at,
+                profile_id, run_profile_id, run_id, metadata
             FROM telemetry_event
             WHERE telemetry_event.namespace = batch.namespace
                 AND telemetry_event.batch_id = batch.batch_id

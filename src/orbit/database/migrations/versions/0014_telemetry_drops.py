@@ -1,4 +1,4 @@
-"""drops: the SQL is in the file of the same name."""
+"""telemetry_drops: the SQL is in the file of the same name."""
 
 from __future__ import annotations
 

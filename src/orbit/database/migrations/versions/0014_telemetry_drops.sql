@@ -1,7 +1,9 @@
--- Drops of telemetry: one after another, and of nothing that came while it was looked at.
+-- Telemetry: drops one after another, of nothing that came meanwhile; and events' versions.
 --
 -- The function took a week for there before it had waited for another's drop, and asked for its
 -- last position before the tables were locked: a batch that was numbered between was dropped unread.
+--
+-- An event keeps the version of its type that was current when it was written.
 
 SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true);
 
@@ -37,3 +39,14 @@ BEGIN
     RETURN last;
 END
 $$;
+
+ALTER TABLE telemetry_event ADD COLUMN version smallint NOT NULL DEFAULT 1;
+COMMENT ON COLUMN telemetry_event.version IS 'Of its type, as the catalogue had it.';
+
+CREATE OR REPLACE VIEW telemetry_stream AS
+SELECT batch.last_position - batch.events + event.ordinal AS position, event.namespace,
+    event.batch_id || '-' || event.ordinal AS event_id, event.event_type, event.occurred_at,
+    event.profile_id, event.run_profile_id, event.run_id, event.metadata,
+    batch.sequenced_at, event.version
+FROM telemetry_batch batch JOIN telemetry_event event
+    ON event.namespace = batch.namespace AND event.batch_id = batch.batch_id;
