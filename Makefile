@@ -87,6 +87,7 @@ lock: | $(VENV_PYTHON) ## Write the locks anew; ARGS=--upgrade takes the newest 
 	@$(COMPILE) --extra embedded --extra otel --group build --output-file requirements/run.txt $(ARGS)
 	@$(COMPILE) --extra embedded --extra otel --extra parquet --group dev --constraint requirements/run.txt \
 		--output-file requirements/dev.txt $(ARGS)
+	@sed -n '1,4p; /^pyarrow==/,/# via/p' requirements/dev.txt > requirements/parquet.txt
 
 clean: ## Remove .venv, caches and builds (data in .orbit stays)
 	@rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

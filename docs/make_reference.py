@@ -73,7 +73,7 @@ def _settings() -> Iterator[str]:
             yield from _settings_of(rows)
             rows, about = [], []
             yield f"\n## {section[1]}\n"
-        elif found := re.fullmatch(r"# ([A-Z0-9_]+)=(.*)", line):
+        elif found := re.fullmatch(r"# ([A-Z0-9_*]+)(?:=(.*))?", line):
             rows.append((f"`{found[1]}`", f"`{found[2]}`" if found[2] else "", " ".join(about)))
             about = []
         elif line.startswith("# "):

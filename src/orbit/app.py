@@ -164,15 +164,19 @@ def checkpoint_folder(settings: Settings) -> Path | None:
     return settings.audit_checkpoint_dir
 
 
+def signing_key_file(settings: Settings) -> Path | None:
+    """The file of the key that signs checkpoints; None where none is named."""
+    if settings.audit_signing_key_file is None and settings.database_url is None:
+        return settings.data_dir / "audit.key"
+    return settings.audit_signing_key_file
+
+
 def signer_of(settings: Settings, dsn: str, clock: Clock) -> Signer | None:
     """What signs checkpoints; None where no key is named. Raises AuditKeyInvalid."""
-    path = settings.audit_signing_key_file
-    is_embedded = settings.database_url is None
-    if path is None and is_embedded:
-        path = settings.data_dir / "audit.key"
+    path = signing_key_file(settings)
     if path is None:
         return None
-    key = load_signing_key(path, is_made=is_embedded)
+    key = load_signing_key(path, is_made=settings.database_url is None)
     folder = checkpoint_folder(settings)
     return Signer(dsn, clock, key, folder, settings.audit_checkpoint_command)
 
@@ -239,8 +243,7 @@ class Node:
         self.sessions = Sessions(database, self.keys, settings.session_seconds)
         self.refusals = Refusals(database, self.clock)
         self.authentication = await self._authentication()
-        source = TelemetrySource()
-        self.signals = SignalKeeper(database, source)
+        self.signals = SignalKeeper(database, TelemetrySource())
         self.proposals = Proposals(
             database, self.configuration, self.clock, hours=settings.proposal_hours
         )
@@ -257,7 +260,7 @@ class Node:
             guard,
             self.modes,
             self.signals,
-            source,
+            self.proposals,
             probation_hours=settings.watched_hours,
         )
         self.shadows = Shadows(database, self.configuration, guard, self.changes)
@@ -273,6 +276,10 @@ class Node:
         self.signer = await asyncio.to_thread(
             signer_of, self.settings, self.database.dsn, self.clock
         )
+        if self.signer is None:
+            log.warning(
+                "audit_unsigned", hint="ORBIT_AUDIT_SIGNING_KEY_FILE is unset: docs/audit.md"
+            )
         documents = await asyncio.to_thread(self.orchestration.read_files)
         janitor = Janitor(
             self.database,

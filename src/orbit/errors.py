@@ -216,6 +216,12 @@ class AlreadyDecided(Refused):
     code = "already_decided"
 
 
+class RuleUnavailable(Refused):
+    """The rule behind the proposal cannot be asked here, so nobody knows whether it holds."""
+
+    code = "rule_unavailable"
+
+
 class ConsumerExists(Refused):
     """A consumer of telemetry has this name already."""
 

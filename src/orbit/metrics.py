@@ -110,6 +110,12 @@ sequencing_lag_seconds = Histogram(
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60),
     registry=REGISTRY,
 )
+autonomy_changes = Counter(
+    "orbit_autonomy_changes",
+    "Changes that autonomy made on this node, that ended their probation here, or were taken back.",
+    ["outcome"],
+    registry=REGISTRY,
+)
 signals = Counter(
     "orbit_signals", "Signals that this node recorded, by their name.", ["name"], registry=REGISTRY
 )

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -409,9 +409,16 @@ class Settings(BaseSettings):
 
 _NAMES = {"database_url": ("DATABASE_URL",), "port": ("PORT",), "env": ("ORBIT_ENV", "NODE_ENV")}
 _MAY_BE_EMPTY = frozenset({"cron_schedule", "run_profile_cron_schedule"})
-_READ_ELSEWHERE = frozenset(
-    {"ORBIT_URL", "ORBIT_API_KEY", "ORBIT_RECEIVER_TOKEN", "ORBIT_RECEIVER_SIGNING_SECRET"}
-)
+_READ_ELSEWHERE = {
+    "ORBIT_URL": "The node that the command line asks. Unset: the one at ORBIT_HOST and PORT.",
+    "ORBIT_API_KEY": "The access key that the command line shows. Unset: the embedded "
+    "instance's own, which is not sent to ORBIT_URL.",
+    "ORBIT_RECEIVER_TOKEN": "The bearer token that every delivery to `orbit receiver` must bring.",
+    "ORBIT_RECEIVER_SIGNING_SECRET": "The secret that signs every delivery to `orbit receiver`.",
+    "SSL_CERT_FILE": "Authorities (PEM) that the certificates of endpoints are verified by.",
+    "OTEL_*": "OpenTelemetry's standard variables, which turn on traces and metrics; read from "
+    ".env, too.",
+}
 _GROUPS = {
     "database_url": "Database",
     "port": "HTTP",
@@ -432,7 +439,9 @@ def load_settings(
 
     Raises SettingInvalid, whose message has one line for each variable that is wrong.
     """
-    given = {**_read_file(env_file), **(os.environ if environ is None else environ)}
+    environ = os.environ if environ is None else environ
+    written = _read_file(env_file)
+    given = {**written, **environ}
     values: dict[str, Any] = {}
     used: dict[str, str] = {}
     for name in _setting_fields():
@@ -442,7 +451,7 @@ def load_settings(
                 values[name], used[name] = value, variable
     try:
         settings = Settings(**values)
-        warnings = tuple(_warnings(given))
+        warnings = tuple(_warnings(given, written.keys() - environ.keys()))
         return settings.model_copy(update={"warnings": warnings})
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
@@ -481,11 +490,14 @@ def _names(name: str) -> tuple[str, ...]:
     return _NAMES.get(name) or (f"ORBIT_{name.upper()}",)
 
 
-def _warnings(given: Mapping[str, str]) -> Iterator[str]:
+def _warnings(given: Mapping[str, str], in_file_only: Set[str]) -> Iterator[str]:
     known = {variable for name in _setting_fields() for variable in _names(name)}
     for variable in sorted(given):
         is_ours = variable.startswith("ORBIT_") and not variable.startswith("ORBIT_TEST_")
-        if is_ours and variable not in known | _READ_ELSEWHERE:
+        if variable in _READ_ELSEWHERE:
+            if variable in in_file_only:
+                yield f"{variable} is read from the environment alone, not from .env"
+        elif is_ours and variable not in known:
             yield f"{variable} is not a setting{nearest(variable, known, cutoff=0.75)}"
 
 
@@ -525,7 +537,7 @@ def _accepted(name: str) -> str:
 
 
 def env_example() -> str:
-    """The text of `.env.example`: every setting with its meaning, range and default."""
+    """The text of `.env.example`: every variable with its meaning, range and default."""
     lines = [
         "# Every setting of Orbit with its default. Copy to .env and uncomment what you change;",
         "# the environment wins over this file.",
@@ -534,6 +546,9 @@ def env_example() -> str:
         if name in _GROUPS:
             lines += ["", f"# --- {_GROUPS[name]} ---"]
         lines += ["", *_wrapped(_about(name, info)), f"# {_names(name)[0]}={_text(info.default)}"]
+    lines += ["", "# --- Read from the environment alone, not from .env ---"]
+    for variable, about in _READ_ELSEWHERE.items():
+        lines += ["", *_wrapped(about), f"# {variable}"]
     return "\n".join(lines) + "\n"
 
 

@@ -32,6 +32,7 @@ from tests.unit.certificates import Authority
 log = logging.getLogger(__name__)  # figures: pytest --log-cli-level=info
 
 HALTS = 100  # of each of two namespaces
+_LEASE_SECONDS = "6"  # a halt is written sooner after a node froze, on a busy machine too
 SPACES = ("east", "west")
 SHAPES = [
     RunProfileShape(f"in-{space}", space, steps=(0, 1, 0), items=100, endpoint_keys=("alpha",))
@@ -41,11 +42,11 @@ SHAPES = [
 
 async def ask(node: NodeProcess, path: str, body: dict[str, Any]) -> httpx.Response:
     """One request to a node."""
-    async with httpx.AsyncClient(base_url=node.address, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=node.address, timeout=120) as client:
         return await client.post(path, json=body)
 
 
-async def halt(node: NodeProcess, space: str, seconds: float = 20) -> dict[str, Any]:
+async def halt(node: NodeProcess, space: str, seconds: float = 60) -> dict[str, Any]:
     """Halts a namespace through a node."""
     body = {"reason": "a test", "waitSeconds": seconds}
     answer = await ask(node, f"/governance/namespaces/{space}/halt", body)
@@ -209,14 +210,14 @@ async def test_a_node_that_froze_before_its_first_byte_never_sends_it(
     endpoints = json.dumps([{"key": "alpha", "url": url, "timeout_seconds": 60}])
     shape = RunProfileShape("only", "east", steps=(0, 0, 0), endpoint_keys=("alpha",))
     given = {"ORBIT_DISPATCH_ENDPOINTS": endpoints, "SSL_CERT_FILE": str(authority.file)}
-    async with scene(tmp_path, [shape], dsn, **given) as stage:
+    async with scene(tmp_path, [shape], dsn, ORBIT_LEASE_SECONDS=_LEASE_SECONDS, **given) as stage:
         if what == "step":
             _add_http_step(tmp_path, url)
         frozen = await stage.nodes.start()
         await stage.client.trigger("only")
 
         async def is_connected() -> bool:
-            return server.accepted == 1
+            return server.accepted >= 1
 
         await eventually(is_connected, "a connection")
         other = await stage.nodes.start()  # first: it may take longer to start than a lease lasts
@@ -258,12 +259,12 @@ async def test_a_node_that_froze_longer_than_its_lease_does_not_send_afterwards(
     given = {"ORBIT_DISPATCH_ENDPOINTS": endpoints, "SSL_CERT_FILE": str(authority.file)}
 
     async def are_connected() -> bool:
-        return server.accepted == len(stage.nodes.alive)
+        return server.accepted >= len(stage.nodes.alive)
 
     async def have_ended() -> bool:
         return len(server.ends) >= 2 and any(server.ends)
 
-    async with scene(tmp_path, [shape], dsn, ORBIT_LEASE_SECONDS="3", **given) as stage:
+    async with scene(tmp_path, [shape], dsn, ORBIT_LEASE_SECONDS=_LEASE_SECONDS, **given) as stage:
         frozen = await stage.nodes.start()
         await stage.client.trigger("only")
         await eventually(are_connected, "a connection")
@@ -323,13 +324,14 @@ async def test_a_node_that_froze_amid_a_body_does_not_complete_it(
     url = f"http://127.0.0.1:{server.port}/in"
     endpoints = json.dumps([{"key": "alpha", "url": url, "timeout_seconds": 60}])
     shape = RunProfileShape("only", "east", steps=(0, 0, 0), endpoint_keys=("alpha",))
-    async with scene(tmp_path, [shape], dsn, ORBIT_DISPATCH_ENDPOINTS=endpoints) as stage:
+    given = {"ORBIT_DISPATCH_ENDPOINTS": endpoints, "ORBIT_LEASE_SECONDS": _LEASE_SECONDS}
+    async with scene(tmp_path, [shape], dsn, **given) as stage:
         _add_large_steps(tmp_path, size, url if what == "step" else None)
         frozen = await stage.nodes.start()
         await stage.client.trigger("only")
 
         async def is_begun() -> bool:
-            return server.begun == 1
+            return server.begun >= 1
 
         await eventually(is_begun, "the beginning of a request")
         other = await stage.nodes.start()  # first: it may take longer to start than a lease lasts

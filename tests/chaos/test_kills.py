@@ -8,6 +8,8 @@ import logging
 import random
 from pathlib import Path
 
+import pytest
+
 from tests.chaos.boundaries import MOMENTS, POINTS
 from tests.chaos.harness import RunProfileShape, Scene, scene
 from tests.chaos.proof import assert_exactly_once, finished
@@ -54,6 +56,7 @@ async def _kill_at_random(scene: Scene) -> int:
     return _RANDOM_KILLS
 
 
+@pytest.mark.timeout(1800)  # more than a hundred nodes start
 async def test_a_hundred_kills_lose_nothing_and_double_nothing(
     dsn: str, owner_dsn: str, tmp_path: Path
 ) -> None:
@@ -61,7 +64,7 @@ async def test_a_hundred_kills_lose_nothing_and_double_nothing(
     async with scene(tmp_path, SHAPES, dsn) as stage:
         kills = await _kill_at_every_boundary(stage)
         kills += await _kill_at_random(stage)
-        await finished(owner_dsn)
+        await finished(owner_dsn, 300)
         evidence = assert_exactly_once(owner_dsn, stage)
     assert kills >= 100
     unknown = sum(receipt["outcome"] == "unknown" for receipt in evidence.receipts)

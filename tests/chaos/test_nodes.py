@@ -17,6 +17,8 @@ from tests.scenario.test_drain import hanging
 log = logging.getLogger(__name__)  # figures: pytest --log-cli-level=info
 
 _SLOW = RunProfileShape("slow", pause_seconds=0.3, items=2)
+# Amid tier 2 until a node has it that was started with CHAOS_HASTE.
+_HELD_UP = RunProfileShape("held-up", steps=(0, 1, 0), pause_seconds=600, items=2)
 
 
 async def _count(owner_dsn: str, query: str) -> int:
@@ -26,9 +28,9 @@ async def _count(owner_dsn: str, query: str) -> int:
     return int(row[0]) if row else 0
 
 
-async def _start_cycles(stage: Scene, count: int) -> None:
+async def _start_cycles(stage: Scene, count: int, shape: RunProfileShape = _SLOW) -> None:
     names = [f"cycle-{number}" for number in range(count)]
-    await asyncio.gather(*(stage.client.trigger(one, [_SLOW.run_profile_id]) for one in names))
+    await asyncio.gather(*(stage.client.trigger(one, [shape.run_profile_id]) for one in names))
 
 
 async def test_another_node_finishes_a_killed_nodes_cycles_within_the_lease_time(
@@ -39,30 +41,27 @@ async def test_another_node_finishes_a_killed_nodes_cycles_within_the_lease_time
     A lease, and what a busy machine needs for twenty cycles: far less than anything else that
     could have set them free.
     """
-    lease_seconds, margin_seconds = 2.0, 20.0
+    lease_seconds, margin_seconds = 2.0, 60.0
     given = {"ORBIT_LEASE_SECONDS": str(lease_seconds), "ORBIT_WORKER_CONCURRENCY": "20"}
-    async with scene(tmp_path, [_SLOW], dsn, **given) as stage:
+    async with scene(tmp_path, [_HELD_UP], dsn, **given) as stage:
         killed = await stage.nodes.start()
-        await stage.nodes.start()
-        held = "SELECT count(*) FROM cycle_lease JOIN node USING (node_id) WHERE name LIKE '%:{}'"
-        triggering = asyncio.create_task(_start_cycles(stage, 20))
+        await _start_cycles(stage, 20, _HELD_UP)
 
         async def is_busy() -> bool:
-            return await _count(owner_dsn, held.format(killed.pid)) >= 5
+            return len(stage.calls.read_text().splitlines()) >= 20
 
         await eventually(is_busy, "cycles in hand")
+        await stage.nodes.start(CHAOS_HASTE="1")
         await killed.kill()
         killed_at = time.monotonic()
-        await triggering
         await finished(owner_dsn, lease_seconds + margin_seconds)
         seconds = time.monotonic() - killed_at
         evidence = assert_exactly_once(owner_dsn, stage)
     owners: dict[str, set[str]] = {}
     for checkpoint in evidence.checkpoints:
         owners.setdefault(checkpoint["cycle_id"], set()).add(checkpoint["node_id"])
-    taken_over = sum(len(nodes) > 1 for nodes in owners.values())
-    assert taken_over >= 1
-    log.info("%d cycles taken over, all ended %.1f s after the kill", taken_over, seconds)
+    assert [len(nodes) for nodes in owners.values()] == [2] * 20
+    log.info("20 cycles taken over, all ended %.1f s after the kill", seconds)
 
 
 async def test_sigterm_amid_200_cycles_gives_them_back_at_once(
@@ -78,39 +77,28 @@ async def test_sigterm_amid_200_cycles_gives_them_back_at_once(
         "ORBIT_DRAIN_TIMEOUT_SECONDS": str(drain_seconds),
         "ORBIT_WORKER_CONCURRENCY": "200",
     }
-    async with scene(tmp_path, [_SLOW], dsn, **given) as stage:
-        stage.receiver.pause_seconds = 0.2
+    async with scene(tmp_path, [_HELD_UP], dsn, **given) as stage:
         node = await stage.nodes.start(ORBIT_ROLES="api")
-        await _start_cycles(stage, 200)
+        await _start_cycles(stage, 200, _HELD_UP)
         await node.kill()
         stopped = await stage.nodes.start()
         held = "SELECT count(*) FROM cycle_lease WHERE node_id IS NOT NULL"
 
         async def are_running() -> bool:
-            return await _count(owner_dsn, held) >= 190
+            return await _count(owner_dsn, held) == 200
 
         await eventually(are_running, "200 cycles in hand")
         stopped.signal(signal.SIGTERM)
         told_at = time.monotonic()
         assert await stopped.ended() == 0, stopped.tail()
         seconds = time.monotonic() - told_at
-        assert seconds < drain_seconds + 15, stopped.tail()
+        assert seconds < drain_seconds + 60, stopped.tail()
         assert await _count(owner_dsn, held) == 0
-        open_attempts = "SELECT count(*) FROM dispatch_lease WHERE node_id IS NOT NULL"
-        assert await _count(owner_dsn, open_attempts) == 0
-        left = await _count(owner_dsn, "SELECT count(*) FROM cycle_lease")
-        assert left >= 100
-        await stage.nodes.start()
-
-        async def is_resumed() -> bool:
-            query = "SELECT count(*) FROM cycle_lease WHERE node_id IS NOT NULL OR jobs > 0"
-            return await _count(owner_dsn, query) > left / 2
-
-        await eventually(is_resumed, "cycles in the hand of another node")
-        stage.receiver.pause_seconds = 0
-        await finished(owner_dsn)
+        assert await _count(owner_dsn, "SELECT count(*) FROM cycle_lease") == 200
+        await stage.nodes.start(CHAOS_HASTE="1")
+        await finished(owner_dsn, 300)
         assert_exactly_once(owner_dsn, stage)
-    log.info("exit after %.2f s with %d cycles given back", seconds, left)
+    log.info("exit after %.2f s", seconds)
 
 
 async def test_sigterm_lets_cycles_end_if_there_is_time(
@@ -141,7 +129,8 @@ async def test_sigterm_lets_cycles_end_if_there_is_time(
 async def test_a_second_signal_ends_at_once(dsn: str, owner_dsn: str, tmp_path: Path) -> None:
     """A node that drains for a minute ends at the second signal, and nothing is lost by it."""
     stuck = RunProfileShape("stuck", pause_seconds=60)
-    async with scene(tmp_path, [stuck, _SLOW], dsn, ORBIT_DRAIN_TIMEOUT_SECONDS="60") as stage:
+    given = {"ORBIT_DRAIN_TIMEOUT_SECONDS": "60", "ORBIT_LEASE_SECONDS": "30"}
+    async with scene(tmp_path, [stuck, _SLOW], dsn, **given) as stage:
         node = await stage.nodes.start()
         await stage.client.trigger("stuck", ["stuck"])
 
@@ -173,7 +162,7 @@ async def test_an_attempt_that_a_drain_cuts_off_is_settled_at_once(
         await stage.client.trigger("only", ["quick"])
 
         async def are_sent() -> bool:
-            return len(stage.receiver.arrivals) == 10
+            return len(stage.receiver.arrivals) >= 10
 
         await eventually(are_sent, "attempts on the wire")
         node.signal(signal.SIGTERM)
@@ -199,7 +188,7 @@ async def test_sigterm_while_the_database_hangs_ends_in_time(dsn: str, tmp_path:
         await stage.client.trigger("both", ["stuck", "quick"])
 
         async def are_sent() -> bool:
-            return len(stage.receiver.arrivals) == 10
+            return len(stage.receiver.arrivals) >= 10
 
         await eventually(are_sent, "attempts on the wire")
         proxy.is_open.clear()
@@ -211,7 +200,7 @@ async def test_sigterm_while_the_database_hangs_ends_in_time(dsn: str, tmp_path:
 
 async def _freeze(stage: Scene, owner_dsn: str, node: NodeProcess) -> None:
     """Stops a node amid steps and sends, as a machine that is suspended would be."""
-    stage.receiver.pause_seconds = 0.2
+    stage.receiver.pause_seconds = 5
     await _start_cycles(stage, 30)
 
     async def is_sending() -> bool:
@@ -220,6 +209,7 @@ async def _freeze(stage: Scene, owner_dsn: str, node: NodeProcess) -> None:
 
     await eventually(is_sending, "attempts on the wire")
     node.signal(signal.SIGSTOP)
+    stage.receiver.pause_seconds = 0.2
 
 
 async def test_a_node_that_outlived_its_leases_changes_nothing(

@@ -49,7 +49,7 @@ async def test_a_rolling_restart_under_load_loses_and_doubles_nothing(
             nodes[place] = await stage.nodes.start()
         is_over.set()
         await asking
-        await finished(owner_dsn)
+        await finished(owner_dsn, 300)
         evidence = assert_exactly_once(owner_dsn, stage)
     assert len(evidence.cycles) >= 4 * _AHEAD
     assert len({checkpoint["node_id"] for checkpoint in evidence.checkpoints}) >= 4

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import psycopg
 import pytest
 
 from orbit.canonical import sha256_hex
@@ -124,7 +125,7 @@ async def _send(node: NodeProcess) -> None:
         "endpointKeys": ["in"],
     }
     with contextlib.suppress(httpx.TransportError):
-        async with httpx.AsyncClient(timeout=30) as client:
+        async with httpx.AsyncClient(timeout=60) as client:
             answer = await client.post(f"{node.address}/cycles/trigger", json=body)
             assert answer.status_code == 202, answer.text
 
@@ -137,14 +138,26 @@ async def _killed(nodes: Nodes, striker: Striker, point: Point) -> None:
     assert await node.ended() == -9, node.tail()
 
 
+def _let_leases_end(owner_dsn: str) -> None:
+    """What the dead node held is free: a lease that really ended might do so amid a slow send."""
+    with psycopg.connect(owner_dsn, autocommit=True) as owner:
+        for table in ("cycle_lease", "dispatch_lease"):
+            owner.execute(
+                f"UPDATE {table} SET due_at = orbit_now() - interval '1 second'"
+                " WHERE node_id IS NOT NULL"
+            )
+
+
 async def _struck(
     folder: Path, dsn: str, owner_dsn: str, point: Point, **endpoint: str
 ) -> tuple[Striker, Evidence]:
     """A send that is cut off at the point, and what another node makes of it."""
     async with striking(point) as striker:
         endpoints = json.dumps([{"key": "in", "url": striker.url, **endpoint}])
-        async with scene(folder, (), dsn, ORBIT_DISPATCH_ENDPOINTS=endpoints) as stage:
+        given = {"ORBIT_DISPATCH_ENDPOINTS": endpoints, "ORBIT_LEASE_SECONDS": "600"}
+        async with scene(folder, (), dsn, **given) as stage:
             await _killed(stage.nodes, striker, point)
+            _let_leases_end(owner_dsn)
             await stage.nodes.start()
             await finished(owner_dsn)
     if point.body_bytes is not None:

@@ -107,6 +107,13 @@ def test_what_was_done_by_orbit_has_its_entries(dsn: str) -> None:
         ),
         (
             (
+                "INSERT INTO halt_drill SELECT namespace, epoch, true, 200, 100, 9, true, 0.1, 2, "
+                "0, true, 100, 0, actor, actor_id, node_id FROM namespace_halt WHERE epoch = 1"
+            ),
+            "*: halt_drill brand-a has no entry drill.halt",
+        ),
+        (
+            (
                 "INSERT INTO governance_setting SELECT namespace, setting, 2, 'false', reason, "
                 "actor, actor_id, node_id FROM governance_setting WHERE namespace = '*'"
             ),
@@ -142,7 +149,7 @@ def test_what_was_done_by_orbit_has_its_entries(dsn: str) -> None:
 def test_what_was_done_past_orbit_is_found(
     dsn: str, owner: psycopg.Connection[Any], tampering: str, words: str
 ) -> None:
-    """A halt, resumption, rule or key that was dropped, added, altered or dated back."""
+    """A halt, resumption, drill, rule or key that was dropped, added, altered or dated back."""
     assert (owner.execute(tampering.encode())).rowcount > 0
     assert words in "\n".join(found(dsn))
 

@@ -7,6 +7,7 @@ checkpoint that was signed before does.
 from __future__ import annotations
 
 import fcntl
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def test_an_untouched_trail_is_whole(dsn: str, signer: Signer, folder: Path, key
     report = verify(dsn, signed(folder, key))
     assert report.findings == []
     assert (report.entries, report.facts, report.unsigned) == (12, 3, 0)
+    assert [(one.log, one.size) for one in report.logs] == [("*", 1), ("ns", 11)]
 
 
 @pytest.mark.usefixtures("trail")
@@ -328,14 +330,16 @@ def test_an_export_is_verified_with_the_public_key_alone(
 ) -> None:
     """No database is asked, and all of it counts."""
     signer.sign_all()
-    lines = list(export(dsn, folder))
+    lines = list(export(dsn, folder, signer=signer))
     report = verify_export(lines, key.public_key())
     assert report.findings == []
     counts = (report.entries, report.facts, report.checkpoints, report.retired, report.unsigned)
     assert counts == (12, 3, 2, 0, 0)
+    assert [(one.log, one.size) for one in report.logs] == [("*", 1), ("ns", 11)]
+    assert report.exported_at is not None
     other = verify_export(lines, Ed25519PrivateKey.generate().public_key())
     texts = [str(one) for one in other.findings]
-    assert sum("not signed by this key" in one for one in texts) == 2
+    assert sum("not signed by this key" in one for one in texts) == 3
     assert sum("nothing of it is vouched for" in one for one in texts) == 2
 
 
@@ -357,5 +361,75 @@ def test_a_tampered_export_is_found(
 ) -> None:
     """Cut, altered, thinned out: each is named."""
     signer.sign_all()
-    report = verify_export(tamper(list(export(dsn, folder))), key.public_key())
+    report = verify_export(tamper(list(export(dsn, folder, signer=signer))), key.public_key())
     assert words in "\n".join(map(str, report.findings))
+
+
+def _without_log(values: list[Any]) -> list[Any]:
+    """Nothing of `ns`: as though it had never been."""
+    return [one for one in values if "ns" not in (one.get("log"), _signed_log(one))]
+
+
+def _cut_back(values: list[Any]) -> list[Any]:
+    """Every log as it was at its first checkpoint, of which nothing later is left."""
+    first: dict[str, int] = {}
+    for one in values:
+        if one["kind"] == "checkpoint":
+            first.setdefault(_signed_log(one) or "", one["checkpoint"]["size"])
+    return [
+        one
+        for one in values
+        if one.get("seq", 0) <= first.get(one.get("log", ""), 0)
+        and (one["kind"] != "checkpoint" or one["checkpoint"]["size"] in first.values())
+    ]
+
+
+def _unsigned(values: list[Any]) -> list[Any]:
+    """As before there were manifests."""
+    kept = [one for one in values if one["kind"] != "manifest"]
+    return [{**kept[0], "format": "orbit.audit.export.1"}, *kept[1:]]
+
+
+def _of_one_log(values: list[Any]) -> list[Any]:
+    """Said to be of one log, whose facts' bytes may be missing."""
+    return [{**values[0], "log": "ns"}, *(one for one in values[1:] if one["kind"] != "fact")]
+
+
+def _signed_log(value: Any) -> str | None:
+    return value["checkpoint"]["log"] if value["kind"] == "checkpoint" else None
+
+
+@pytest.mark.parametrize(
+    ("forge", "words"),
+    [
+        (_without_log, "ns entry 12: is missing: a checkpoint covers it, the log ends at 0"),
+        (_cut_back, "ns entry 12: is missing: a checkpoint covers it, the log ends at 11"),
+        (_unsigned, "the export has no signed manifest"),
+        (lambda values: _cut_back(_unsigned(values)), "the export has no signed manifest"),
+        (_of_one_log, "the export's manifest is for every log"),
+    ],
+)
+@pytest.mark.usefixtures("trail")
+async def test_a_forged_export_is_found_though_its_lines_are_counted_anew(
+    database: Database, dsn: str, signer: Signer, folder: Path, key: Any, forge: Any, words: str
+) -> None:
+    """What is left verifies by itself: which logs there were, and up to where, is signed apart."""
+    signer.sign_all()
+    async with database.batch() as connection:
+        await append(connection, Act("ns", "test.done", "a person"))
+    signer.sign_all()
+    lines = list(export(dsn, folder, signer=signer))
+    assert verify_export(lines, key.public_key()).findings == []
+    forged = forge([json.loads(line) for line in lines[:-1]])
+    forged.append({"kind": "end", "lines": len(forged)})
+    report = verify_export([json.dumps(one).encode() for one in forged], key.public_key())
+    assert words in "\n".join(map(str, report.findings))
+
+
+@pytest.mark.usefixtures("trail")
+def test_a_manifest_alone_vouches(dsn: str, clock: DatabaseClock, key: Ed25519PrivateKey) -> None:
+    """Where checkpoints go to a command, and no folder is here, the manifest has the last ones."""
+    other = Signer(dsn, clock, key, None)
+    other.sign_all()
+    report = verify_export(export(dsn, None, signer=other), key.public_key())
+    assert (report.findings, report.is_anchored, report.checkpoints) == ([], True, 0)

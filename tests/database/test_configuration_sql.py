@@ -173,7 +173,7 @@ async def test_a_reload_does_not_wait_without_bound(database: Database) -> None:
 
 async def waiting(database: Database) -> None:
     """Returns when a session waits for the configuration's lock."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         where = "locktype = 'advisory' AND NOT granted"
         while not await count(database, "pg_locks", where):  # noqa: ASYNC110 - the server says nothing
             await asyncio.sleep(0)

@@ -16,6 +16,7 @@ from orbit.database.pool import Database
 from orbit.execution.context import Stage
 from orbit.execution.recorder import Checkpoint, NewJob, StageResult, StepRecord
 from orbit.payload import Payload
+from tests.chaos.harness import eventually
 from tests.database.engine import SNAPSHOT_ID, Worker, count, enqueued, expire
 
 
@@ -97,8 +98,8 @@ async def test_an_entry_that_the_database_gives_up_again_and_again_fails_alone(
 
     async def slow(entries: Sequence[int]) -> Sequence[int]:
         async with ledger.database.transaction() as connection:
-            await connection.execute("SET LOCAL statement_timeout = '50ms'")
             if 7 in entries:
+                await connection.execute("SET LOCAL statement_timeout = '50ms'")
                 await connection.execute("SELECT pg_sleep(5)")
         return await ledger.flush(entries)
 
@@ -126,7 +127,7 @@ async def test_nobody_is_stranded_when_two_flushes_end_at_once(database: Databas
     async def commit_twice() -> int:
         return await group.commit(1) + await group.commit(3)
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         tasks = [asyncio.create_task(commit_twice()), asyncio.create_task(group.commit(2))]
         await both.wait()
         gate.set()
@@ -214,11 +215,11 @@ async def test_settlements_survive_sessions_that_are_ended(
     await asyncio.gather(*[worker.enqueue(c, ["one"]) for c in await worker.claim()])
     jobs = await worker.take("one", room=100)
     assert len(jobs) == 60
-    settled = 0
+    settled = killed = 0
 
-    async def kill() -> int:
+    async def kill() -> None:
         """Ends up to five sessions that are at work, one at a time."""
-        killed = 0
+        nonlocal killed
         async with await psycopg.AsyncConnection.connect(owner_dsn, autocommit=True) as owner:
             while killed < 5 and settled < 60:
                 cursor = await owner.execute(
@@ -228,13 +229,22 @@ async def test_settlements_survive_sessions_that_are_ended(
                 )
                 ((found,),) = await cursor.fetchall()
                 killed += found
-        return killed
 
-    killer = asyncio.create_task(kill())
-    for start in range(0, 60, 6):
-        await asyncio.gather(*[worker.settle(job) for job in jobs[start : start + 6]])
-        settled += 6
-    assert await killer > 0
+    async def has_killed() -> bool:
+        return killed > 0
+
+    async with await psycopg.AsyncConnection.connect(owner_dsn) as blocker:
+        await blocker.execute("LOCK TABLE delivery_receipt IN EXCLUSIVE MODE")
+        first = asyncio.gather(*map(worker.settle, jobs[:6]))
+        killer = asyncio.create_task(kill())
+        await eventually(has_killed, "the end of a session at work")
+        await blocker.rollback()
+    await first
+    for start in range(6, 60, 6):
+        await asyncio.gather(*map(worker.settle, jobs[start : start + 6]))
+        settled = start
+    settled = 60
+    await killer
     assert await count(database, "delivery_receipt") == 60
     assert await count(database, "cycle_checkpoint", "stage = 'cycle_finished'") == 60
     assert await count(database, "cycle_lease") + await count(database, "dispatch_lease") == 0

@@ -308,6 +308,7 @@ class LeaseProtocol(RuleBasedStateMachine):
             return await asyncio.gather(*[node.queue.claim(rooms, 64) for node in nodes])
 
         given: Counter[str] = Counter()
+        begun = time.monotonic()
         for node, jobs in zip(nodes, self.run(at_once()), strict=True):
             for job in jobs:
                 self.model.claim(job, node.node_id)
@@ -317,7 +318,7 @@ class LeaseProtocol(RuleBasedStateMachine):
                 given[job.endpoint_key] += 1
         for lane, seen in sight.items():
             self._check_claim(LANES[lane], seen, given[lane], room * len(nodes))
-            self._spend(LANES[lane], given[lane])
+            self._spend(LANES[lane], given[lane], begun)
 
     def _check_claim(self, lane: Endpoint, seen: dict[str, Any], given: int, room: int) -> None:
         """Not more than the lane allows; without a rate, never nothing: no lane starves."""
@@ -333,15 +334,18 @@ class LeaseProtocol(RuleBasedStateMachine):
         if lane.rate_per_second is None:
             assert given >= min(least, seen["due"])
 
-    def _spend(self, lane: Endpoint, given: int) -> None:
-        """Takes tokens from a bucket that is never emptier than the lane's."""
+    def _spend(self, lane: Endpoint, given: int, begun: float) -> None:
+        """Takes tokens from a bucket that is never emptier than the lane's.
+
+        It was filled until now, and is filled on from when the claim began.
+        """
         if (rate := lane.rate_per_second) is not None:
             now = time.monotonic() + self.moved_seconds
             tokens, at = self.tokens[lane.key]
             tokens = min(rate, tokens + (now - at) * rate) if at else rate
             assert given <= tokens + 1e-6 + 0.01 * rate, "faster than its rate"
             if given or not at:
-                self.tokens[lane.key] = tokens - given, now
+                self.tokens[lane.key] = tokens - given, begun + self.moved_seconds
 
     def _release(self, hand: Hand) -> None:
         self.run(hand.node.queue.release([hand.job]))

@@ -93,14 +93,49 @@ async def test_of_two_who_feed_at_once_each_event_is_fed_once(
     assert rows[0] == rows[1]
 
 
-async def test_state_of_another_detector_is_built_anew(
+@pytest.mark.parametrize(
+    "loss",
+    [
+        b"DELETE FROM signal_stream",
+        b"DELETE FROM signal_stream WHERE profile_id = 'p3'",
+        b"UPDATE signal_stream SET profile_id = 'other' WHERE profile_id = 'p3'",
+        b"DELETE FROM signal_feed",
+    ],
+)
+async def test_state_that_is_lost_by_half_is_rebuilt_too(
+    database: Database, events: Sequence[Event], loss: bytes
+) -> None:
+    """Whoever notices begins anew, be it one who only asks: in the end nothing differs."""
+    source = Recorded(events)
+    await SignalKeeper(database, source).feed("sea")
+    before = await database.fetch_one(_LEASES.encode()), await told(database)
+    for _ in range(2):
+        await database.execute(loss)
+        assert await SignalKeeper(database, source).standings("sea", "p0") == []
+    fed = await SignalKeeper(database, source).feed("sea")
+    assert (fed.events, fed.signals) == (len(events), 0)
+    assert (await database.fetch_one(_LEASES.encode()), await told(database)) == before
+
+
+async def test_state_of_another_detector_is_built_anew_by_who_leads(
     database: Database, events: Sequence[Event]
 ) -> None:
-    """A feed that another version left is not read on: it begins at the first event again."""
-    await SignalKeeper(database, Recorded(events)).feed("sea")
+    """It begins at the first event again; others leave it alone, and say that more is to come."""
+    source = Recorded(events)
+    keeper = SignalKeeper(database, source)
+    await keeper.feed("sea")
+    before = await database.fetch_one(_LEASES.encode()), await told(database)
     await database.execute(b"UPDATE signal_feed SET detector_version = 99, state = 'other'")
-    fed = await SignalKeeper(database, Recorded(events)).feed("sea")
-    assert (fed.events, fed.signals) == (len(events), 0)
+    other = await database.fetch_one(_LEASES.encode())
+    for asked in (keeper, SignalKeeper(database, source)):
+        fed = await asked.feed("sea")
+        assert (fed.events, fed.is_up_to_date) == (0, False)
+        assert await asked.standings("sea", "p0") == []
+        assert (await asked.bases("sea", "p0", "r1"))[1] == []
+    assert await database.fetch_one(_LEASES.encode()) == other
+    await SignalKeeper(database, source).feed_batch("sea", is_leader=True)
+    await keeper.feed("sea")
+    assert (await database.fetch_one(_LEASES.encode()), await told(database)) == before
 
 
 async def test_a_batch_that_fails_leaves_nothing(

@@ -19,15 +19,18 @@ from alembic.script import ScriptDirectory
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+from orbit.audit.sealing import seal
 from orbit.audit.verification import verify
 from orbit.database import embedded_place, upgrade
 from orbit.database.embedded import APPLICATION_ROLE, EmbeddedServer, erase
-from orbit.database.pool import session_settings
+from orbit.database.pool import Database, session_settings
 from orbit.database.queries import load
 from orbit.database.upgrade import SchemaStatus
 from orbit.errors import DatabaseUnavailable, SchemaMismatch
 
 SHORT = timedelta(milliseconds=100)
+
+NODE = "01890000-0000-7000-8000-00000000000f"
 
 UPGRADE = """
 import sys
@@ -199,7 +202,7 @@ def test_six_processes_upgrade_at_once_and_one_does_it(empty: str) -> None:
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(6)
     ]
-    answers = [process.communicate(timeout=60) for process in processes]
+    answers = [process.communicate(timeout=300) for process in processes]
     assert [error for _, error in answers] == [""] * 6
     assert sorted(out.strip() for out, _ in answers) == ["current"] * 5 + ["missing"]
     upgrade.require_current(empty)
@@ -311,6 +314,31 @@ def test_what_was_sealed_one_by_one_stays_as_it_was(
     hole, root = (str(one) for one in verify(empty).findings)
     assert hole == "ns fact 2: has no hash, though a later one has"
     assert "has another root than facts 1 to 3" in root
+
+
+async def test_outcomes_from_before_are_sealed_after_the_upgrade(
+    empty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have no reporter that is known, and nothing is found against them."""
+
+    def run_to_namespaces(wrapped: object) -> None:
+        config = upgrade._config()
+        config.attributes["connection"] = wrapped
+        command.upgrade(config, "0013")
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(upgrade, "_run_migrations", run_to_namespaces)
+        upgrade.upgrade(empty)
+    with psycopg.connect(empty) as connection:
+        connection.execute("INSERT INTO outcome_key VALUES ('ns', 'a', 'd'), ('ns', 'b', 'd')")
+    upgrade.upgrade(empty, APPLICATION_ROLE)
+    assert verify(empty).unsealed == 2
+    database = Database(as_application(empty), minimum=1, maximum=2)
+    await database.open()
+    assert (await seal(database, NODE)).sealed == 2
+    await database.close()
+    report = verify(empty)
+    assert (report.findings, report.unsealed, report.facts) == ([], 0, 2)
 
 
 def test_the_offline_script_makes_the_same_schema(

@@ -42,7 +42,7 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
             yield process
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait(120)
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
             ],
             log,
         ) as initdb:
-            assert initdb.wait(60) == 0, log.read_text()
+            assert initdb.wait(300) == 0, log.read_text()
         options = ["-c", "listen_addresses=", "-c", "fsync=off", "-k", str(place)]
         with running([str(program), "-D", str(data), *options], log) as process:
             found = Server(place, program.parts[-3])
@@ -142,7 +142,7 @@ async def run_cycle(dsn: str, config_dir: Path, url: str, *, is_preparing: bool)
         await node.start()
         accepted = await node.orchestration.trigger_raw(payload=Payload(b"hello", "text/plain"))
         query = b"SELECT state FROM cycle_status WHERE cycle_id = %s"
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while True:
                 row = await node.database.fetch_one(query, (accepted.cycle_id,))
                 if row is not None and row["state"] != "running":

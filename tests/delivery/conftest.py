@@ -32,9 +32,14 @@ def bare_environment(**given: str) -> dict[str, str]:
 
 
 def run(
-    *command: str | Path, cwd: Path, timeout: float = 240, user: int | None = None, **given: Any
+    *command: str | Path,
+    cwd: Path,
+    timeout: float = 240,
+    user: int | None = None,
+    code: int = 0,
+    **given: Any,
 ) -> str:
-    """Runs a command to its end in a bare environment; what it printed. Fails with all of it."""
+    """Runs a command to its end in a bare environment; what it printed. Fails by another code."""
     found = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -48,7 +53,7 @@ def run(
         group=user,
         extra_groups=None if user is None else (),
     )
-    assert found.returncode == 0, f"{command}: {found.returncode}\n{found.stdout}"
+    assert found.returncode == code, f"{command}: {found.returncode}\n{found.stdout}"
     return found.stdout
 
 

@@ -1,5 +1,7 @@
 """Every command in README and docs, run as it is written, page by page, with the real program.
 
+What stands in the midst of a sentence, or is not run, is parsed by the program: verb and options.
+
 A page's `sh` blocks go to one shell, in order, in a fresh folder; a block with `file=NAME` is
 written there first. Nothing is passed over in silence: a block has a kind, and one that is not run
 says why, for a reason that stands here. Only ports and /tmp are others, so that pages may run
@@ -20,7 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
+from orbit.cli.program import app
 from tests.delivery.conftest import ROOT, Missing, bare_environment
 from tests.scenario.test_cli import free_port
 
@@ -47,6 +53,10 @@ BEFORE = {
     "docs/access.md": f"{RUNNING}\nexport ORBIT_API_KEY=$(cat .orbit/admin.key)",
     "docs/audit.md": f"{RUNNING}\norbit trigger nova-daily --watch",
     "docs/halting.md": RUNNING,
+    **dict.fromkeys(
+        ("docs/telemetry.md", "docs/insight.md", "docs/proposals.md"),
+        f"{RUNNING}\norbit trigger nova-daily --watch",
+    ),
     "docs/autonomy.md": RUNNING,
 }
 # In the midst of a page: after its first block (dead letters that the page speaks of).
@@ -83,8 +93,14 @@ PRINTED = {
     "docs/halting.md": ("is halted (epoch 1)", "the drill passed"),
     "docs/autonomy.md": ("nova is disabled (its file says enabled)", "/state enabled -> disabled"),
     "docs/receiving.md": ("whsec_",),
+    "docs/telemetry.md": ("consumer reader is at 0", "consumer reader is removed", '"position":'),
+    "docs/insight.md": ("signals; nothing was stored",),
+    "docs/proposals.md": ("0 new proposals", "No proposals."),
     "docs/deploying.md": (),
 }
+PARSED = [*PAGES, "ARCHITECTURE.md", "CHANGELOG.md"]
+USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+_INLINE = re.compile(r"`(orbit\s[^`]+)`")
 _FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
 _ID = r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}"
 _COPIED = (
@@ -98,7 +114,7 @@ PRELUDE = """
 set -euo pipefail
 field() { orbit $1 --json | python3 -c 'import json, sys
 print(json.load(sys.stdin)["items"][0][sys.argv[1]])' "$2"; }
-ready() { for try in $(seq 300); do
+ready() { for try in $(seq 3000); do
     if curl --silent --fail --output /dev/null "http://127.0.0.1:$1"; then return; fi; sleep 0.1
 done; echo "nothing answers at $1"; exit 1; }
 leave() { jobs -p | xargs -r kill 2>/dev/null; wait; }
@@ -141,6 +157,56 @@ def runs(page: str) -> bool:
     return any(one.kind == "sh" and one.reason is None for one in blocks(page))
 
 
+def mentions(page: str) -> Iterator[str]:
+    """The commands of orbit that no run shows: in sentences, and in blocks that are not run."""
+    prose = _FENCE.sub("", (ROOT / page).read_text("utf-8"))
+    yield from (" ".join(found.split()) for found in _INLINE.findall(prose))
+    for block in blocks(page):
+        if block.kind == "sh" and block.reason is not None:
+            lines = block.body.replace("\\\n", " ").splitlines()
+            yield from (line for line in lines if line.startswith("orbit "))
+
+
+def parse(mention: str) -> None:
+    """Has the program parse a command: `a|b` is a choice of verbs, what is missing is left out.
+
+    Raises USAGE_ERROR for a verb, an option or a value that the program does not take.
+    """
+    words = shlex.split(mention.replace("\\|", "|"), comments=True)[1:]
+    choice = next((one for one in words if re.fullmatch(r"[a-z]+(\|[a-z]+)+", one)), None)
+    if choice is not None:
+        for verb in choice.split("|"):
+            parse(shlex.join(["orbit", *(verb if one == choice else one for one in words)]))
+        return
+    command, context = get_command(app), None
+    while isinstance(command, TyperGroup) and words and not words[0].startswith("-"):
+        context = command.make_context("orbit", words.copy(), parent=context)
+        _, found, words = command.resolve_command(context, words)
+        assert found is not None
+        command = found
+    for parameter in command.params:
+        parameter.required, parameter.callback = False, None
+    command.make_context("orbit", words, parent=context)
+
+
+@pytest.mark.parametrize("page", PARSED)
+def test_every_command_in_a_sentence_is_one_that_the_program_takes(page: str) -> None:
+    """Its verb is there, and so are its options; words in capitals stand for the reader's own."""
+    for mention in mentions(page):
+        try:
+            parse(mention)
+        except USAGE_ERROR as error:
+            pytest.fail(f"{page}: `{mention}`: {error}")
+
+
+@pytest.mark.parametrize("wrong", ["orbit burn", "orbit dlq ls|bury", "orbit dlq ls --al",
+                                   "orbit cycles --state odd", "orbit status a b"])  # fmt: skip
+def test_a_command_that_the_program_does_not_take_is_found(wrong: str) -> None:
+    """A verb, one of several, an option, a value, a word too many."""
+    with pytest.raises(USAGE_ERROR):
+        parse(wrong)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_has_a_kind_and_what_is_not_run_a_reason(page: str) -> None:
     """A fence without a kind could hide a command; a reason that nobody weighed is none."""
@@ -157,6 +223,7 @@ def test_every_page_with_commands_says_what_must_be_printed() -> None:
     assert {page for page in PAGES if runs(page)} == set(PRINTED)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", [page for page in PAGES if runs(page)])
 def test_the_commands_of_a_page_work_as_written(
     page: str, tmp_path: Path, missing: Missing
@@ -186,7 +253,7 @@ def test_the_commands_of_a_page_work_as_written(
             start_new_session=True,
         )
         try:
-            code = shell.wait(timeout=400)
+            code = shell.wait(timeout=600)
         except subprocess.TimeoutExpired:
             code = -1
         finally:
@@ -260,6 +327,6 @@ def _end(shell: subprocess.Popen[bytes]) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(shell.pid, number)
-            shell.wait(timeout=20)
+            shell.wait(timeout=60)
         except (ProcessLookupError, subprocess.TimeoutExpired):
             continue

@@ -112,15 +112,16 @@ def test_the_image_ends_in_order_as_an_ordinary_user() -> None:
 def test_compose_hardens_and_waits_long_enough() -> None:
     """Read-only root, no capability, a grace longer than the drain time; one job upgrades."""
     drain_seconds = Settings.model_fields["drain_timeout_seconds"].default
-    for name in ("upgrade", "node-1", "node-2", "receiver"):
+    for name in ("upgrade", "audit-key", "node-1", "node-2", "receiver"):
         service = SERVICES[name]
         assert service["read_only"] is True, name
         assert service["cap_drop"] == ["ALL"], name
         assert all(one.endswith(":ro") for one in service["volumes"] if one.startswith("."))
     for name in ("node-1", "node-2"):
         assert float(SERVICES[name]["stop_grace_period"].rstrip("s")) > drain_seconds + 5
-        needed = SERVICES[name]["depends_on"]["upgrade"]["condition"]
-        assert needed == "service_completed_successfully"
+        for job in ("upgrade", "audit-key"):
+            needed = SERVICES[name]["depends_on"][job]["condition"]
+            assert needed == "service_completed_successfully"
     for service in SERVICES.values():
         for published in service.get("ports", ()):
             assert published.startswith("127.0.0.1:")
@@ -163,7 +164,7 @@ class Composed:
             env=self.environment(name, **given),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
             **self._as_user(),
         )
@@ -186,7 +187,7 @@ class Composed:
             yield
         finally:
             child.send_signal(signal.SIGTERM)
-            code = child.wait(40)
+            code = child.wait(300)
         assert code == 0, (self.folder / f"{name}.log").read_text()
 
     def _command(self, command: Any) -> list[str]:
@@ -276,12 +277,16 @@ def composed(image: Path, server: TestServer, place: Path) -> Iterator[Composed]
 
 
 def test_the_services_of_compose_do_their_work(composed: Composed) -> None:
-    """Upgrade, a key, receiver and two nodes, as compose starts them: a cycle arrives, once."""
+    """Upgrade, keys, receiver and two nodes, as compose starts them: a cycle arrives, once.
+
+    The audit trail is signed, where the nodes keep it.
+    """
     ports = [free_port() for _ in range(3)]
     receiver = f"http://127.0.0.1:{ports[2]}"
     endpoints = SERVICES["node-1"]["environment"]["ORBIT_DISPATCH_ENDPOINTS"]
     at = {"ORBIT_DISPATCH_ENDPOINTS": endpoints.replace("http://receiver:8787", receiver)}
     composed.run("upgrade")
+    assert composed.run("audit-key") == composed.run("audit-key")
     key = composed.run("upgrade", "orbit", "keys", "create", "you", "--scope", "admin").strip()
     health = dockerfile.last(FINAL, "HEALTHCHECK").exec_form
     with (
@@ -294,12 +299,17 @@ def test_the_services_of_compose_do_their_work(composed: Composed) -> None:
             composed.run("node-1", *health, PORT=str(port))
         wait_for(lambda: answers(f"{receiver}/health"), "the receiver")
         composed.run("receiver", *health, PORT=str(ports[2]))
-        with httpx.Client(headers={"Authorization": f"Bearer {key}"}, trust_env=False) as client:
+        head = {"Authorization": f"Bearer {key}"}
+        with httpx.Client(headers=head, trust_env=False, timeout=60) as client:
             url = f"http://127.0.0.1:{ports[1]}/run-profiles/trigger"
             (item,) = client.post(url).raise_for_status().json()["items"]
             received = f"{receiver}/received"
             wait_for(lambda: bool(client.get(received).json()["items"]), "the item")
             (arrival,) = client.get(received).json()["items"]
+            signed = composed.folder / "data" / "checkpoints" / "%2A.jsonl"
+            wait_for(signed.exists, "a checkpoint of the audit trail")
+            verified = composed.run("upgrade", "orbit", "audit", "verify", "--namespace", "*")
+            assert verified.endswith("The trail is whole.\n")
     assert arrival["cycleRunId"] == item["cycleRunId"]
     nodes = {"node-1.log", "node-2.log"}
     for log in nodes:

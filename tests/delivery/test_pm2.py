@@ -73,14 +73,16 @@ class Managed:
         """Starts so many cycles; each is accepted."""
         key = (self.folder / ".orbit" / "admin.key").read_text().strip()
         url = f"http://127.0.0.1:{self.port}/run-profiles/trigger"
-        with httpx.Client(headers={"Authorization": f"Bearer {key}"}, trust_env=False) as client:
+        head = {"Authorization": f"Bearer {key}"}
+        with httpx.Client(headers=head, trust_env=False, timeout=60) as client:
             for _ in range(count):
                 (item,) = client.post(url).raise_for_status().json()["items"]
                 self.accepted.append(item["cycleRunId"])
 
     def stored(self) -> list[str]:
         """The cycles of the items that the receiver stored; repetitions it drops."""
-        received = httpx.get(f"{self.receiver_url}/received", trust_env=False).json()["items"]
+        url = f"{self.receiver_url}/received"
+        received = httpx.get(url, trust_env=False, timeout=60).json()["items"]
         return sorted(one["cycleRunId"] for one in received if one["outcome"] == "stored")
 
     def has_all(self) -> bool:
@@ -118,7 +120,7 @@ def managed(missing: Missing) -> Iterator[Managed]:
     finally:
         made("kill")
         receiver.terminate()
-        receiver.wait(10)
+        receiver.wait(300)
         erase(folder / ".orbit")
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -126,7 +128,7 @@ def managed(missing: Missing) -> Iterator[Managed]:
 def test_pm2_keeps_a_node_and_loses_no_cycle(managed: Managed) -> None:
     """Started, reloaded amid cycles, killed amid cycles, stopped: all ended, each stored once."""
     managed("start", "ecosystem.config.js")
-    wait_for(managed.is_ready, "the node under PM2", 60)
+    wait_for(managed.is_ready, "the node under PM2")
     started = managed.process
     told = started["pm2_env"]
     assert (told["exec_mode"], told.get("instances", 1)) == ("fork_mode", 1)
@@ -136,17 +138,17 @@ def test_pm2_keeps_a_node_and_loses_no_cycle(managed: Managed) -> None:
     managed.trigger(20)
     managed("reload", "ecosystem.config.js")
     wait_for(lambda: managed.process["pid"] not in {0, started["pid"]}, "another process")
-    wait_for(managed.is_ready, "the node after the reload", 60)
+    wait_for(managed.is_ready, "the node after the reload")
     assert not psutil.pid_exists(started["pid"])
     managed.trigger(10)
-    wait_for(managed.has_all, "every item, once", 60)
+    wait_for(managed.has_all, "every item, once")
 
     managed.trigger(10)
     killed = managed.process["pid"]
     os.kill(killed, signal.SIGKILL)
     wait_for(lambda: managed.process["pid"] not in {0, killed}, "the node after the crash")
-    wait_for(managed.is_ready, "the node after the crash", 60)
-    wait_for(managed.has_all, "every item, once", 60)
+    wait_for(managed.is_ready, "the node after the crash")
+    wait_for(managed.has_all, "every item, once")
 
     last = psutil.Process(managed.process["pid"])
     managed("stop", "orbit")

@@ -1,4 +1,7 @@
-"""deploy/orbit.service, judged by systemd's own tools; no service is started here."""
+"""deploy/orbit.service, judged by systemd's own tools; no service is started here.
+
+What it allows is held against a node in test_package.py, which has one that everybody may run.
+"""
 
 from __future__ import annotations
 

@@ -75,10 +75,15 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
     profile = keyed(sample, profile_id="p", run_profile_id="p-1")
     contents = [b"x"] * size
     profiles = keyed(sample, "namespace", run_profile_id="p-1")
-    verdicts = {
+    lanes = {
         "lane_namespace": array(sample["namespace"]),
         "lane_key": array(sample["endpoint_key"]),
-        **keyed(sample, attempts=5, failures=3, last_failures=1, has_success="true"),
+    }
+    verdicts = {
+        **lanes,
+        **keyed(
+            sample, attempts=5, failures=3, last_failures=1, has_success="true", may_close="true"
+        ),
         **keyed(sample, has_probe_failed="false", limit_failures=10, limit_share=0.7),
         **keyed(sample, least=20, window_seconds=60.0, hold_seconds=10.0),
         **keyed(sample, longest_hold_seconds=300.0),
@@ -167,11 +172,12 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
         "dispatch.hold_lanes": keyed(sample, "namespace", "endpoint_key"),
         "dispatch.renew_jobs": {**jobs, "node_id": NODE, "lease_seconds": 30.0},
         "dispatch.release_jobs": {**jobs, "node_id": NODE},
+        "dispatch.release_unseen": {**jobs, **lanes, "node_id": NODE},
         "dispatch.expired_jobs": {"limit": 500, "namespace": None},
         "dispatch.settle_jobs": {
             **jobs,
             **keyed(sample, node_id=NODE, attempt=1, size=1, retry_seconds=None, cause=None),
-            **keyed(sample, outcome="delivered"),
+            **keyed(sample, outcome="delivered", is_unspared="false"),
             **profile,
         },
         "dispatch.insert_receipts": {
@@ -185,7 +191,7 @@ def parameters(sample: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
             "answer": contents,
             "part": 1,
         },
-        "dispatch.judge_lanes": {**verdicts, "settler_id": NODE},
+        "dispatch.judge_lanes": {**verdicts, "part": 1, "settler_id": NODE},
         "dispatch.snapshot": {"namespace": sample["namespace"][0], "snapshot_id": "s"},
         "halt.still_in_flight": {"namespace": sample["namespace"][0], "epoch": 1},
         "halt.attempts_in_flight": {"namespace": sample["namespace"][0]},
@@ -354,7 +360,6 @@ BY_KEY = (
     "dispatch.renew_jobs",
     "dispatch.release_jobs",
     "dispatch.settle_jobs",
-    "dispatch.unspare_jobs",
 )
 KEYS = {"cycle_lease_pkey", "dispatch_lease_pkey"}
 
@@ -379,8 +384,7 @@ def test_a_held_lease_is_found_by_its_key(
     waiting: Connection, sample: dict[str, list[Any]]
 ) -> None:
     """Not among all that are under way, whose index was empty when the plan was made."""
-    unspared = keyed(sample, "namespace", "job_id", lease_number=0)
-    asked = {**parameters(sample), "dispatch.unspare_jobs": unspared}
+    asked = parameters(sample)
     waiting.execute("SET plan_cache_mode = force_generic_plan")
     plans = {name: explain(waiting, name, asked[name]) for name in BY_KEY}
     found = {name: indexes(plan, {"dispatch_lease", "cycle_lease"}) for name, plan in plans.items()}

@@ -190,20 +190,24 @@ def facts(owner_dsn: str) -> Facts:
     return query
 
 
-SetTime = Callable[[datetime], None]
+SetTime = Callable[..., None]
 
 
 @pytest.fixture
 def set_time(owner_dsn: str) -> SetTime:
-    """Sets the database's time, which goes on from there."""
+    """Sets the database's time, which goes on from there, unless it `is_still`."""
 
-    def to(at: datetime) -> None:
+    def to(at: datetime, *, is_still: bool = False) -> None:
         with psycopg.connect(owner_dsn, autocommit=True) as connection:
+            now = connection.execute("SELECT statement_timestamp()").fetchone()[0]  # type: ignore[index]
+            then = (
+                "{}::timestamptz" if is_still else "statement_timestamp() + ({}::timestamptz - {})"
+            )
             connection.execute(
                 psycopg.sql.SQL(
                     "CREATE OR REPLACE FUNCTION orbit_now() RETURNS timestamptz LANGUAGE sql "
-                    "STABLE PARALLEL SAFE RETURN statement_timestamp() + ({}::timestamptz - {})"
-                ).format(at, connection.execute("SELECT statement_timestamp()").fetchone()[0])  # type: ignore[index]
+                    f"STABLE PARALLEL SAFE RETURN {then}"
+                ).format(at, now)
             )
 
     return to

@@ -53,6 +53,7 @@ async def fleet(make_node: MakeNode, configure: Configure, facts: Facts, **given
     configure_fleet(configure)
     node = await make_node(**given)
     await node._pilot.stop()
+    await node._strategist.stop()
     await tell(node, facts, rounds=100)
     return node
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from starlette.requests import ClientDisconnect
+from structlog.testing import capture_logs
 
 from orbit.api.application import create_application
 from orbit.api.exports import Exports
@@ -28,6 +31,7 @@ from orbit.cli.program import main
 from orbit.errors import AuditKeyInvalid
 from orbit.governance.actor import ANYONE
 from orbit.payload import Payload
+from tests.scenario.access import asking
 from tests.scenario.conftest import (
     SECRET_KEY,
     Configure,
@@ -187,6 +191,41 @@ async def test_every_failed_attempt_and_dead_letter_is_sealed(
     }
 
 
+async def test_who_reported_an_outcome_is_sealed(
+    node: Node, api: httpx.AsyncClient, owner_dsn: str, facts: Facts
+) -> None:
+    """It stays when the event has gone, and whoever puts another name to it is found."""
+    await dead_letters(node, 1)
+    (cycle,) = facts("SELECT cycle_id::text FROM cycle_run")
+    body = {"namespace": "brand", "metric": "quality", "value": 0.5, "runId": cycle["cycle_id"]}
+    for outcome_id in ("o-1", "o-1", "o-2"):
+        answer = await api.post("/outcomes", json={"outcomeId": outcome_id, **body})
+        assert answer.status_code == 200
+    assert (await whole(owner_dsn)).findings == []
+    sealed = facts(
+        "SELECT part, fact_id::text, reported_by FROM audit_sealed_fact JOIN outcome_key"
+        " ON log = namespace AND part = outcome_id WHERE fact = 'outcome_key' ORDER BY part"
+    )
+    assert [tuple(row.values()) for row in sealed] == [
+        (outcome_id, cycle["cycle_id"], ANYONE.id) for outcome_id in ("o-1", "o-2")
+    ]
+    with psycopg.connect(owner_dsn, autocommit=True) as owner:
+        owner.execute("ALTER TABLE outcome_key DISABLE TRIGGER append_only")
+        for tampering, words in (
+            ("UPDATE outcome_key SET reported_by = 'ann' WHERE outcome_id = 'o-1'", "was altered"),
+            ("DELETE FROM outcome_key WHERE outcome_id = 'o-2'", "/o-2 is missing"),
+            (
+                (
+                    "INSERT INTO outcome_key SELECT namespace, 'o-3', digest, created_at, cycle_id,"
+                    " reported_by, '9' FROM outcome_key"
+                ),
+                "/o-3 has no number: it was added",
+            ),
+        ):
+            owner.execute(tampering.encode())
+            assert words in "\n".join(map(str, verify(owner_dsn).findings))
+
+
 async def test_entries_are_listed_page_by_page_and_narrowed(
     node: Node, api: httpx.AsyncClient, owner_dsn: str
 ) -> None:
@@ -242,8 +281,11 @@ async def test_the_command_line_verifies_and_exports(
     assert await orbit("export", "--out", str(out)) == 0
     assert await orbit("verify") == 0
     offline = ("verify", "--export", str(out), "--public-key", str(public / "public-key.pem"))
-    assert await orbit(*offline) == 0
     capsys.readouterr()
+    assert await orbit(*offline) == 0
+    told = capsys.readouterr().out
+    assert "Exported at 20" in told
+    assert re.search(r"^brand: [12] entr(y|ies), vouched for up to [12] at 20", told, re.MULTILINE)
     streamed = await api.get("/audit/export", params={"namespace": "brand"})
     lines = streamed.content.splitlines(keepends=True)
     report = verify_export(lines, load_public_key(public / "public-key.pem"))
@@ -322,6 +364,94 @@ async def test_a_node_says_that_the_trail_contradicts_what_it_signed(
     assert "is not there" in await until(told, "the contradiction")
     assert (await api.get("/ready")).json()["auditContradictions"] == 1
     assert "orbit_audit_contradictions 1.0" in (await api.get("/metrics")).text
+
+
+async def test_a_signer_that_fails_shows(
+    node: Node, api: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    """The age of what was last signed goes on growing, and falls once it can sign again."""
+
+    async def age() -> float:
+        text = (await api.get("/metrics")).text
+        found = re.search(r"^orbit_audit_checkpoint_age_seconds ([\d.e-]+)$", text, re.MULTILINE)
+        assert found is not None
+        return float(found[1])
+
+    folder = node.settings.audit_checkpoint_dir
+    assert folder is not None
+    await until((folder / "%2A.jsonl").exists, "the first checkpoint")
+    aside = tmp_path / "aside"
+    with (folder / ".lock").open("ab") as lock:  # waits for a signer that is at it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder.rename(aside)
+        folder.write_bytes(b"no folder")
+    before = await age()
+
+    async def is_older() -> bool:
+        return await age() > before + 3  # three times as long as it may take
+
+    await until(is_older, "a growing age")
+    failed_for = await age()
+    folder.unlink()
+    aside.rename(folder)
+
+    async def is_younger() -> bool:
+        return await age() < failed_for
+
+    await until(is_younger, "a pass that signs")
+
+
+async def test_what_is_not_signed_is_said(
+    make_node: MakeNode,
+    dsn: str,
+    config_dir: Path,
+    audit_settings: Mapping[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By the node at its start, by doctor, and by who verifies; a key that is no good too."""
+    with capture_logs() as logs:
+        node = await make_node()
+    assert "audit_unsigned" in [one["event"] for one in logs if one["log_level"] == "warning"]
+    async with asking(node) as api:
+        assert "\norbit_audit_checkpoint_age_seconds" not in (await api.get("/metrics")).text
+    monkeypatch.setenv("DATABASE_URL", dsn)
+    monkeypatch.setenv("ORBIT_SECRET_KEYS", SECRET_KEY)
+    monkeypatch.setenv("ORBIT_CONFIG_DIR", str(config_dir))
+    monkeypatch.chdir(tmp_path)
+
+    async def told(*arguments: str) -> str:
+        await asyncio.to_thread(main, list(arguments))
+        return capsys.readouterr().out
+
+    assert "! audit trail: nothing is signed" in await told("doctor")
+    assert "! NOTHING VOUCHES for " in await told("audit", "verify")
+    assert (
+        "--checkpoints: there is no folder"
+        in (
+            await asyncio.to_thread(main, ["audit", "verify", "--checkpoints", "nowhere"]),
+            capsys.readouterr().err,
+        )[1]
+    )
+    for name, value in audit_settings.items():
+        monkeypatch.setenv(f"ORBIT_{name.upper()}", str(value))
+    assert "✓ audit trail: checkpoints are signed every 1 s, into " in await told("doctor")
+    audit_settings["audit_signing_key_file"].chmod(0o644)
+    assert "✗ audit trail: others than its owner can read" in await told("doctor")
+
+
+async def test_the_verb_makes_a_key_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It prints the public half each time, and changes nothing that is there."""
+    path = tmp_path / "audit.key"
+    assert await asyncio.to_thread(main, ["audit", "key", str(path)]) == 0
+    first, made = capsys.readouterr().out, path.read_bytes()
+    assert first.startswith("-----BEGIN PUBLIC KEY-----")
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert await asyncio.to_thread(main, ["audit", "key", str(path)]) == 0
+    assert (capsys.readouterr().out, path.read_bytes()) == (first, made)
 
 
 def test_a_signing_key_is_made_once_and_kept_from_others(tmp_path: Path) -> None:

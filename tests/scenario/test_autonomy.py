@@ -92,6 +92,15 @@ async def resume(node: Node, namespace: str = "sea") -> None:
     await node.brake.resume(Order(namespace, "ann", "key-1", "a test"))
 
 
+async def outcomes(node: Node) -> list[str | None]:
+    """What proposals came to, the newest first, in the list and each by itself."""
+    async with asking(node) as api:
+        items = (await api.get("/proposals")).json()["items"]
+        for one in items:
+            assert (await api.get(f"/proposals/{one['proposalId']}")).json() == one
+    return [one["application"] and one["application"]["outcome"] for one in items]
+
+
 async def test_an_approved_change_is_applied_breaks_and_is_rolled_back(
     node: Node, facts: Facts, dsn: str
 ) -> None:
@@ -100,6 +109,7 @@ async def test_an_approved_change_is_applied_breaks_and_is_rolled_back(
     await arm(node)
     proposal_id = await approved(node)
     assert intensity(node) == 5  # approving applies nothing
+    assert await outcomes(node) == [None]
     await look(node)
     assert intensity(node) == 4
     await run(node)
@@ -123,6 +133,7 @@ async def test_an_approved_change_is_applied_breaks_and_is_rolled_back(
     assert intensity(node) == 5
     await run(node)
     assert seen == [5, 4, 5]
+    assert await outcomes(node) == ["rolled_back"]
     found = await shown(node)
     assert (found["profile"]["mode"], found["profile"]["cause"]) == ("disarmed", "rollback")
     (change,) = found["changes"]
@@ -177,7 +188,7 @@ async def test_what_stays_inconclusive_is_held_and_then_reverted(
     await tell(node, facts, rounds=30)
     until_at = datetime.fromisoformat((await shown(node))["profile"]["inFlight"]["expiresAt"])
     assert until_at - await database_now(node.database) > timedelta(hours=167)
-    set_time(until_at - timedelta(seconds=30))
+    set_time(until_at - timedelta(minutes=10))
     await look(node)
     assert intensity(node) == 4
     set_time(until_at)
@@ -211,6 +222,7 @@ async def test_what_is_shown_to_be_no_worse_is_kept_as_an_overlay(
     assert intensity(node) == 3
     async with asking(node) as api:
         assert len((await api.get("/config")).json()["overlays"]) == 2
+        assert await outcomes(node) == ["on_probation", "kept"]
         taken = await ask(api, "revert", reason="enough")
     assert len(taken["overlayIds"]) == 2
     assert intensity(node) == 5
@@ -245,7 +257,7 @@ async def test_what_a_disarmed_profile_could_have_kept_goes_when_its_time_is_ove
         await ask(api, "disarm", reason="holidays")
     await tell(node, facts, rounds=700)
     until_at = datetime.fromisoformat((await shown(node))["profile"]["inFlight"]["expiresAt"])
-    set_time(until_at - timedelta(seconds=1))
+    set_time(until_at - timedelta(minutes=10))
     await node._heartbeat.run_once()
     for _ in range(2):
         await look(node)
@@ -331,6 +343,24 @@ async def test_it_does_nothing_beyond_a_profiles_bounds(
     await look(node)
     assert intensity(node) == 5
     assert [one["why"] for one in (await shown(node))["skips"]] == ["profile_changed"]
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+async def test_what_was_approved_on_other_evidence_is_not_applied(
+    node: Node, facts: Facts, is_asked: bool
+) -> None:
+    """Approved while nobody armed; by then the detector says otherwise, or nobody knows."""
+    await approved(node)
+    await look(node)
+    if is_asked:
+        await say(node, "stable", 8)
+    else:
+        node.proposals._rules = ()
+    await arm(node)
+    await look(node)
+    assert intensity(node) == 5
+    found = facts("SELECT why FROM autonomy_skip WHERE function = 'apply' ORDER BY created_at")
+    assert [one["why"] for one in found] == ["not_armed", "evidence_changed"]
 
 
 async def test_without_a_baseline_nothing_is_changed(
@@ -503,6 +533,7 @@ async def test_of_two_nodes_that_look_at_once_one_applies(
     first = await fleet(make_node, configure, facts, **ON)
     second = await make_node(**ON)
     await second._pilot.stop()
+    await second._strategist.stop()
     await arm(first)
     await approved(first)
     nodes = (first, second)

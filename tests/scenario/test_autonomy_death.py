@@ -157,7 +157,7 @@ async def test_a_halt_waits_for_a_change_under_way_and_lets_none_follow(
         assert (halted.is_fenced, halted.is_quiesced) == (False, False)
     assert len(await applying) == 1  # it began before
     assert intensity(node) == 4
-    halted = await node.brake.halt(order, wait_seconds=5)
+    halted = await node.brake.halt(order, wait_seconds=60)
     assert halted.is_quiesced
     await tell(node, facts, rounds=20, nova=2)
     before = facts("SELECT count(*) FROM config_activation")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -29,6 +30,8 @@ from orbit.database.upgrade import upgrade
 PROGRAM = Path(sys.executable).with_name("orbit")
 COMMAND = [str(PROGRAM)] if PROGRAM.exists() else [sys.executable, "-m", "orbit"]
 ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_PATIENCE_SECONDS = 300  # a program takes so long only when something is wrong
+_ports = itertools.count(12_000 + os.getpid() * 100 % 20_000)  # other workers': further on
 STEPS = """
 import asyncio
 import pathlib
@@ -52,9 +55,14 @@ def clean_environment(**given: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, nor will: each is given once, and the system gives others.
+
+    It gives those from 32,768, or from higher up.
+    """
+    for port in _ports:
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError
 
 
 @dataclass
@@ -76,7 +84,7 @@ class Project:
             text=True,
             check=False,
             capture_output=True,
-            timeout=60,
+            timeout=_PATIENCE_SECONDS,
         )
         assert "Traceback" not in result.stderr, result.stderr
         return result
@@ -109,11 +117,11 @@ class Project:
             yield
         finally:
             child.send_signal(signal.SIGTERM)
-            code = child.wait(40)
+            code = child.wait(_PATIENCE_SECONDS)
         assert code == 0, log.read_text(errors="replace")
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = _PATIENCE_SECONDS) -> None:
     """Polls until the condition holds."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -203,6 +211,31 @@ def test_help_and_version_start_quickly(tmp_path: Path) -> None:
     loaded = subprocess.check_output([sys.executable, "-c", script], text=True).split()
     heavy = {"fastapi", "psycopg", "pydantic", "httptools", "httpx", "rich", "alembic", "uvicorn"}
     assert not heavy & set(loaded)
+
+
+def test_a_shell_completes_verbs_options_and_values(tmp_path: Path) -> None:
+    """What `--show-completion` prints for bash, taken up by a bash, which is then asked."""
+    script = """
+        eval "$(orbit --show-completion)"
+        complete -p orbit
+        asked() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _orbit_completion orbit; }
+        for words in 'dl' 'trigger --na' 'cycles --state f'; do
+            asked orbit $words; echo "${COMPREPLY[*]}"
+        done
+    """
+    path = f"{PROGRAM.parent}:{os.environ['PATH']}"
+    told = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env=clean_environment(PATH=path),
+        text=True,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    registered, *completed = told.stdout.split("\n", 1)
+    assert registered.endswith("_orbit_completion orbit"), told.stderr
+    assert " ".join(completed).split() == ["dlq", "--namespace", "finished", "failed"]
 
 
 def test_usage_errors_exit_with_2(tmp_path: Path) -> None:
@@ -646,7 +679,7 @@ def test_watching_without_a_worker_says_so(tmp_path: Path) -> None:
         assert child.stderr is not None
         line = child.stderr.readline()
         child.kill()
-        child.communicate(timeout=20)
+        child.communicate(timeout=_PATIENCE_SECONDS)
     assert line.startswith("Nobody works on this")
 
 
@@ -677,7 +710,7 @@ def test_narrow_terminals_cut_no_id(project: Project) -> None:
         while chunk := os.read(reader, 65536):
             shown += chunk
     os.close(reader)
-    assert child.wait(30) == 0
+    assert child.wait(_PATIENCE_SECONDS) == 0
     assert cycle_id in shown.decode()
     assert b"\x1b[3" not in shown
 
@@ -694,7 +727,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
     )
     os.close(writer)
-    _, errors = child.communicate(timeout=20)
+    _, errors = child.communicate(timeout=_PATIENCE_SECONDS)
     assert (child.returncode, errors) == (1, b"")
 
 
@@ -713,7 +746,7 @@ def test_ctrl_c_is_quiet(project: Project) -> None:
     assert child.stdout is not None
     started, following = child.stdout.readline(), child.stdout.readline()
     child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=20)
+    _, errors = child.communicate(timeout=_PATIENCE_SECONDS)
     assert "cycle_started" in following
     assert (child.returncode, errors) == (130, "The cycles go on; see `orbit cycles`.\n")
     found = ID.search(started)

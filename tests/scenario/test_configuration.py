@@ -261,7 +261,7 @@ async def test_triggers_without_a_configuration_in_force_are_refused(
     configure(run_profile(distribution_targets=[]))
     node = await make_node()
     facts("DELETE FROM config_active RETURNING 1")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         with pytest.raises(DatabaseUnavailable, match="orbit db repair"):
             await node.orchestration.trigger_run_profiles()
 

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from orbit.app import Node
+from orbit.audit.verification import verify
 from tests.scenario.access import asking, key_of
 from tests.scenario.conftest import Facts, MakeNode
 from tests.scenario.test_telemetry import tell
@@ -118,3 +119,25 @@ async def test_a_name_that_is_none_is_refused(make_node: MakeNode, name: str) ->
         answer = await api.post(CONSUMERS, json={"name": name})
         assert refusal(answer) == (400, "request_invalid")
         assert (await api.get(CONSUMERS)).json()["items"] == []
+
+
+async def test_a_consumer_that_went_past_orbit_is_found(
+    make_node: MakeNode, owner_dsn: str
+) -> None:
+    """Whoever drops one, so that retention drops what it has not read, or puts one in its place."""
+    node = await make_node(is_started=False)
+    async with asking(node) as api:
+        for name in ("bi", "old"):
+            assert (await api.post(CONSUMERS, json={"name": name})).status_code == 201
+        for again in (False, True):
+            assert (await api.post(f"{CONSUMERS}/old/remove")).status_code == 200
+            if not again:
+                await api.post(CONSUMERS, json={"name": "old"})
+    assert verify(owner_dsn).findings == []
+    for change, words in (
+        ("UPDATE telemetry_consumer SET name = 'other'", "consumer other has no entry"),
+        ("DELETE FROM telemetry_consumer", "what it is about (bi) is not there, nor an entry"),
+    ):
+        await node.database.execute(change.encode())
+        for log in (None, "*"):
+            assert words in "\n".join(map(str, verify(owner_dsn, log=log).findings))

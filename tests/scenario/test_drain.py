@@ -174,7 +174,7 @@ async def test_nothing_is_claimed_while_a_cycle_uses_up_the_drain(
     stuck = policy(tier1=[f"{HERE}:hang"])
     configure(run_profile(execution_policy=items(2)), run_profile("stuck", execution_policy=stuck))
     node = await make_node(
-        dispatch_endpoints=(receiver.endpoint("out", max_concurrency=1),), drain_timeout_seconds=1
+        dispatch_endpoints=(receiver.endpoint("out", max_concurrency=1),), drain_timeout_seconds=5
     )
     await trigger(node, "stuck", "daily")
     await until(lambda: receiver.arrivals, "the first send")
@@ -268,11 +268,12 @@ async def test_lanes_that_hang_hold_up_no_other(
         for n in names
     )
     configure(run_profile(execution_policy=items(40)), *stuck)
-    endpoints = (receiver.endpoint("stuck", max_concurrency=allowed), receiver.endpoint("out"))
+    hanging = receiver.endpoint("stuck", max_concurrency=allowed, timeout_seconds=600)
+    endpoints = (hanging, receiver.endpoint("out"))
     await enqueue(make_node, facts, 120, "daily", *names, dispatch_endpoints=endpoints)
     await make_node(dispatch_endpoints=endpoints, dispatch_concurrency=places)
     await until(lambda: len(receiver.at("/out")) == 40, "the healthy endpoint's jobs")
-    await until(lambda: len(facts(RECEIPTS)) == 40, "their receipts")
+    await until(lambda: len(facts(RECEIPTS)) >= 40, "their receipts")
     assert len(receiver.at("/stuck")) <= min(allowed * len(names), places - 1)
     gate.open(80)
     await until(lambda: len(facts(RECEIPTS)) == 120, "the others")

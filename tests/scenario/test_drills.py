@@ -13,6 +13,7 @@ import psycopg
 import pytest
 
 from orbit.app import Node
+from orbit.audit.verification import verify
 from orbit.clock import DatabaseClock, new_id
 from orbit.drills.halt import REQUESTS, HaltDrill
 from orbit.errors import DrillUnderWay, RequestInvalid
@@ -34,6 +35,11 @@ CREATE FUNCTION let_go() RETURNS trigger LANGUAGE plpgsql AS
     'BEGIN NEW.is_halted := false; NEW.until_at := NULL; RETURN NEW; END';
 CREATE TRIGGER let_go BEFORE INSERT OR UPDATE ON namespace_fence
     FOR EACH ROW EXECUTE FUNCTION let_go();
+"""
+REFUSE_THE_HALT = """
+CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+    'BEGIN RAISE EXCEPTION ''no halt today''; END';
+CREATE TRIGGER refuse BEFORE INSERT ON namespace_halt FOR EACH ROW EXECUTE FUNCTION refuse();
 """
 
 
@@ -92,6 +98,23 @@ async def test_a_drill_without_a_node(dsn: str, facts: Facts) -> None:
     assert "arrived in the 0.3 s after that answer: 0" in out
     assert out.endswith("the drill passed\n")
     assert facts("SELECT has_passed FROM halt_drill") == [{"has_passed": True}]
+    assert verify(dsn).findings == []
+
+
+async def test_a_drill_that_breaks_off_is_told(dsn: str, owner_dsn: str, facts: Facts) -> None:
+    """A database that refuses the halt: no result that a row could hold, and an entry."""
+    with psycopg.connect(owner_dsn, autocommit=True) as connection:
+        connection.execute(REFUSE_THE_HALT)
+    code, out = await orbit_drill(dsn, "--direct")
+    assert code == 1, out
+    assert facts("SELECT FROM halt_drill") == []
+    (told,) = facts(
+        "SELECT namespace, subject, detail FROM audit_trail WHERE action LIKE 'drill.%%'"
+    )
+    assert (told["namespace"], told["detail"]) == ("*", {"why": "RaiseException"})
+    assert told["subject"].startswith("orbit-drill-")
+    assert facts("SELECT FROM cycle_lease UNION ALL SELECT FROM dispatch_lease") == []
+    assert verify(dsn).findings == []
 
 
 async def test_a_fence_that_does_not_hold_fails_the_drill(
@@ -100,7 +123,7 @@ async def test_a_fence_that_does_not_hold_fails_the_drill(
     """With a flag that the database drops, code 6 and a fact that says so; nothing is left."""
     with psycopg.connect(owner_dsn, autocommit=True) as connection:
         connection.execute(BREAK_THE_FENCE)
-    code, out = await orbit_drill(dsn, "--direct", "--json")
+    code, out = await orbit_drill(dsn, "--direct", "--json", "--watch", "3")
     assert code == 6, out
     answer = json.loads(out)
     assert answer["hasPassed"] is False

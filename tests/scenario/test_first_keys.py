@@ -47,7 +47,7 @@ def _url(project: Project) -> str:
 
 def _status(project: Project, token: str) -> int:
     url = f"{_url(project)}/cycles"
-    return httpx.get(url, headers=bearer(token), trust_env=False).status_code
+    return httpx.get(url, headers=bearer(token), trust_env=False, timeout=60).status_code
 
 
 def test_an_embedded_instance_makes_its_own_key(embedded: Project) -> None:
@@ -99,11 +99,11 @@ def test_the_brake_works_whatever_becomes_of_the_folders_key(embedded: Project) 
 def test_a_link_opens_the_browsers_session(embedded: Project) -> None:
     """`orbit login` prints it; it leads to a page that the session may read."""
     link = embedded.ok("login").strip()
-    with httpx.Client(follow_redirects=True, trust_env=False) as browser:
+    with httpx.Client(follow_redirects=True, trust_env=False, timeout=60) as browser:
         page = browser.get(link)
         assert page.status_code == 200
         assert "text/html" in page.headers["content-type"]
-    with httpx.Client(trust_env=False) as late:
+    with httpx.Client(trust_env=False, timeout=60) as late:
         assert late.get(link).status_code == 401
 
 

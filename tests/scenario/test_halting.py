@@ -346,7 +346,8 @@ async def test_why_a_namespace_is_halted_outlasts_a_second_halt(
 
 async def test_until_resumes_by_itself(node: Node, facts: Facts) -> None:
     """Some node notices; the record says what ended it."""
-    await node.brake.halt(ANN, until=node.clock.now() + timedelta(seconds=0.3))
+    await node.brake.halt(ANN, until=node.clock.now() + timedelta(hours=1))
+    facts("UPDATE namespace_fence SET until_at = orbit_now() - interval '1 second' RETURNING 1")
     await until(lambda: facts("SELECT cause FROM namespace_resume"), "the end of the halt")
     (row,) = facts("SELECT cause, actor FROM namespace_resume")
     assert row == {"cause": "until", "actor": "ann"}

@@ -15,7 +15,7 @@ import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Scene:
     receiver: Receiver
     facts: Facts
 
-    async def start(self, url: str, timeout_seconds: float = 15.0, **given: Any) -> Node:
+    async def start(self, url: str, timeout_seconds: float = 60.0, **given: Any) -> Node:
         """The node; each of its jobs may be retried once."""
         self.configure()
         endpoints = (
@@ -56,9 +56,13 @@ class Scene:
             "dispatch_retry_base_seconds": CAP_SECONDS,
             "dispatch_retry_cap_seconds": CAP_SECONDS,
         }
-        return await self.make_node(
+        node = await self.make_node(
             dispatch_endpoints=endpoints, **{"max_dispatch_retries": 1, **waits, **given}
         )
+        assert node.dispatcher is not None
+        queue = node.dispatcher._queue  # no draw may be so small that a retry is due in the test
+        queue._policy = replace(queue._policy, draw=lambda: 0.9)
+        return node
 
     def receipts(self) -> list[dict[str, Any]]:
         """Those of the hostile endpoint."""
@@ -282,6 +286,23 @@ async def test_an_address_that_cannot_be_gone_to(
 ) -> None:
     """A name without an address, or an address that is refused: nothing was sent."""
     await prove(scene, url, Server(), not_sent(cause, error))
+
+
+@pytest.mark.parametrize(
+    ("address", "error"), [("169.254.169.254", "a metadata address"), ("fe80::1", "link-local")]
+)
+async def test_a_name_that_leads_to_a_forbidden_address(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, address: str, error: str
+) -> None:
+    """Whoever answers for the name decides nothing: where it leads is judged before connecting."""
+    system = socket.getaddrinfo
+
+    def answer(host: str, *given: Any, **more: Any) -> Any:
+        return system(address if host == "rebound.example" else host, *given, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+    url = "http://rebound.example/latest/meta-data/"
+    await prove(scene, url, Server(), not_sent("address refused", error))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])

@@ -54,7 +54,9 @@ async def node_for(
     **more: Any,
 ) -> Node:
     """A node whose lanes could each take all of its places."""
-    endpoints = tuple(receiver.endpoint(lane, max_concurrency=places) for lane in lanes)
+    endpoints = tuple(
+        receiver.endpoint(lane, max_concurrency=places, timeout_seconds=600) for lane in lanes
+    )
     return await make_node(dispatch_endpoints=endpoints, dispatch_concurrency=places, **more)
 
 

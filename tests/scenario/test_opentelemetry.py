@@ -30,7 +30,7 @@ from tests.scenario.conftest import (
     run_profile,
     until,
 )
-from tests.scenario.test_cli import clean_environment
+from tests.scenario.test_cli import clean_environment, free_port
 
 CALLER = f"00-{'c' * 32}-{'d' * 16}-01"
 STEPS = """
@@ -113,7 +113,7 @@ class Running:
     async def end(self) -> int:
         """Its exit code after SIGTERM."""
         self.process.send_signal(signal.SIGTERM)
-        return await asyncio.wait_for(self.process.wait(), 30)
+        return await asyncio.wait_for(self.process.wait(), 300)
 
 
 @asynccontextmanager
@@ -145,7 +145,7 @@ async def running(
         )
     assert process.stdout is not None
     try:
-        line = (await asyncio.wait_for(process.stdout.readline(), 30)).decode()
+        line = (await asyncio.wait_for(process.stdout.readline(), 300)).decode()
         assert "Orbit is ready at" in line, (folder / "node.log").read_text()
         yield Running(process, line.split(" at ")[1].split()[0])
     finally:
@@ -156,7 +156,7 @@ async def running(
 
 async def trigger(node: Running) -> str:
     """Starts `daily`, as a caller that traces; the cycle's id."""
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=60) as client:
         answer = await client.post(
             f"{node.address}/run-profiles/trigger",
             json={"runProfileIds": ["daily"]},
@@ -294,12 +294,12 @@ async def test_what_the_caller_does_not_keep_is_not_sent(
 
 
 async def test_a_collector_that_is_not_there_holds_nobody_up(
-    dsn: str, tmp_path: Path, configure: Configure, receiver: Receiver, unused_tcp_port: int
+    dsn: str, tmp_path: Path, configure: Configure, receiver: Receiver
 ) -> None:
     """Work goes on, and the node ends in order."""
     configure(run_profile())
     collecting = {
-        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{unused_tcp_port}",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}",
         "OTEL_BSP_SCHEDULE_DELAY": "10",
         "OTEL_METRIC_EXPORT_INTERVAL": "10",
     }

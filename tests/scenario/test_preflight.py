@@ -26,6 +26,7 @@ from orbit.cli.finding import Finding
 from orbit.cli.preflight import preflight
 from orbit.clock import SystemClock
 from orbit.settings import load_settings
+from tests.scenario.test_cli import free_port
 
 TOKEN = "s3cret-token"
 HEADER = "s3cret-header"
@@ -277,7 +278,7 @@ def test_the_check_may_be_elsewhere_and_be_down(serve: Callable[..., Site]) -> N
     assert looks(site.url, check_url=f"{other.url}/check")["token"].is_good
     assert len(other.seen) == 1
     assert site.seen == []
-    closed = looks(site.url, check_url=f"http://127.0.0.1:{closed_port()}/")["token"]
+    closed = looks(site.url, check_url=f"http://127.0.0.1:{free_port()}/")["token"]
     assert "check_url cannot be asked: no connection" in closed.message
     guarded = looks(site.url, check_url="http://169.254.169.254/")["token"]
     assert "check_url cannot be asked: a metadata address" in guarded.message
@@ -317,15 +318,9 @@ def test_no_date_is_unknown(serve: Callable[..., Site]) -> None:
     assert (clock.is_good, clock.message) == (None, "unknown: its answer has no Date")
 
 
-def closed_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 def test_what_cannot_be_reached() -> None:
     """A closed port, a name that is none and an address that is never sent to are told apart."""
-    closed = looks(f"http://127.0.0.1:{closed_port()}")
+    closed = looks(f"http://127.0.0.1:{free_port()}")
     assert closed["connection"].is_good is False
     assert "does not accept connections: Connection refused" in closed["connection"].message
     nobody = looks("http://nobody.invalid")
@@ -420,7 +415,7 @@ def test_a_proxy_is_what_is_connected_to(serve: Callable[..., Site]) -> None:
 
 def test_what_is_in_force_is_shown() -> None:
     """One line has the lane's knobs; the retries say what a longer outage means."""
-    url = f"http://127.0.0.1:{closed_port()}"
+    url = f"http://127.0.0.1:{free_port()}"
     found = looks(url, rate_per_second=5, on_unknown="hold")
     for words in ("5 a second", "unknown outcomes: hold", "breaker after 10 failures"):
         assert words in found["settings"].message
@@ -445,7 +440,7 @@ def test_a_breaker_that_opens_after_the_last_attempt_is_named(
     failures: int, retries: int, words: tuple[str, ...]
 ) -> None:
     """Both numbers are said, and which to set; where a retry is left at its opening nothing is."""
-    url = f"http://127.0.0.1:{closed_port()}"
+    url = f"http://127.0.0.1:{free_port()}"
     found = looks(url, max_dispatch_retries=retries, breaker={"failures": failures})
     assert ("breaker" in found) is bool(words)
     if words:

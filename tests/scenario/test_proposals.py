@@ -22,6 +22,8 @@ from orbit.insight.signals import DETECTOR_VERSION
 from orbit.insight.source import profile_revisions
 from orbit.insight.strategy import Finding, Situation
 from orbit.profiles.model import document_body
+from orbit.services.sequencer import Sequencer
+from orbit.services.strategist import Strategist
 from orbit.telemetry.catalogue import EventType
 from orbit.telemetry.emission import Event, emit
 from tests.scenario.access import asking, key_of
@@ -53,9 +55,11 @@ def moved(intensity: float = 5, **given: Any) -> dict[str, Any]:
 
 @pytest.fixture
 async def node(make_node: MakeNode, configure: Configure, receiver: Receiver) -> Node:
-    """A node with nova in `sea`."""
+    """A node with nova in `sea`, which suggests nothing before the test does."""
     configure(run_profile(namespace="sea"), profiles=[moved()])
-    return await make_node(auth="on", dispatch_endpoints=(receiver.endpoint("out"),))
+    node = await make_node(auth="on", dispatch_endpoints=(receiver.endpoint("out"),))
+    await node._strategist.stop()
+    return node
 
 
 async def say(
@@ -236,6 +240,93 @@ async def test_a_proposal_ends_when_its_profile_changes(
     assert (shown["state"], "another" in shown["reason"]) == ("superseded", True)
 
 
+async def test_rules_are_asked_of_the_very_configuration_that_is_in_force(
+    node: Node, people: People, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that comes into force after they were asked has them asked once more."""
+    ann, ben = people
+    await node._strategist.stop()
+    await say(node, "low_performance", 7)
+    (proposal,) = await made(ann)
+    ask = node.proposals._suggested
+    asked: list[str] = []
+
+    async def and_reload(*given: Any) -> Any:
+        found = await ask(*given)
+        asked.append(node.configuration.active.revision)
+        if len(asked) == 1:  # the profile stays as it is, and what is known of it does not
+            configure(run_profile(namespace="sea", value_tags={"a": "b"}), profiles=[moved()])
+            await node.orchestration.reload("ann")
+        return found
+
+    monkeypatch.setattr(node.proposals, "_suggested", and_reload)
+    assert await decide(ben, proposal, "approve") == (409, "already_decided")
+    assert len(set(asked)) == 2
+    assert [one["state"] for one in await listed(ben)] == ["superseded"]
+
+
+async def test_what_holds_again_is_proposed_again(
+    node: Node, people: People, configure: Configure, dsn: str
+) -> None:
+    """Off and on again, and the file changed and changed back; a rejection holds nonetheless."""
+    ann, ben = people
+    await node._strategist.stop()
+    await say(node, "low_performance", 7)
+    seen = [*await made(ann)]
+    await decide_profile(ann, "disable")
+    assert (await node.proposals.generate("sea")).ended == seen
+    await decide_profile(ann, "enable")
+    seen += await made(ann)
+    configure(run_profile(namespace="sea"), profiles=[moved(7)])
+    await node.orchestration.reload("ann")
+    assert await made(ann) == []  # nothing is said yet of the profile as it is now
+    configure(run_profile(namespace="sea"), profiles=[moved()])
+    await node.orchestration.reload("ann")
+    seen += await made(ann)
+    assert len(set(seen)) == 3
+    assert await made(ann) == []
+    (shown,) = await listed(ben, state="pending")
+    assert shown["proposalId"] == seen[2]
+    assert await decide(ben, seen[2], "reject", reason="not now") == (200, "rejected")
+    assert await made(ann) == []
+    assert verify(dsn).findings == []
+
+
+async def decide_profile(api: httpx.AsyncClient, verb: str) -> None:
+    """Turns nova off or on."""
+    answer = await api.post(f"/profiles/nova/{verb}", json={"reason": "a test"})
+    assert answer.status_code == 200, answer.text
+
+
+async def test_a_rule_that_does_not_answer_ends_no_proposal(node: Node, people: People) -> None:
+    """It raises, or is not there: what it suggested stays pending, and nobody approves it."""
+    ann, ben = people
+    await node._strategist.stop()
+    rule = _Mine()
+    rule.finding = Finding("it is so", "it is better", {"seen": 1}, 1, 2)
+    node.proposals = Proposals(
+        node.database, node.configuration, node.clock, hours=72, using=(rule,)
+    )
+    (proposal,) = await made(ann)
+    rule.error = RuntimeError("not now")
+    assert (await node.proposals.generate("sea")).ended == ()
+    for using in ((rule,), ()):
+        node.proposals._rules = using
+        assert await decide(ben, proposal, "approve") == (409, "rule_unavailable")
+        assert [one["state"] for one in await listed(ben)] == ["pending"]
+    node.proposals._rules, rule.error = (rule,), None
+    assert await decide(ben, proposal, "approve") == (200, "approved")
+
+
+async def test_who_rejects_needs_no_rule(node: Node, people: People) -> None:
+    """What nobody can say anything of may be turned down."""
+    ann, ben = people
+    await say(node, "low_performance", 7)
+    (proposal,) = await made(ann)
+    node.proposals._rules = ()
+    assert await decide(ben, proposal, "reject", reason="enough") == (200, "rejected")
+
+
 async def test_a_proposal_expires(node: Node, people: People, set_time: SetTime, dsn: str) -> None:
     """After 72 hours nobody approves it, whether that was written down yet or not."""
     ann, ben = people
@@ -321,7 +412,7 @@ async def test_the_node_suggests_by_itself(node: Node, people: People) -> None:
         return bool(await node.proposals.namespaces(node.node_id))
 
     await until(leads, "the numbering of events")
-    await node._strategist.run_once()
+    await Strategist(node.database, node.proposals, node.node_id).run_once()
     (shown,) = await listed(ann)
     assert shown["author"] == "orbit"
     assert await decide(ann, shown["proposalId"], "approve") == (200, "approved")
@@ -348,10 +439,14 @@ class _Mine:
 
     def __init__(self) -> None:
         self.seen: list[Situation] = []
+        self.finding: Finding | None = None
+        self.error: Exception | None = None
 
     def find(self, situation: Situation) -> Finding | None:
         self.seen.append(situation)
-        return None
+        if self.error:
+            raise self.error
+        return self.finding
 
 
 async def test_rules_see_what_a_day_came_to(node: Node, facts: Facts) -> None:
@@ -380,3 +475,28 @@ async def test_rules_see_what_a_day_came_to(node: Node, facts: Facts) -> None:
     assert (figures.values, figures.value, figures.costs, figures.cost) == (1, 2.5, 1, 4.0)
     assert seen.before.cycles == 0
     assert 0 < seen.from_position <= seen.to_position
+
+
+async def test_a_day_is_over_once_all_of_it_has_positions(node: Node, facts: Facts) -> None:
+    """What has none as yet is waited for; then it counts, though the day was looked at before."""
+    ends = Event("sea", EventType.EXECUTION_FINISHED, {"attempts": 60, "unknown": 6}, "nova")
+
+    async def tell() -> None:
+        async with node.database.transaction() as connection:
+            await emit(connection, ends)
+
+    await tell()
+    await until(lambda: not facts("SELECT FROM telemetry_pending"), "the positions")
+    await node._sequencer.stop()
+    await tell()
+    mine = _Mine()
+    proposals = Proposals(node.database, node.configuration, _Clock(node), hours=1, using=(mine,))
+    await proposals.generate("sea")
+    node._sequencer = Sequencer(node.database, node.node_id)
+    node._sequencer.start()
+    await until(lambda: not facts("SELECT FROM telemetry_pending"), "the positions")
+    await proposals.generate("sea")
+    await node._sequencer.stop()
+    before, after = mine.seen
+    assert before.day < after.day
+    assert (before.recent.cycles, after.recent.cycles) == (0, 2)

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from orbit.api.application import create_application
 from orbit.app import Node
 from orbit.audit.verification import verify
 from tests.scenario.access import asking, bearer, key_of
@@ -109,6 +110,35 @@ async def test_a_flood_of_refusals_is_a_few_entries_and_hides_no_other(
     *flood, last = refusals(facts)
     assert 5 <= len(flood) <= 12
     assert last[2:4] == ("POST /config/reload", "forbidden")
+
+
+async def test_a_stranger_fills_no_trail_and_hides_nobody(node: Node, facts: Facts) -> None:
+    """Methods that nobody has are all one: few entries without what was sent, and room for others.
+
+    Nor do 100 strangers at once take what is left for those who have a key.
+    """
+    odd = [f"M{number}".ljust(10_000, "X") for number in range(100)]
+    async with asking(node) as api:
+        for method in odd:
+            answer = await api.request(method, "/status", headers={"Host": "else.example"})
+            assert answer.status_code == 421
+    application = create_application(node)
+    for number in range(100):
+        transport = httpx.ASGITransport(application, client=(f"10.0.0.{number}", 1234))
+        async with httpx.AsyncClient(transport=transport, base_url="http://else.example") as api:
+            assert (await api.get("/status")).status_code == 421
+    token = await key_of(node, "operator", namespaces=["sea"])
+    async with asking(node, token) as api:
+        for method in odd:
+            assert (await api.request(method, BRAND)).status_code == 405
+        assert (await api.get(f"/governance/namespaces/{FOREIGN}")).status_code == 404
+    found = refusals(facts)
+    assert ("sea", "not_found") in [(log, code) for log, _, _, code, _ in found]
+    assert {subject for _, _, subject, code, _ in found if code == "host_refused"} == {
+        "OTHER (of a page)",
+        "GET (of a page)",
+    }
+    assert max(len(subject) for _, _, subject, _, _ in found) <= 200
 
 
 async def test_a_refusal_that_cannot_be_noted_stays_one(node: Node) -> None:

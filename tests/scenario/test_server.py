@@ -17,6 +17,7 @@ from cryptography.fernet import Fernet
 from orbit.api.server import bind
 from orbit.errors import AddressInUse, SettingInvalid
 from orbit.settings import Settings
+from tests.scenario.test_cli import free_port
 
 SECONDS = 60.0
 PASSWORD = "password-that-nobody-may-see"
@@ -40,8 +41,7 @@ class Program:
     """A node in a process of its own."""
 
     def __init__(self, folder: Path, dsn: str, **environment: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.out, self.log = folder / "out", folder / "log"
         given = {
@@ -62,7 +62,7 @@ class Program:
     def answers(self, path: str) -> bool:
         """Whether the node answers a path with 2xx."""
         try:
-            return httpx.get(self.url + path).is_success
+            return httpx.get(self.url + path, timeout=60).is_success
         except httpx.TransportError:
             return False
 
@@ -87,7 +87,7 @@ def test_a_signal_ends_the_node_in_order(program: Callable[..., Program]) -> Non
     """SIGTERM ends with 0, although a client keeps its connection; the logs are JSON lines."""
     node = program(ORBIT_ENV="production")
     until(lambda: node.answers("/ready"))
-    with httpx.Client(base_url=node.url) as keeping:
+    with httpx.Client(base_url=node.url, timeout=60) as keeping:
         assert keeping.post("/cycles/trigger", json={"payload": PASSWORD}).status_code == 202
         node.process.send_signal(signal.SIGTERM)
         assert node.process.wait(SECONDS) == 0
@@ -134,8 +134,8 @@ def test_without_the_api_role_only_probes_answer(program: Callable[..., Program]
     node = program(ORBIT_ROLES="worker")
     until(lambda: node.answers("/ready"))
     assert node.answers("/metrics")
-    assert httpx.get(f"{node.url}/cycles").status_code == 404
-    assert httpx.post(f"{node.url}/cycles/trigger").status_code == 404
+    assert httpx.get(f"{node.url}/cycles", timeout=60).status_code == 404
+    assert httpx.post(f"{node.url}/cycles/trigger", timeout=60).status_code == 404
 
 
 def test_a_taken_address_is_named() -> None:

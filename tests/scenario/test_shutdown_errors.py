@@ -82,7 +82,7 @@ def up(config_dir: Path, tmp_path: Path) -> Up:
             env=environment(config_dir, **given),
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=300,
             check=False,
             cwd=tmp_path,
         )
@@ -314,7 +314,7 @@ async def test_a_step_that_never_ends_does_not_keep_the_program(
     try:
         assert process.stdout is not None
         url = process.stdout.readline().split()[4]
-        async with httpx.AsyncClient(base_url=url) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
             answer = await client.post("/run-profiles/trigger")
             assert answer.status_code == 202, answer.text
         await until(
@@ -324,7 +324,7 @@ async def test_a_step_that_never_ends_does_not_keep_the_program(
             lambda: facts("SELECT FROM cycle_lease WHERE node_id IS NOT NULL"), "the second's begin"
         )
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(300) == 0
     finally:
         process.kill()
         process.wait()

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import httpx
 import pytest
+from aiohttp import web
 
 from orbit.app import Node
 from orbit.cli.signals import _show_signals, _show_streams
+from orbit.governance.halt import Order
 from orbit.insight.feeding import Event
 from orbit.insight.keeping import SignalKeeper
 from tests.database.test_signals import Recorded
 from tests.scenario.access import asking, key_of
 from tests.scenario.conftest import (
+    Arrival,
     Configure,
+    Facts,
     MakeNode,
     Receiver,
     ended,
+    policy,
     profile,
+    run,
     run_profile,
     until,
 )
@@ -123,6 +130,39 @@ async def test_a_node_feeds_what_its_cycles_come_to(node: Node) -> None:
         [run_id],
     )
     assert told == {"revision": node.configuration.active.revision}
+
+
+async def test_how_long_a_cycle_took_that_a_halt_held_up_says_nothing(
+    make_node: MakeNode, configure: Configure, receiver: Receiver, facts: Facts
+) -> None:
+    """Of six cycles in flight at a halt, and one after it, one says how long it took."""
+    configure(run_profile(execution_policy=policy(overlap="allow")))
+    node = await make_node(auth="on", dispatch_endpoints=(receiver.endpoint("out"),))
+    done = asyncio.Event()
+
+    async def slow(_: Arrival) -> web.Response:
+        await done.wait()
+        return web.Response()
+
+    receiver.answers["/out"] = slow
+    for _ in range(6):
+        await node.orchestration.trigger_run_profiles(["daily"])
+    await until(lambda: len(receiver.arrivals) == 6, "the requests")
+    order = Order("brand", "ann", "key-1", "a test")
+    await node.brake.halt(order, wait_seconds=0)
+    done.set()
+    await node.brake.resume(order)
+    told = "SELECT metadata -> 'halted' AS halted FROM telemetry_event WHERE event_type = %s"
+    await until(lambda: len(facts(told, "execution_finished")) == 6, "their ends")
+    await run(node)
+    assert [one["halted"] for one in facts(told, "execution_finished")].count(False) == 1
+    await until(lambda: not facts("SELECT FROM telemetry_pending"), "the positions")
+    async with asking(node, await key_of(node, "operator")) as api:
+        (found,) = (await api.post("/profiles/nova/signals")).json()["items"]
+    assert {one["metric"]: one["needed"] for one in found["streams"]} == {
+        "delivered": 93,
+        "latency": 99,
+    }
 
 
 async def test_another_namespaces_profile_is_one_that_is_not_there(

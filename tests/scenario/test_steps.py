@@ -184,6 +184,12 @@ def hangs_in_thread(payload: Payload, context: ExecutionContext) -> Payload:
     return payload
 
 
+def held(payload: Payload, context: ExecutionContext) -> Payload:
+    calls["held"].append(context)
+    released.wait()
+    return payload
+
+
 async def returns_none(payload: Payload, context: ExecutionContext) -> None:
     calls["returns_none"].append(context)
 
@@ -671,7 +677,7 @@ async def test_a_module_that_vanished_after_the_configuration_was_read(
     tiers = policy(tier1=[{"use": "vanishing_steps:shout", "retry": {"max_attempts": 5}}])
     configure(run_profile(execution_policy=tiers))
     node = await make_node(
-        dispatch_endpoints=(receiver.endpoint("out"),), max_cycle_recoveries=1, lease_seconds=1
+        dispatch_endpoints=(receiver.endpoint("out"),), max_cycle_recoveries=1, lease_seconds=5
     )
     monkeypatch.delitem(sys.modules, "vanishing_steps")
     cycle = await run(node)
@@ -901,6 +907,27 @@ async def test_a_cycle_that_loses_every_worker_fails_at_a_bound(
     assert not calls["shout"], "the fifth worker does not run what killed four"
 
 
+async def test_an_outage_longer_than_a_lease_begins_nothing_anew(
+    configure: Configure, make_node: MakeNode, receiver: Receiver, facts: Facts
+) -> None:
+    """A node that comes back to its cycle first goes on with it; no call is made twice."""
+    configure(run_profile(execution_policy=policy(tier1=[step(held)])))
+    node = await make_node(dispatch_endpoints=(receiver.endpoint("out"),))
+    [answer] = await node.orchestration.trigger_run_profiles()
+    assert answer.cycle_id is not None
+    assert node.runner is not None
+    await until(lambda: calls["held"], "the step")
+    await node.runner.stop()
+    facts("UPDATE cycle_lease SET due_at = orbit_now() - interval '1 s' RETURNING cycle_id")
+    node.runner._tenure.drop(answer.cycle_id)
+    await node.runner.run_once()
+    released.set()
+    cycle = await ended(node, answer.cycle_id)
+    assert cycle["state"] == "finished"
+    assert len(calls["held"]) == 1
+    assert facts("SELECT recoveries FROM cycle_lease") == []
+
+
 async def test_the_log_tells_of_a_takeover_and_why_the_cycle_failed(
     configure: Configure, make_node: MakeNode, receiver: Receiver, facts: Facts
 ) -> None:
@@ -944,7 +971,7 @@ async def test_an_endpoint_that_no_node_knows_fails_the_cycle_at_the_bound(
 ) -> None:
     """A node with other endpoints than its configuration's names the missing one."""
     node, cycle_id = await _accepted_here_and_unknown_there(
-        configure, make_node, receiver, max_cycle_recoveries=1, lease_seconds=1
+        configure, make_node, receiver, max_cycle_recoveries=1, lease_seconds=5
     )
     cycle = await ended(node, cycle_id)
     assert cycle["state"] == "failed"

@@ -169,7 +169,7 @@ def test_slower_is_harm_too() -> None:
 
 
 def test_a_reported_score_is_judged_as_the_detector_takes_it() -> None:
-    """As a mean over a cycle's parts, when the next cycle is reported on."""
+    """A score of a cycle, fed as the detector takes it."""
     feed, position = Feed(), 0
     chance = random.Random(5)
     for number in range(130):

@@ -6,6 +6,7 @@ import math
 from fractions import Fraction
 from random import Random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from orbit.insight.detector import Detector
 from orbit.insight.evidence import NO_EVIDENCE, STAKES, RunningInterval, grown, total, wilson_bounds
 from orbit.insight.gate import signals_of
 from orbit.insight.signals import (
+    DETECTOR_VERSION,
     INSUFFICIENT_DATA,
     BaselineKind,
     NoData,
@@ -26,7 +28,7 @@ from orbit.insight.signals import (
 )
 from orbit.insight.simulation import Fleet, Scenario, simulated
 from orbit.insight.stickiness import Stickiness
-from tests.unit.detector_reference import autocorrelation, expected, residuals
+from tests.unit.detector_reference import autocorrelation, expected, interval, residuals
 
 ALONE = StreamKey("nova", "r1", "delivered")
 exactly = settings(derandomize=True, deadline=None, max_examples=25)
@@ -160,7 +162,8 @@ def test_the_detector_equals_a_slow_reference(scenario: Scenario, seed: int) -> 
 
 
 @exactly
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=300))
+# To nine places: the squares of the smallest floats are nothing.
+@given(st.lists(st.floats(0, 1).map(lambda one: round(one, 9)), min_size=1, max_size=300))
 def test_stickiness_equals_its_definition(values: list[float]) -> None:
     """The running estimate of the autocorrelation equals the one from the whole history."""
     stickiness = Stickiness()
@@ -305,6 +308,24 @@ def test_stable_is_claimed_only_within_the_baseline() -> None:
     assert detector.standing(key).status == "stable"
 
 
+def test_an_interval_is_that_of_the_positions_it_names() -> None:
+    """Steady for long, then worse: each claim's interval, computed again from its own cycles."""
+    detector, key = Detector(), StreamKey("nova", "r1", "score")
+    values = [0.625, 0.75] * 350 + [0.0, 0.125] * 30
+    found = [one for one in fed(detector, key, values) if isinstance(one, Signal)]
+    said = [one for one in found if one.averaged == 1]
+    assert {one.name for one in said[:-1]} == {SignalName.STABLE}
+    for one in said:
+        own = np.array(values[one.interval_position - 1 : one.last_position])
+        assert len(own) == one.interval_count
+        assert one.interval == pytest.approx(interval(own)[:2], abs=1e-9)
+        assert one.count == one.last_position - one.first_position + 1
+        assert (one.first_position == one.interval_position) or one.name is SignalName.LOW
+    low = said[-1]
+    assert low.name is SignalName.LOW
+    assert low.first_position == 101 < low.interval_position
+
+
 def test_a_silent_stream_raises_one_alarm() -> None:
     """Ten values due and missing are one alarm; a value that comes arms it again."""
     detector = Detector()
@@ -353,8 +374,9 @@ def test_positions_only_go_on() -> None:
 
 def test_other_versions_and_short_baselines_are_refused() -> None:
     """State of another detector version must be rebuilt; fewer than 50 are no baseline."""
+    version = f'"version":{DETECTOR_VERSION}'.encode()
     with pytest.raises(RequestInvalid):
-        Detector.restored(Detector().state().replace(b'"version":2', b'"version":0'))
+        Detector.restored(Detector().state().replace(version, b'"version":0'))
     with pytest.raises(RequestInvalid):
         Detector(49)
 

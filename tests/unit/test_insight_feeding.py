@@ -105,6 +105,17 @@ def test_a_cycle_without_jobs_says_nothing_and_one_that_failed_delivered_nothing
     assert state["recent"] == [0.0, 1.0]
 
 
+def test_a_halt_makes_no_cycle_slow() -> None:
+    """A cycle that a halt held up says what it delivered, and not how long it took."""
+    feed = Feed(50)
+    facts = {**ended(1, "nova", 1.0).metadata, "durationSeconds": 3600}
+    list(feed.take([Told(1, FINISHED, "nova", "a", {**facts, "halted": True})]))
+    list(feed.take([Told(2, FINISHED, "nova", "b", {**facts, "halted": False})]))
+    list(feed.take([Told(3, FINISHED, "nova", "c", facts)]))  # told before there was the field
+    needed = {one.metric: feed.detector.standing(one).needed for one in feed.detector.stream_keys()}
+    assert needed == {"delivered": 47, "latency": 48}
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 1.5, "1", True, None])
 def test_what_is_no_score_is_passed_over(value: Any) -> None:
     """A figure, or no number at all, makes no stream and stops no later score."""
@@ -117,18 +128,48 @@ def test_what_is_no_score_is_passed_over(value: Any) -> None:
     assert feed.detector.standing(key).needed == 49
 
 
+def recent(feed: Feed, metric: str = "clicks") -> list[float]:
+    """The last values of nova's metric that counted."""
+    state = feed.detector.stream_state(StreamKey("nova", "r1", metric))
+    return [] if state is None else state["recent"]
+
+
 def test_parts_of_a_cycle_count_once_as_their_mean() -> None:
-    """Scores of items wait for the next cycle's; a whole cycle's counts at once, and once."""
-    feed, key = Feed(50), StreamKey("nova", "r1", "clicks")
+    """Scores of items wait until four more cycles have some; a whole cycle's counts at once."""
+    feed = Feed(50)
     list(feed.take([ended(1, "nova", 1.0), scored(2, "nova", "a", 0.25, itemIndex=0)]))
-    list(feed.take([scored(3, "nova", "a", 0.75, jobId="2")]))
-    assert feed.detector.stream_state(key) is None
-    list(feed.take([scored(4, "nova", "b", 1.0, itemIndex=3), scored(5, "nova", "c", 0.0)]))
-    list(feed.take([scored(6, "nova", "d", 0.125), scored(7, "nova", "e", 0.875)]))
-    list(feed.take([scored(8, "nova", "e", 0.875)]))
-    state = feed.detector.stream_state(key)
-    assert state is not None
-    assert state["recent"] == [0.5, 1.0, 0.0, 0.125, 0.875]
+    list(feed.take([scored(3, "nova", "a", 0.75, jobId="2"), scored(4, "nova", "w", 0.0)]))
+    list(feed.take([scored(5, "nova", "w", 1.0), scored(6, "nova", "w", 1.0, itemIndex=3)]))
+    assert recent(feed) == [0.0]
+    later = [scored(10 + number, "nova", f"b{number}", 1.0, itemIndex=0) for number in range(5)]
+    list(feed.take(later[:3]))
+    assert recent(feed) == [0.0]
+    list(feed.take(later[3:]))
+    assert recent(feed) == [0.0, 0.5, 1.0]
+    list(feed.take([scored(20, "nova", "a", 0.0, itemIndex=9), scored(21, "nova", "b4", 0.125)]))
+    assert recent(feed) == [0.0, 0.5, 1.0, 0.125]
+
+
+@pytest.mark.parametrize("cycles", [2, 5, 30])
+@pytest.mark.parametrize("is_part", [True, False])
+def test_a_cycle_counts_once_however_reports_are_mixed(cycles: int, is_part: bool) -> None:
+    """Six reports of each of several cycles, by turns, then of others: one value of each."""
+    feed, events = Feed(50), [ended(1, "nova", 1.0)]
+    for turn in range(6):
+        for number in range(cycles):
+            item = {"itemIndex": turn} if is_part else {}
+            value = turn / 8 if cycles <= 4 else 0.5
+            events.append(scored(len(events) + 1, "nova", f"r{number}", value, **item))
+    for number in range(4):
+        events.append(scored(len(events) + 1, "nova", f"end{number}", 1.0, itemIndex=0))
+    random = Random(cycles)
+    while events:
+        list(feed.take(events[:7]))
+        events, feed = events[7:], reassembled(feed, random)
+    counted = 50 - feed.detector.standing(StreamKey("nova", "r1", "clicks")).needed
+    assert counted == cycles
+    if cycles <= 4:
+        assert recent(feed) == [(0 + 1 + 2 + 3 + 4 + 5) / 6 / 8 if is_part else 0.0] * cycles
 
 
 def test_a_late_score_counts_for_the_profile_as_its_cycle_ran() -> None:
@@ -154,6 +195,20 @@ def test_a_metric_that_stays_away_is_an_alarm_and_a_slower_pace_is_learned() -> 
     list(feed.take([scored(200, "nova", "late", 0.5)]))
     again = [ended(300 + number, "nova", 1.0) for number in range(12)]
     assert not [one for one in feed.take(again) if isinstance(one, NoData)]
+
+
+def test_a_second_silence_is_told_of_too() -> None:
+    """Also where one cycle reported by parts, which counts later, is all that came in between."""
+    feed, events = Feed(50), []
+    for number in range(30):
+        events += [ended(2 * number + 1, "nova", 1.0)]
+        events += [scored(2 * number + 2, "nova", f"r{number}", 0.5)]
+    events += [ended(100 + number, "nova", 1.0) for number in range(15)]
+    events += [scored(200, "nova", "late", 0.5, itemIndex=0)]
+    events += [ended(300 + number, "nova", 1.0) for number in range(60)]
+    alarms = [one for one in feed.take(events) if isinstance(one, NoData)]
+    assert [(one.key.metric, one.missed) for one in alarms] == [("clicks", 10)] * 2
+    assert alarms[0].last_position < 200 < alarms[1].first_position
 
 
 def test_a_profile_whose_cycles_stay_away_is_told_of_once() -> None:

@@ -8,11 +8,12 @@ from random import Random
 import pytest
 
 from orbit.cli.program import main
-from orbit.insight.confidence import MEASURED
+from orbit.insight.confidence import MEASURED, confidence_of
 from orbit.insight.feeding import FAILED, FINISHED, Feed
 from orbit.insight.gate import BANDS, DELAY_BANDS, OURS, Flag, calibration, run_gate, score
 from orbit.insight.naive import below_two_sigma, tenth_below, wilson_each_time
 from orbit.insight.replaying import Replay
+from orbit.insight.signals import BaselineKind, SignalName
 from orbit.insight.simulation import Change, Fleet, Scenario, bootstrapped, simulated
 from tests.unit.test_insight_feeding import ended, fleet
 
@@ -33,6 +34,21 @@ def test_confidence_is_what_replay_gives() -> None:
     for level, hits in found.items():
         if hits.all >= 100:
             assert hits.share == pytest.approx(MEASURED[level].share, abs=0.15), level
+
+
+@pytest.mark.parametrize("evidence", [40.0, 1000.0, 1999.0, 2000.0, 1e12])
+@pytest.mark.parametrize("kind", BaselineKind)
+@pytest.mark.parametrize("name", SignalName)
+def test_no_confidence_is_claimed_that_was_not_measured(
+    name: SignalName, kind: BaselineKind, evidence: float
+) -> None:
+    """Whatever a signal's evidence, its confidence is a share of many signals."""
+    shares = {
+        round(hits.share, 2)
+        for level, hits in MEASURED.items()
+        if level[:2] == (name, kind) and hits.all >= 100
+    }
+    assert confidence_of(name, kind, evidence) in shares
 
 
 def test_scores_count_what_they_say() -> None:

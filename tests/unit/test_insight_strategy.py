@@ -107,7 +107,7 @@ def test_value_per_cost_falls_by_a_fifth(value: float, reports: int, expected: b
 def test_a_suggestion_says_all_that_it_rests_on() -> None:
     """Its digest is that of its body, and another evidence or profile is another suggestion."""
     told = profile(allowing(low_performance=-1))
-    (one,) = suggestions(Situation("sea", told, (LOW,)), SHIPPED)
+    ((one,), _) = suggestions(Situation("sea", told, (LOW,)), SHIPPED)
     body = json.loads(one.body)
     assert one.patch == [{"op": "replace", "path": "/execution_rules/intensity", "value": 4}]
     assert body["replaced"] == [5]
@@ -115,18 +115,29 @@ def test_a_suggestion_says_all_that_it_rests_on() -> None:
     assert (one.from_position, one.to_position) == (10, 90)
     assert one.digest == sha256_hex(one.body.encode())
     assert one.profile_digest == profile_digest(told)
-    (again,) = suggestions(Situation("sea", told, (LOW,)), SHIPPED)
+    ((again,), _) = suggestions(Situation("sea", told, (LOW,)), SHIPPED)
     assert again == one
     other = profile(allowing(low_performance=-2))
     for situation in (Situation("air", told, (LOW,)), Situation("sea", other, (LOW,))):
-        (different,) = suggestions(situation, SHIPPED)
+        ((different,), _) = suggestions(situation, SHIPPED)
         assert different.proposal_id != one.proposal_id
+
+
+def test_what_is_suggested_again_says_how_often() -> None:
+    """It is a suggestion of its own, and all else of its body is the same to the byte."""
+    ((one,), _) = suggestions(
+        Situation("sea", profile(allowing(low_performance=-1)), (LOW,)), SHIPPED
+    )
+    assert one.again(0) == one
+    twice = one.again(2)
+    assert twice.body == '{"again":2,' + one.body[1:]
+    assert twice.digest == sha256_hex(twice.body.encode()) != one.digest
 
 
 def test_without_a_declared_reaction_nothing_is_suggested() -> None:
     """A finding alone changes nothing: only the profile knows what its fields mean."""
     for allow in ((), (allowing(),), (allowing(elevated_performance=1),)):
-        assert not list(suggestions(Situation("sea", profile(*allow), (LOW,)), SHIPPED))
+        assert not suggestions(Situation("sea", profile(*allow), (LOW,)), SHIPPED)[0]
 
 
 def test_a_rule_that_fails_keeps_no_other_from_suggesting() -> None:
@@ -139,8 +150,9 @@ def test_a_rule_that_fails_keeps_no_other_from_suggesting() -> None:
             raise ValueError(situation.namespace)
 
     told = profile(allowing(broken=1, low_performance=-1))
-    found = list(suggestions(Situation("sea", told, (LOW,)), (Broken(), *SHIPPED)))
+    found, answered = suggestions(Situation("sea", told, (LOW,)), (Broken(), *SHIPPED))
     assert [one.rule for one in found] == ["low_performance"]
+    assert answered == {"low_performance"}
 
 
 @pytest.mark.parametrize(

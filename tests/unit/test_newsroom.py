@@ -246,8 +246,8 @@ def test_the_enrich_step_answers_over_http_and_stops_with_code_0(log: Path) -> N
     command = [sys.executable, "-m", "newsroom.enrich", "--port", str(port)]
     child = Child("the step", command, CHILD_ENVIRONMENT, log)
     try:
-        child.wait_until_up(f"http://127.0.0.1:{port}/health", 20, lambda text: None)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        child.wait_until_up(f"http://127.0.0.1:{port}/health", 60, lambda text: None)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             bundle = desk.select(Payload(b""), context("terra-weekly")).json()
             answers = [client.post("/enrich", json=bundle) for _ in range(2)]
             assert answers[0].content == answers[1].content
@@ -257,7 +257,7 @@ def test_the_enrich_step_answers_over_http_and_stops_with_code_0(log: Path) -> N
             assert client.post("/enrich", json={"articles": [{}]}).status_code == 400
             assert client.post("/elsewhere", json=bundle).status_code == 404
     finally:
-        assert child.stop(10) == 0
+        assert child.stop(60) == 0
 
 
 def test_a_child_that_dies_is_shown_with_its_last_lines(log: Path) -> None:
@@ -265,7 +265,7 @@ def test_a_child_that_dies_is_shown_with_its_last_lines(log: Path) -> None:
     command = [sys.executable, "-c", "print('no [bold] database'); raise SystemExit(3)"]
     child = Child("Orbit", command, CHILD_ENVIRONMENT, log)
     with pytest.raises(DriverFailed) as failure:
-        child.wait_until_up("http://127.0.0.1:9/", 20, lambda text: None)
+        child.wait_until_up("http://127.0.0.1:9/", 60, lambda text: None)
     assert "Orbit ended with exit code 3." in str(failure.value)
     assert "  | no [bold] database" in str(failure.value)
     assert str(log) in str(failure.value)
@@ -291,7 +291,7 @@ def test_children_die_with_a_driver_that_is_killed(tmp_path: Path, log: Path) ->
         assert is_running(child)
     finally:
         driver.kill()
-        driver.wait(20)
+        driver.wait(60)
     assert eventually(lambda: not is_running(child))
 
 

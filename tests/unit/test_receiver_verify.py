@@ -212,7 +212,7 @@ def test_concurrent_posts_of_one_id_take_effect_once(tmp_path: Path) -> None:
     seen, gate, effects = FileSeen(tmp_path / "index"), threading.Barrier(8), []
 
     def post(key: str) -> Verdict:
-        gate.wait(10)
+        gate.wait(60)
         return seen.once(key, "d", lambda: effects.append(key))
 
     with ThreadPoolExecutor(8) as pool:
@@ -227,12 +227,12 @@ def test_different_ids_do_not_wait_for_each_other() -> None:
     seen, is_other_done = MemorySeen(), threading.Event()
 
     def slow() -> None:
-        assert is_other_done.wait(10)
+        assert is_other_done.wait(60)
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(seen.once, "a", "d", slow)
         pool.submit(seen.once, "b", "d", is_other_done.set)
-        assert first.result(20) is Verdict.NEW
+        assert first.result(60) is Verdict.NEW
 
 
 def test_memory_is_bounded_and_forgets_the_oldest() -> None:

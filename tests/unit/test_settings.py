@@ -524,6 +524,24 @@ def test_env_example_documents_every_setting_with_its_default() -> None:
     assert documented == [special.get(name, f"ORBIT_{name.upper()}") for name in names]
 
 
+def test_env_example_documents_what_is_read_elsewhere() -> None:
+    """Whatever the program asks the environment for by name is in the file."""
+    text = (_ROOT / ".env.example").read_text("utf-8")
+    ours = re.compile(r"""["'](ORBIT_(?!TEST_)[A-Z0-9_]+|SSL_[A-Z_]+)["']""")
+    sources = (_ROOT / "src").rglob("*.py")
+    asked = {name for path in sources for name in ours.findall(path.read_text("utf-8"))}
+    assert {"ORBIT_URL", "ORBIT_API_KEY", "ORBIT_RECEIVER_TOKEN"} < asked
+    for name in (*asked, "OTEL_*"):
+        assert re.search(rf"^# {re.escape(name)}(=|$)", text, re.MULTILINE), name
+
+
+def test_what_is_read_elsewhere_is_a_warning_in_the_file(tmp_path: Path) -> None:
+    """In `.env` it would be passed over without a word; in the environment it is taken."""
+    (tmp_path / ".env").write_text("ORBIT_URL=http://node\nORBIT_API_KEY=orb_x\nOTEL_X=y\n")
+    found = load_settings({"ORBIT_API_KEY": "orb_y"}, env_file=tmp_path / ".env")
+    assert found.warnings == ("ORBIT_URL is read from the environment alone, not from .env",)
+
+
 def test_env_example_uncommented_is_the_default_configuration(tmp_path: Path) -> None:
     """Its values are accepted as they stand, and change nothing."""
     text = (_ROOT / ".env.example").read_text("utf-8")

@@ -53,7 +53,7 @@ released = threading.Event()
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, "the condition did not come"
         await asyncio.sleep(0)

@@ -37,7 +37,7 @@ def outgoing(url: str, **given: object) -> Outgoing:
         "url": url,
         "headers": {"Content-Type": "text/plain"},
         "content": b"body",
-        "timeout_seconds": 5.0,
+        "timeout_seconds": 60.0,
     }
     return Outgoing(**{**values, **given})  # type: ignore[arg-type]
 
@@ -109,7 +109,7 @@ async def test_silence_is_cut_off_and_unknown(wire: Wire) -> None:
         await asyncio.Event().wait()
 
     async with serving(talk, server):
-        result = await wire.send(outgoing(server.url, timeout_seconds=0.2))
+        result = await wire.send(outgoing(server.url, timeout_seconds=2.0))
     assert (result.outcome, result.cause) == (Outcome.UNKNOWN, "timeout")
     assert result.connect_seconds is not None
 
@@ -153,9 +153,9 @@ async def test_a_body_that_drips_for_ever_is_cut_off(wire: Wire) -> None:
             await asyncio.sleep(0.01)
 
     async with serving(talk, server):
-        result = await wire.send(outgoing(server.url, timeout_seconds=0.3))
+        result = await wire.send(outgoing(server.url, timeout_seconds=2.0))
     assert (result.outcome, result.status) == (Outcome.FAILED, 500)
-    assert result.error == "no complete answer within 0.3 s"
+    assert result.error == "no complete answer within 2 s"
 
 
 async def test_a_huge_answer_is_read_to_a_bound(wire: Wire) -> None:

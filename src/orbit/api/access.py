@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from orbit.api.problems import HttpRefusal, database_away
-from orbit.api.refusals import SAFE_METHODS
+from orbit.api.refusals import SAFE_METHODS, method_of
 from orbit.app import Node
 from orbit.database.pool import TRANSIENT
 from orbit.errors import NotFound
@@ -104,7 +104,7 @@ class Access:
             try:
                 _check_csrf(request, secret)
             except HttpRefusal as error:
-                what = f"{request.method} (with a session)"
+                what = f"{method_of(request.scope)} (with a session)"
                 refusal = Refusal(what, error.http_code, str(error), is_act=False)
                 await self._note(actor, refusal)
                 raise

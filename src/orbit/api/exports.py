@@ -3,7 +3,8 @@
 A node reads for two at once, and sends one to a key at a time; who asks for more is told to come
 later. What is read goes to a file that has no name, under a snapshot that ends with the reading;
 the client then may be as slow as ten minutes allow. A checkpoint is signed only for who may see
-every log, and not twice within ten seconds; others get the last one there is.
+every log, and not twice within ten seconds; others get the last one there is. Each export's
+manifest is signed for it.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class Exports:
 def _spool(node: Node, log: str | None) -> IO[bytes]:
     file = tempfile.TemporaryFile()  # noqa: SIM115 - who sends it closes it
     try:
-        file.writelines(export(node.database.dsn, checkpoint_folder(node.settings), log))
+        folder = checkpoint_folder(node.settings)
+        file.writelines(export(node.database.dsn, folder, log, signer=node.signer))
         file.seek(0)
     except BaseException:
         file.close()

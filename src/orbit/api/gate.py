@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orbit import tracing
 from orbit.api.problems import HttpRefusal, problem_of, unexpected
-from orbit.api.refusals import SAFE_METHODS
+from orbit.api.refusals import SAFE_METHODS, method_of
 from orbit.app import Node
 from orbit.errors import PayloadTooLarge
 from orbit.governance.refusals import Refusal
@@ -77,7 +77,7 @@ class Gate:
         code = getattr(error, "http_code", "")
         if code in _OTHER_SITES and hasattr(self._node, "refusals"):
             source = source_of(scope["client"][0] if scope.get("client") else None)
-            refusal = Refusal(f"{scope['method']} (of a page)", code, str(error), is_act=False)
+            refusal = Refusal(f"{method_of(scope)} (of a page)", code, str(error), is_act=False)
             await self._node.refusals.note_stranger(source, refusal)
 
     def _check(self, scope: Scope) -> None:

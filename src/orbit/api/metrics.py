@@ -57,6 +57,14 @@ class NodeCollector(Collector):
         is_in_step = not hasattr(node, "configuration") or node.configuration.is_in_step
         text = "Whether this node's files say what is in force."
         yield _gauge("orbit_configuration_in_step", text, is_in_step)
+        signer = getattr(node, "signer", None)
+        text = (
+            "Since this node last signed what is new in the audit trail; absent if it never does."
+        )
+        age = GaugeMetricFamily("orbit_audit_checkpoint_age_seconds", text)
+        if signer is not None:
+            age.add_metric([], signer.age_seconds)
+        yield age
 
 
 class SharedCollector(Collector):

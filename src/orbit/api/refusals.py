@@ -2,7 +2,8 @@
 
 All that a change is refused for, whoever asks; every missing scope; and whatever is not there for
 an actor that is bound to namespaces, which may be another's. What is wrong with a request's values
-is told by its code alone: the text could repeat them.
+is told by its code alone: the text could repeat them. A method that nobody has is `OTHER`, for the
+same reason, and since each kind of refusal is noted anew.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from http import HTTPStatus
 
 from fastapi import Request
+from starlette.types import Scope
 
 from orbit.errors import OrbitError, RequestInvalid
 from orbit.governance.actor import Actor
@@ -17,6 +19,7 @@ from orbit.governance.refusals import Refusal
 from orbit.vocabulary import check_key
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+_METHODS = SAFE_METHODS | {"POST", "PUT", "PATCH", "DELETE"}
 _MAY_NOT = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND})
 
 
@@ -33,13 +36,19 @@ def refusal_of(request: Request, status: int, code: str, error: OrbitError) -> R
     if not is_told:
         return None
     return Refusal(
-        f"{request.method} {template(request)}",
+        f"{method_of(request.scope)} {template(request)}",
         code,
         "" if isinstance(error, RequestInvalid) else str(error),
         is_act=status not in _MAY_NOT,
         namespace=_namespace(request),
         reason=getattr(request.state, "reason", None),
     )
+
+
+def method_of(scope: Scope) -> str:
+    """The request's method, if it is one that there is: what was sent may be any word."""
+    method = str(scope["method"])
+    return method if method in _METHODS else "OTHER"
 
 
 def template(request: Request) -> str:

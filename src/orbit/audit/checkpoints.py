@@ -1,5 +1,7 @@
 """Checkpoints: what a log was at a time, signed with Ed25519, a line of JSON each.
 
+A manifest says of an export what it has to have: the last checkpoint of each log.
+
 A checkpoint says how many entries a log had and what the last one's hash was, which stands for
 all before it. A folder has a file of them for each log. Whoever has the public key can tell
 whether a line is the signer's; nothing else here is believed.
@@ -21,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from orbit.canonical import canonical_json
 
 _DOMAIN = b"orbit.audit.checkpoint.v1\x00"
+_EXPORT_DOMAIN = b"orbit.audit.export.v1\x00"
 _SUFFIX = ".jsonl"
 PUBLIC_KEY = "public-key.pem"
 
@@ -37,34 +40,72 @@ class Checkpoint:
     @property
     def body(self) -> bytes:
         """The bytes that are signed, after the domain."""
-        return canonical_json(
-            {"at": self.at, "head": self.head.hex(), "log": self.log, "size": self.size}
-        )
+        return canonical_json(self.value)
+
+    @property
+    def value(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {"at": self.at, "head": self.head.hex(), "log": self.log, "size": self.size}
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """An export of `log`, or of every log, was begun at `at`, after these last checkpoints."""
+
+    at: str
+    log: str | None
+    checkpoints: tuple[Checkpoint, ...]
+
+    @property
+    def body(self) -> bytes:
+        """The bytes that are signed, after the domain."""
+        last = [one.value for one in self.checkpoints]
+        return canonical_json({"at": self.at, "checkpoints": last, "log": self.log})
 
 
 class CheckpointInvalid(ValueError):
-    """A line is no checkpoint, or its signature is not the key's."""
+    """A line is no checkpoint or manifest, or its signature is not the key's."""
 
 
 def sign(checkpoint: Checkpoint, key: Ed25519PrivateKey) -> bytes:
     """The checkpoint as a line: canonical JSON with its signature."""
-    signature = key.sign(_DOMAIN + checkpoint.body)
-    value = {
-        "checkpoint": json.loads(checkpoint.body),
-        "signature": base64.b64encode(signature).decode(),
-    }
-    return canonical_json(value) + b"\n"
+    return canonical_json(_signed("checkpoint", _DOMAIN, checkpoint.body, key)) + b"\n"
+
+
+def sign_manifest(manifest: Manifest, key: Ed25519PrivateKey) -> dict[str, Any]:
+    """The manifest as a value with its signature."""
+    return _signed("manifest", _EXPORT_DOMAIN, manifest.body, key)
+
+
+def _signed(name: str, domain: bytes, body: bytes, key: Ed25519PrivateKey) -> dict[str, Any]:
+    signature = base64.b64encode(key.sign(domain + body)).decode()
+    return {name: json.loads(body), "signature": signature}
 
 
 def read_signed(value: Any, key: Ed25519PublicKey) -> Checkpoint:
     """The checkpoint in a parsed line. Raises CheckpointInvalid."""
     try:
-        told = value["checkpoint"]
-        found = Checkpoint(told["log"], told["size"], bytes.fromhex(told["head"]), told["at"])
+        found = _checkpoint(value["checkpoint"])
         key.verify(base64.b64decode(value["signature"]), _DOMAIN + found.body)
     except (ValueError, KeyError, TypeError, InvalidSignature) as error:
         raise CheckpointInvalid("a checkpoint is not signed by this key, or was altered") from error
     return found
+
+
+def read_manifest(value: Any, key: Ed25519PublicKey) -> Manifest:
+    """The manifest in a parsed line. Raises CheckpointInvalid."""
+    try:
+        told = value["manifest"]
+        last = tuple(map(_checkpoint, told["checkpoints"]))
+        found = Manifest(told["at"], told["log"], last)
+        key.verify(base64.b64decode(value["signature"]), _EXPORT_DOMAIN + found.body)
+    except (ValueError, KeyError, TypeError, InvalidSignature) as error:
+        raise CheckpointInvalid("the manifest is not signed by this key, or was altered") from error
+    return found
+
+
+def _checkpoint(told: Any) -> Checkpoint:
+    return Checkpoint(told["log"], told["size"], bytes.fromhex(told["head"]), told["at"])
 
 
 def read_folder(

@@ -1,11 +1,12 @@
 """Exports: the trail as JSON lines, and their verification with the public key alone.
 
-An export has, a line each: what it is, the signed checkpoints, every log's entries as they are
-stored, the hashes of its sealed facts and those facts' bytes, and how many lines there were.
-Checkpoints are read before the database is: they cover no more than it then holds. Who verifies
-an export needs no database and believes nothing but the public key, which has to come to them
-another way; so a log that no checkpoint vouches for is a finding. What retention dropped has its
-hash here, and no bytes.
+An export has, a line each: what it is, the signed checkpoints, a manifest that is signed for this
+export and names every log with its last checkpoint, every log's entries as they are stored, the
+hashes of its sealed facts and those facts' bytes, and how many lines there were. Checkpoints are
+read before the database is: they cover no more than it then holds. Who verifies an export needs
+no database and believes nothing but the public key, which has to come to them another way; so a
+log that no checkpoint vouches for, and an export without a manifest, is a finding. What retention
+dropped has its hash here, and no bytes.
 """
 
 from __future__ import annotations
@@ -20,32 +21,50 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from psycopg import Connection
 from psycopg.rows import TupleRow
 
-from orbit.audit.checkpoints import CheckpointInvalid, files, log_of, read_signed, whole_lines
+from orbit.audit.checkpoints import (
+    Checkpoint,
+    CheckpointInvalid,
+    Manifest,
+    files,
+    log_of,
+    read_manifest,
+    read_signed,
+    whole_lines,
+)
 from orbit.audit.merkle import leaf_hash
 from orbit.audit.retirement import RETIRED, Retirement
+from orbit.audit.signing import Signer
 from orbit.audit.trail import INSTALLATION, SQL
-from orbit.audit.verification import Report, entries_of, snapshot, stream
+from orbit.audit.verification import Report, entries_of, heads, snapshot, stream
 from orbit.audit.walk import Entry, Finding, LogWalk
 
-FORMAT = "orbit.audit.export.1"
+FORMAT = "orbit.audit.export.2"
+_FORMATS = ("orbit.audit.export.1", FORMAT)  # the first had no manifest
 _LEAVES = 1000
 _HASH = 32
 
 
-def export(dsn: str, checkpoints: Path | None, log: str | None = None) -> Iterator[bytes]:
+def export(
+    dsn: str, checkpoints: Path | None, log: str | None = None, *, signer: Signer | None
+) -> Iterator[bytes]:
     """The lines of an export of all logs, or of one; `checkpoints` is a folder of them.
 
-    Raises psycopg.Error if the database cannot be read.
+    Without a signer it has no manifest. Raises psycopg.Error if the database cannot be read,
+    OSError if the folder cannot be.
     """
     count = 0
-    for value in _values(dsn, checkpoints, log):
+    for value in _values(dsn, checkpoints, log, signer):
         count += 1
         yield json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
     yield json.dumps({"kind": "end", "lines": count}).encode() + b"\n"
 
 
-def _values(dsn: str, checkpoints: Path | None, log: str | None) -> Iterator[dict[str, Any]]:
+def _values(
+    dsn: str, checkpoints: Path | None, log: str | None, signer: Signer | None
+) -> Iterator[dict[str, Any]]:
     signed = list(_signed(checkpoints, log))
+    if signer is not None:
+        signed.append({"kind": "manifest", **signer.manifest(log)})
     yield {"kind": "export", "format": FORMAT, "log": log}
     yield from signed
     with snapshot(dsn) as connection:
@@ -145,13 +164,15 @@ class _Reading:
         self.report = Report()
         self._log: str | None = None
         self._walks: dict[str, LogWalk] = {}
-        self._signed: dict[str, dict[int, bytes]] = {}
+        self._signed: dict[str, dict[int, Checkpoint]] = {}
+        self._manifest: Manifest | None = None
         self._leaves: dict[str, _Leaves] = {}
         self._retirement = Retirement()
         self._lines, self._is_ended = 0, False
         self._kinds: Mapping[str, Callable[[dict[str, Any]], None]] = {
             "export": self._export,
             "checkpoint": self._checkpoint,
+            "manifest": self._take_manifest,
             "entry": self._entry,
             "leaves": self._take_leaves,
             "fact": self._fact,
@@ -171,6 +192,14 @@ class _Reading:
         """The report, once every line was taken."""
         if not self._is_ended:
             self._find(INSTALLATION, None, "the export is cut off: its last line is missing")
+        if self._manifest is None:
+            text = (
+                "the export has no signed manifest: other logs, or newer entries, may be left out"
+            )
+            self._find(INSTALLATION, None, text)
+        elif self._manifest.log != self._log:
+            told = "every log" if self._manifest.log is None else self._manifest.log
+            self._find(INSTALLATION, None, f"the export's manifest is for {told}")
         names = self._signed.keys() | self._walks.keys() | self._leaves.keys()
         names |= {self._log or INSTALLATION}
         if INSTALLATION in self._walks:
@@ -190,11 +219,7 @@ class _Reading:
         walk.end()
         if walk.seq == 0:
             self._find(name, None, "has no entry here")
-        self.report.entries += walk.seq
-        vouched = [size for size in signed if size <= walk.seq]
-        self.report.unsigned += walk.seq - max(vouched, default=0)
-        if not vouched:
-            self.report.unanchored += 1
+        if self.report.vouch(name, walk.seq, signed).last is None:
             self._find(name, None, "has no checkpoint here: nothing of it is vouched for")
         leaves = self._leaves.get(name, _Leaves())
         self.report.facts += walk.roots(leaves.each())
@@ -214,15 +239,15 @@ class _Reading:
 
     def _export(self, value: dict[str, Any]) -> None:
         self._log = value["log"]
-        if value["format"] != FORMAT:
+        if value["format"] not in _FORMATS:
             self._find(INSTALLATION, None, f"the format is {value['format']}, not {FORMAT}")
 
     def _walk(self, name: str) -> LogWalk:
         """A log's walk, which knows the checkpoints that were read before."""
         if name not in self._walks:
-            signed = self._signed.get(name)
+            expected = heads(self._signed.get(name, {}))
             self._walks[name] = LogWalk(
-                name, self.report.findings.append, signed, wanted=(RETIRED,)
+                name, self.report.findings.append, expected, wanted=(RETIRED,)
             )
         return self._walks[name]
 
@@ -249,11 +274,27 @@ class _Reading:
             told = value.get("checkpoint")
             name = told.get("log", INSTALLATION) if isinstance(told, dict) else INSTALLATION
             self._find(name, None, f"line {self._lines + 1}: {error}")
+        else:
+            self._expect(found)
+
+    def _take_manifest(self, value: dict[str, Any]) -> None:
+        try:
+            found = read_manifest(value, self._key)
+        except CheckpointInvalid as error:
+            self._find(INSTALLATION, None, f"line {self._lines + 1}: {error}")
             return
+        if self._manifest is not None:
+            self._find(INSTALLATION, None, "the export has two manifests")
+        self._manifest, self.report.exported_at = found, found.at
+        for one in found.checkpoints:
+            self._expect(one)
+
+    def _expect(self, found: Checkpoint) -> None:
+        """From here on the log has to have what a checkpoint says."""
         if found.log in self._walks:
             self._find(found.log, found.size, "has a checkpoint that comes after its entries")
-        heads = self._signed.setdefault(found.log, {})
-        if heads.setdefault(found.size, found.head) != found.head:
+        signed = self._signed.setdefault(found.log, {})
+        if signed.setdefault(found.size, found).head != found.head:
             text = "has two checkpoints that contradict each other"
             self._find(found.log, found.size, text)
 

@@ -1,6 +1,7 @@
 """The key that signs checkpoints: Ed25519, in a PEM file that only its owner reads.
 
-The embedded mode makes one beside its data; elsewhere a setting names the file. Its public half
+The embedded mode makes one beside its data; elsewhere a verb does, and a setting names the file.
+Its public half
 is what an auditor needs, and nothing else.
 """
 

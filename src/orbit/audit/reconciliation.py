@@ -4,7 +4,8 @@ What is governed is declared here, a line each: the statement that reads the cha
 instant), and the action that an entry about one has. A change from before the trail began has no
 entry; how many of those there were stands in the trail's first one. Counts, so that a change that
 is dated back shows too. What entries say comes from the walk along them, so it was hashed. Re-runs
-that retention dropped are left out of both.
+that retention dropped are left out of both. Consumers of telemetry come and go, and leave no row:
+the ones that are there are those that entries added and did not remove.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ GOVERNED = (
     Governed("namespace_resume", "resume.asked", SQL.asked_resumptions),
     Governed("namespace_resume", "resume", SQL.resumptions),
     Governed("namespace_resume", "resume.until", SQL.timed_resumptions),
+    Governed("halt_drill", "drill.halt", SQL.drilled_halts),
     Governed("governance_setting", "setting", SQL.made_settings),
     Governed("access_key", "key.created", SQL.created_keys),
     Governed("access_key_end", "key.rotated", SQL.rotated_keys),
@@ -60,9 +62,9 @@ GOVERNED = (
     Governed("autonomy_shadow", "autonomy.shadowed", SQL.shadowed_proposals),
     Governed("autonomy_verdict", "autonomy.judged", SQL.judged_changes),
 )
-
-
-ACTIONS = frozenset(kind.action for kind in GOVERNED)
+_ADDED, _REMOVED = "consumer.added", "consumer.removed"
+_CHANGES = frozenset(kind.action for kind in GOVERNED)
+ACTIONS = _CHANGES | {_ADDED, _REMOVED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,18 @@ def reconcile(
     log: str | None = None,
 ) -> Iterator[Mismatch]:
     """Every mismatch, in all logs or one; `told` has the entries that were asked for, by log."""
+    yield from _changes(connection, told, begun, retirement, log)
+    if log in (None, INSTALLATION):
+        yield from _consumers(connection, told.get(INSTALLATION, ()))
+
+
+def _changes(
+    connection: Connection[TupleRow],
+    told: Mapping[str, Sequence[Told]],
+    begun: Beginning | None,
+    retirement: Retirement,
+    log: str | None,
+) -> Iterator[Mismatch]:
     declared: dict[tuple[str, str, str], int] = {}
     for name, seq, action, subject in _declared(told):
         if (action, name, subject) in declared:
@@ -120,6 +134,23 @@ def reconcile(
         yield from _dated_back(old, begun.changes if begun else {}, retirement)
 
 
+def _consumers(connection: Connection[TupleRow], told: Sequence[Told]) -> Iterator[Mismatch]:
+    present: dict[str, int] = {}
+    for entry in told:
+        name = str(entry.act.get("subject"))
+        if entry.act["action"] == _ADDED:
+            present[name] = entry.seq
+        elif entry.act["action"] == _REMOVED:
+            present.pop(name, None)
+    for (name,) in _fetch(connection, SQL.present_consumers, {}):
+        if not present.pop(name, 0):
+            what = f"telemetry_consumer {name} has no entry {_ADDED}"
+            yield Mismatch(INSTALLATION, None, what)
+    for name, seq in present.items():
+        what = f"{_ADDED}: what it is about ({name}) is not there, nor an entry {_REMOVED}"
+        yield Mismatch(INSTALLATION, seq, what)
+
+
 def _dated_back(
     old: Counter[str], before: Mapping[str, int], retirement: Retirement
 ) -> Iterator[Mismatch]:
@@ -138,7 +169,7 @@ def _declared(told: Mapping[str, Sequence[Told]]) -> Iterator[tuple[str, int, st
     """What entries say was changed: log, number, action and key, one for each of several."""
     for log, entries in told.items():
         for entry in entries:
-            if entry.act["action"] not in ACTIONS:
+            if entry.act["action"] not in _CHANGES:
                 continue
             detail = entry.act.get("detail") or {}
             for subject in detail.get("subjects", [entry.act.get("subject")]):

@@ -1,12 +1,13 @@
 """Sealing: high-rate facts get dense numbers, and each batch's Merkle root becomes an entry.
 
-Design note. A receipt, a record, a dead letter or a cycle is written without a thought of the
-trail, but carries the id of the transaction that wrote it. A pass takes the facts of transactions
-older than every one still under way: all of those have ended, so no row can appear among them
-later, however late a long transaction commits. Numbers, leaf hashes, roots and the new place
-commit together, under the lock of the one row of `audit_sealer`: a sealer that is killed has done
-nothing, and two cannot be at it. A batch is stored as it is sealed, one row for each log: a row for
-each fact, with a key that says whether it has its number, cost more than all the rest of sealing.
+Design note. A receipt, a record, a dead letter, an outcome or a cycle is written without a thought
+of the trail, but carries the id of the transaction that wrote it. A pass takes the facts of
+transactions older than every one still under way: all of those have ended, so no row can appear
+among them later, however late a long transaction commits. Numbers, leaf hashes, roots and the new
+place commit together, under the lock of the one row of `audit_sealer`: a sealer that is killed has
+done nothing, and two cannot be at it. A batch is stored as it is sealed, one row for each log: a
+row for each fact, with a key that says whether it has its number, cost more than all the rest of
+sealing.
 
 Where the place cannot be relied on, facts are looked for in the seals first, and what has its
 number keeps it: all that was written before the place was lost and made anew; and in a restored

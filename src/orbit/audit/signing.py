@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -25,7 +25,17 @@ from psycopg import Connection
 from psycopg.rows import TupleRow
 
 from orbit import metrics
-from orbit.audit.checkpoints import PUBLIC_KEY, Checkpoint, file_of, files, log_of, read_line, sign
+from orbit.audit.checkpoints import (
+    PUBLIC_KEY,
+    Checkpoint,
+    Manifest,
+    file_of,
+    files,
+    log_of,
+    read_line,
+    sign,
+    sign_manifest,
+)
 from orbit.audit.keys import public_pem
 from orbit.audit.trail import FIRST_PREV, SQL
 from orbit.audit.verification import entries_of, snapshot, stream
@@ -57,7 +67,13 @@ class Signer:
         self._dsn, self._clock, self._key = dsn, clock, key
         self._folder, self._command = folder, command
         self._signed: dict[str, Checkpoint] = {}
+        self._done_at = clock.monotonic()
         self.contradictions: Mapping[str, str] = {}
+
+    @property
+    def age_seconds(self) -> float:
+        """How long ago a pass last came to its end: what is younger is covered by no checkpoint."""
+        return self._clock.monotonic() - self._done_at
 
     def sign_all(self) -> int:
         """Signs every log that has grown; how many. Blocks: call it off the event loop.
@@ -65,6 +81,7 @@ class Signer:
         Raises psycopg.Error if the database does not answer, OSError if the folder cannot be
         written or the command fails.
         """
+        begun_at = self._clock.monotonic()
         with self._held():
             refused: dict[str, str] = {}
             lasts = self._lasts(refused)
@@ -72,9 +89,18 @@ class Signer:
             self._keep(fresh)
         for name in refused.keys() - self.contradictions.keys():
             log.error("audit_contradiction", log=name, why=refused[name])
-        self.contradictions = refused
+        self.contradictions, self._done_at = refused, begun_at
         metrics.audit_contradictions.set(len(refused))
         return len(fresh)
+
+    def manifest(self, log: str | None) -> dict[str, Any]:
+        """What an export that begins now has to have, of all logs or of one, signed.
+
+        Raises OSError if the folder cannot be read.
+        """
+        lasts = self._lasts({}, log)
+        last = tuple(lasts[name] for name in sorted(lasts))
+        return sign_manifest(Manifest(self._clock.now().isoformat(), log, last), self._key)
 
     def _look(self, lasts: Mapping[str, Checkpoint], refused: dict[str, str]) -> list[Checkpoint]:
         """Looks at every log that has grown; what can be signed. Others go into `refused`."""
@@ -97,14 +123,15 @@ class Signer:
                     fresh.append(Checkpoint(name, size, head, self._clock.now().isoformat()))
         return fresh
 
-    def _lasts(self, refused: dict[str, str]) -> dict[str, Checkpoint]:
+    def _lasts(self, refused: dict[str, str], only: str | None = None) -> dict[str, Checkpoint]:
         """The last checkpoint of each log; one that is not ours is refused, not passed over."""
         if self._folder is None:
-            return dict(self._signed)
+            known = dict(self._signed)
+            return {name: one for name, one in known.items() if only in (None, name)}
         found: dict[str, Checkpoint] = {}
         for path in files(self._folder):
             name = log_of(path)
-            line = _last_line(path)
+            line = _last_line(path) if only in (None, name) else None
             if line is None:
                 continue
             one = read_line(line, self._key.public_key(), name)

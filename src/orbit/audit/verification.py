@@ -52,22 +52,36 @@ JOIN pg_settings USING (name)
 _CONNECTING = {"connect_timeout": 5, "keepalives_idle": 10, "tcp_user_timeout": 20_000}
 
 
+@dataclass(frozen=True, slots=True)
+class Vouched:
+    """A log of so many entries, and the last checkpoint that vouches for them, if one does."""
+
+    log: str
+    entries: int
+    last: Checkpoint | None
+
+    @property
+    def size(self) -> int:
+        """How many entries are vouched for."""
+        return 0 if self.last is None else self.last.size
+
+
 @dataclass(slots=True)
 class Report:
     """What was looked at, and what was found.
 
     `retired` facts were dropped by retention, which the trail declares; of `undeclared` ones this
     export of one log cannot say so; `unsealed` ones have no number yet. `unsigned` entries are
-    younger than their log's last checkpoint, `unanchored` logs have none.
+    younger than their log's last checkpoint, `unanchored` logs have none. `exported_at` is when
+    an export was made, by its manifest.
     """
 
-    entries: int = 0
+    logs: list[Vouched] = field(default_factory=list)
+    exported_at: str | None = None
     facts: int = 0
     retired: int = 0
     undeclared: int = 0
     unsealed: int = 0
-    unsigned: int = 0
-    unanchored: int = 0
     checkpoints: int = 0
     findings: list[Finding] = field(default_factory=list)
 
@@ -77,9 +91,36 @@ class Report:
         return not self.findings
 
     @property
+    def entries(self) -> int:
+        """How many entries there are."""
+        return sum(one.entries for one in self.logs)
+
+    @property
+    def unsigned(self) -> int:
+        """How many of them no checkpoint covers."""
+        return sum(one.entries - one.size for one in self.logs)
+
+    @property
+    def unanchored(self) -> int:
+        """How many logs have no checkpoint."""
+        return sum(one.last is None for one in self.logs)
+
+    @property
     def is_anchored(self) -> bool:
         """Whether a checkpoint vouches for each log up to some place."""
         return self.unanchored == 0
+
+    def vouch(self, log: str, entries: int, signed: Mapping[int, Checkpoint]) -> Vouched:
+        """Takes a log's length, and which of its checkpoints vouches for the most of it."""
+        size = max((one for one in signed if one <= entries), default=None)
+        found = Vouched(log, entries, None if size is None else signed[size])
+        self.logs.append(found)
+        return found
+
+
+def heads(signed: Mapping[int, Checkpoint]) -> dict[int, bytes]:
+    """The hashes that a walk has to find, by number."""
+    return {size: one.head for size, one in signed.items()}
 
 
 def verify(dsn: str, checkpoints: Sequence[Checkpoint] = (), log: str | None = None) -> Report:
@@ -157,10 +198,10 @@ class _Verification:
 
     def run(self) -> Report:
         """All of it."""
-        heads = {row["log"]: row for row in _rows(self._connection, SQL.logs, {"log": None})}
-        for name in sorted(heads.keys() | self._expected.keys() | {INSTALLATION}):
+        rows = {row["log"]: row for row in _rows(self._connection, SQL.logs, {"log": None})}
+        for name in sorted(rows.keys() | self._expected.keys() | {INSTALLATION}):
             if self._log in (None, name):
-                self._verify_log(name, heads.get(name))
+                self._verify_log(name, rows.get(name))
             elif name == INSTALLATION:  # what it declares counts for every log
                 self._walk(name)
         self._read_installation()
@@ -172,16 +213,16 @@ class _Verification:
         self.report.findings.extend(Finding(one.log, one.seq, one.what) for one in mismatches)
         return self.report
 
-    def _by_log(self, checkpoints: Sequence[Checkpoint]) -> dict[str, dict[int, bytes]]:
-        found: dict[str, dict[int, bytes]] = {}
+    def _by_log(self, checkpoints: Sequence[Checkpoint]) -> dict[str, dict[int, Checkpoint]]:
+        found: dict[str, dict[int, Checkpoint]] = {}
         for one in checkpoints:
-            heads = found.setdefault(one.log, {})
-            if heads.setdefault(one.size, one.head) != one.head:
+            if found.setdefault(one.log, {}).setdefault(one.size, one).head != one.head:
                 self._find(one.log, one.size, "has two checkpoints that contradict each other")
         return found
 
     def _walk(self, name: str) -> LogWalk:
-        walk = LogWalk(name, self.report.findings.append, self._expected.get(name), wanted=_WANTED)
+        expected = heads(self._expected.get(name, {}))
+        walk = LogWalk(name, self.report.findings.append, expected, wanted=_WANTED)
         walk.walk(entries_of(self._connection, name))
         self._told[name] = walk.told
         return walk
@@ -190,10 +231,7 @@ class _Verification:
         walk = self._walk(name)
         has_head = row is not None and row["seq"] is not None
         walk.end((row["seq"], row["hash"]) if row is not None and has_head else None)
-        signed = [one for one in self._expected.get(name, ()) if one <= walk.seq]
-        self.report.entries += walk.seq
-        self.report.unsigned += walk.seq - max(signed, default=0)
-        self.report.unanchored += not signed
+        self.report.vouch(name, walk.seq, self._expected.get(name, {}))
         leaves = stream(self._connection, SQL.sealed_facts, {"log": name})
         self.report.facts += walk.roots((number, leaf) for number, _, _, _, leaf in leaves)
 

@@ -27,6 +27,7 @@ class Why(StrEnum):
     IN_FLIGHT = "change_in_flight"
     NOT_RUNNING = "profile_not_running"
     CHANGED = "profile_changed"
+    UNFOUNDED = "evidence_changed"
     NOT_ALLOWED = "not_allowed"
     BEYOND = "beyond_bounds"
     DAY_SPENT = "day_spent"
@@ -47,6 +48,7 @@ _WORDS = {
     Why.IN_FLIGHT: "a change of the profile is on probation",
     Why.NOT_RUNNING: "the profile is disabled, runs nowhere, or is not configured any more",
     Why.CHANGED: "the profile is another than the one that the change was approved for",
+    Why.UNFOUNDED: "the rules do not suggest the change any more, or its rule does not answer",
     Why.NOT_ALLOWED: "the profile's autonomy.allow does not name what the change moves",
     Why.BEYOND: "the change goes beyond a bound or a step of autonomy.allow",
     Why.DAY_SPENT: "it was moved within 24 hours as far as per_day lets it",

@@ -8,10 +8,10 @@ either is kept in memory that facts do not say: whichever node looks next goes o
 node that dies within has done nothing. Two that come at once wait for the lock, and the second
 finds it done.
 
-It applies only what a person approved and nobody applied, within the profile's bounds, and one
-change of a profile at a time. A breach is rolled back at once; what stays inconclusive is held
-until its time is over and then reverted; only what is shown to be no worse is kept, as an overlay,
-while the profile is armed. Nothing is ever written into a file.
+It applies only what a person approved, nobody applied and the rules still suggest, within the
+profile's bounds, and one change of a profile at a time. A breach is rolled back at once; what stays
+inconclusive is held until its time is over and then reverted; only what is shown to be no worse is
+kept, as an overlay, while the profile is armed. Nothing is ever written into a file.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import structlog
 
+from orbit import metrics
 from orbit.audit.trail import Act, append
 from orbit.autonomy.bounds import Why, moves_in, why_not
 from orbit.autonomy.guard import Function, Guard, fences
@@ -35,7 +36,8 @@ from orbit.database.pool import TRANSIENT, Connection, Database
 from orbit.database.queries import load
 from orbit.errors import DatabaseUnavailable
 from orbit.governance.actor import Actor
-from orbit.insight.keeping import BATCH_EVENTS, EventSource, SignalKeeper
+from orbit.insight.keeping import BATCH_EVENTS, SignalKeeper
+from orbit.insight.proposals import Proposals
 from orbit.insight.source import profile_revisions
 from orbit.insight.strategy import profile_digest
 from orbit.profiles.adjustments import (
@@ -92,12 +94,12 @@ class Changes:
         guard: Guard,
         modes: Modes,
         keeper: SignalKeeper,
-        source: EventSource,
+        proposals: Proposals,
         *,
         probation_hours: int,
     ) -> None:
         self._database, self._configuration, self._clock = database, configuration, clock
-        self._guard, self._modes, self._keeper, self._source = guard, modes, keeper, source
+        self._guard, self._modes, self._keeper, self._proposals = guard, modes, keeper, proposals
         self._hours = probation_hours
         self._trials: dict[str, dict[str, Trial]] = {}
         self._weighing = asyncio.Lock()
@@ -134,6 +136,8 @@ class Changes:
                     acts = await self._lay(connection, held, row, plan)
                 await append(connection, *acts)
             await self._configuration.refresh()
+            if isinstance(plan, Plan):
+                metrics.autonomy_changes.labels("applied").inc()
             return isinstance(plan, Plan)
         raise DatabaseUnavailable("the configuration is changing; it is looked at again")
 
@@ -159,6 +163,8 @@ class Changes:
             if isinstance(moves, Why):
                 return why or moves
             why = why or why_not(profile, moves, await _of_today(connection, profile_id))
+        if why is None and not await self._proposals.is_suggested(row):
+            why = Why.UNFOUNDED
         if why is not None:
             return why
         overlay = Overlay(
@@ -243,9 +249,8 @@ class Changes:
 
     async def judge(self, row: Mapping[str, Any]) -> Verdict | None:
         """Ends a probation that can be ended; None where it is held, or was skipped."""
-        trials = await self._weighed(row)
-        verdict = verdict_of(trials)  # and what it is drawn from, before anybody moves them on
-        body = canonical_json({name: one.told() for name, one in trials.items()}).decode()
+        verdict, evidence = await self._weighed(row)
+        body = canonical_json(evidence).decode()
         is_held = verdict is Verdict.INCONCLUSIVE and not row["is_over"]
         if is_held and await self._is_watched(row):
             return None
@@ -257,6 +262,8 @@ class Changes:
         async with self._database.transaction() as connection:
             done = await self._end(connection, overlay_of(row), verdict, body)
         await self._configuration.refresh()
+        if done is not None:
+            metrics.autonomy_changes.labels(_ENDINGS.get(done, done).value).inc()
         return done
 
     async def _is_watched(self, row: Mapping[str, Any]) -> bool:
@@ -268,8 +275,8 @@ class Changes:
 
     async def weigh(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """How a change on probation stands, by namespace; as of a position, in bounded time."""
-        trials = await self._weighed(row, most_batches=_ASKED_BATCHES)
-        return {name: one.told() for name, one in trials.items()}
+        _, evidence = await self._weighed(row, most_batches=_ASKED_BATCHES)
+        return evidence
 
     async def take_back(self, profile_id: str, actor: Actor, by: By) -> list[Overlay]:
         """A person takes back all that autonomy changed of a profile, whatever the switches say.
@@ -292,6 +299,7 @@ class Changes:
             acts += await self._modes.disarm(connection, profile_id, places, Cause.REVERT, by)
             await append(connection, *acts)
         await self._configuration.refresh()
+        metrics.autonomy_changes.labels(Ending.UNDONE.value).inc(len(laid))
         return laid
 
     async def _end(
@@ -373,25 +381,32 @@ class Changes:
 
     async def _weighed(
         self, row: Mapping[str, Any], most_batches: int | None = None
-    ) -> dict[str, Trial]:
-        """A change's trials with all events that there are; a node that has none begins anew."""
-        async with self._weighing:
-            trials = self._trials.get(row["overlay_id"])
-            if trials is None:
-                trials = trials_of(row["target_id"], json.loads(row["trial"]))
-                self._trials[row["overlay_id"]] = trials
-            for namespace, trial in trials.items():
-                await self._move_on(namespace, trial, most_batches)
-            return trials
+    ) -> tuple[Verdict, dict[str, Any]]:
+        """What comes of a change with all events that there are, and from what, by namespace.
+
+        A node that has no trials of it begins anew.
+        """
+        trials = self._trials.get(row["overlay_id"])
+        if trials is None:
+            trials = trials_of(row["target_id"], json.loads(row["trial"]))
+            self._trials[row["overlay_id"]] = trials
+        for namespace, trial in trials.items():
+            await self._move_on(namespace, trial, most_batches)
+        async with self._weighing:  # a verdict and its evidence as of the same events
+            return verdict_of(trials), {name: one.told() for name, one in trials.items()}
 
     async def _move_on(self, namespace: str, trial: Trial, most_batches: int | None) -> None:
+        """Takes a namespace's events in; whoever asks meanwhile has their turn after each batch."""
         is_last, batches = trial.is_breached, 0
         while not is_last and batches != most_batches:
             batches += 1
-            async with self._database.connection() as connection:
-                found = await self._source.read(connection, namespace, trial.position, BATCH_EVENTS)
-            await asyncio.to_thread(trial.take, found.events, found.last_position)
-            is_last = found.is_last or trial.is_breached
+            async with self._weighing:
+                async with self._database.connection() as connection:
+                    found = await self._keeper.source.read(
+                        connection, namespace, trial.position, BATCH_EVENTS
+                    )
+                await asyncio.to_thread(trial.take, found.events, found.last_position)
+                is_last = found.is_last or trial.is_breached
 
     def _by(self, reason: str) -> By:
         orbit = self._guard.orbit

@@ -1,4 +1,4 @@
-"""`audit`: the trail listed, verified against the database or offline, and exported.
+"""`audit`: the trail listed, verified against the database or offline, and exported; its key made.
 
 Verifying and exporting ask no node: they read the database themselves, or only files. What is
 found ends the verb with code 6.
@@ -87,7 +87,7 @@ def exported(
     namespace: Namespace = None,
     out: Annotated[Path | None, typer.Option(help="The file to write; else stdout.")] = None,
 ) -> None:
-    """Write the trail as JSON lines, with the checkpoints, signed anew where the key is here."""
+    """Write the trail as JSON lines, signed as a whole where the signing key is here."""
     from orbit.app import checkpoint_folder, signer_of
     from orbit.audit.export import export as lines_of
     from orbit.clock import SystemClock
@@ -99,9 +99,28 @@ def exported(
         if signer is not None:
             signer.sign_all()
         file = sys.stdout.buffer if out is None else stack.enter_context(out.open("wb"))
-        file.writelines(lines_of(database.dsn, checkpoint_folder(given), namespace))
+        folder = checkpoint_folder(given)
+        file.writelines(lines_of(database.dsn, folder, namespace, signer=signer))
+    if signer is None:
+        note("Not signed: no signing key is here, so nothing vouches for this export.")
     if out is not None:
         note(f"Written to {out}. The public key has to reach the auditor another way.")
+
+
+@app.command("key")
+def key_made(
+    file: Annotated[
+        Path, typer.Argument(help="Where the key is, or is to be.", show_default=False)
+    ],
+) -> None:
+    """Make the key that signs checkpoints, unless it is there; print its public half (PEM)."""
+    from orbit.audit.keys import load_signing_key, public_pem
+
+    is_new = not file.exists()
+    key = load_signing_key(file, is_made=True)
+    say(public_pem(key.public_key()).decode().strip())
+    if is_new:
+        note(f"Made {file}, which only its owner reads. Take the lines above to the auditor.")
 
 
 def _verify_export(path: Path, public_key: Path | None) -> Report:
@@ -122,6 +141,8 @@ def _verify_database(
     from orbit.audit.verification import verify as run
 
     refuse_without_data(given)
+    if folder is not None and not folder.is_dir():
+        raise RequestInvalid(f"--checkpoints: there is no folder {folder}")
     folder = folder or checkpoint_folder(given)
     signed, broken = _checkpoints(given, folder, public_key, namespace)
     with access(given) as database:
@@ -138,7 +159,6 @@ def _checkpoints(
     from orbit.audit.walk import Finding
 
     if folder is None or not folder.is_dir():
-        note("No checkpoints: an end of the trail that was cut off would not show.")
         return [], []
     key = _public_key(given, folder, public_key)
     signed, broken = [], []
@@ -175,7 +195,33 @@ def _lines(report: Report) -> Iterator[str]:
         yield f"✗ {finding}"
     if len(report.findings) > _MOST_SHOWN:
         yield f"✗ and {len(report.findings) - _MOST_SHOWN:,} more"
-    counts = f"{report.entries:,} entries, {report.facts:,} sealed facts"
+    yield from _vouched(report)
+    yield from _counts(report)
+    if not report.is_good:
+        yield f"{len(report.findings):,} findings"
+    elif report.is_anchored:
+        yield "The trail is whole."
+    else:
+        yield (
+            f"! NOTHING VOUCHES for {report.unanchored:,} of {len(report.logs):,} logs: an end "
+            "that was cut off, or a restored backup, would not show. In itself the trail is whole."
+        )
+
+
+def _vouched(report: Report) -> Iterator[str]:
+    if report.exported_at is not None:
+        yield f"Exported at {report.exported_at}"
+    for one in report.logs[:_MOST_SHOWN]:
+        told = "nothing vouches for them"
+        if one.last is not None:
+            told = f"vouched for up to {one.last.size:,} at {one.last.at}"
+        yield f"{one.log}: {_entries(one.entries)}, {told}"
+    if len(report.logs) > _MOST_SHOWN:
+        yield f"and {len(report.logs) - _MOST_SHOWN:,} more logs"
+
+
+def _counts(report: Report) -> Iterator[str]:
+    counts = f"{_entries(report.entries)}, {report.facts:,} sealed facts"
     yield f"{counts}, {report.checkpoints:,} checkpoint{'s' if report.checkpoints != 1 else ''}"
     if report.retired:
         yield f"{report.retired:,} facts have only their hash here: retention dropped the rows"
@@ -188,18 +234,25 @@ def _lines(report: Report) -> Iterator[str]:
             f"{report.undeclared:,} facts have only their hash here; whether retention dropped the "
             "rows stands in the installation's log, which is not in this export"
         )
-    if not report.is_good:
-        yield f"{len(report.findings):,} findings"
-    elif report.is_anchored:
-        yield "The trail is whole."
-    else:
-        logs = f"logs without a checkpoint: {report.unanchored:,}"
-        yield f"The trail is whole in itself, but nothing vouches for its end: {logs}."
+
+
+def _entries(count: int) -> str:
+    return f"{count:,} entr{'y' if count == 1 else 'ies'}"
 
 
 def _as_json(report: Report) -> dict[str, Any]:
     return {
         "isGood": report.is_good,
+        "exportedAt": report.exported_at,
+        "logs": [
+            {
+                "namespace": one.log,
+                "entries": one.entries,
+                "vouchedUpTo": one.size,
+                "vouchedAt": one.last.at if one.last else None,
+            }
+            for one in report.logs
+        ],
         "entries": report.entries,
         "facts": report.facts,
         "isAnchored": report.is_anchored,

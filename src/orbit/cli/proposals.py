@@ -124,6 +124,9 @@ def _show(found: Mapping[str, Any], *, is_json: bool) -> None:
     if found.get("decidedAt"):
         why = f": {found['reason']}" if found.get("reason") else ""
         say(f"{found['state']} by {found['decidedBy']} at {when(found['decidedAt'])}{why}")
+        if applied := found.get("application"):
+            outcome = applied["outcome"].replace("_", " ")
+            say(f"Applied by autonomy at {when(applied['appliedAt'])}: {outcome}")
     elif found["state"] == "pending":
         until, author = when(found["expiresAt"]), found["author"]
         say(f"It waits until {until} for an approver other than {author}.")

@@ -4,7 +4,8 @@ It works in a namespace of its own, whose name no run profile and no trigger may
 the database and the brake of the running installation. It passes only if the halt came amid the
 requests and said quiesced, nothing arrived from that answer until the resumption, a trigger was
 refused meanwhile, and then each request that was held arrived. What it came to is a fact, with
-its entry in the audit trail. It ends by itself within a bounded time, and so does its halt.
+its entry in the audit trail; of one that broke off only an entry tells. It ends by itself within a
+bounded time, and so does its halt.
 
 What it does not prove: how other nodes and receivers behave. They take part in the proof by the
 same statements, but none of their requests is stopped here.
@@ -25,6 +26,7 @@ from orbit.app import Node
 from orbit.audit import trail
 from orbit.audit.trail import Act
 from orbit.clock import new_id
+from orbit.database.pool import TRANSIENT, first_line
 from orbit.database.queries import array, load
 from orbit.drills.receiver import DrillReceiver, listening
 from orbit.drills.worker import DrillWorker
@@ -87,6 +89,9 @@ class HaltDrill:
                     found = await self._rehearse(order, worker, receiver, watch_seconds)
                 await self._record(order, found)
                 return found
+        except Exception as error:
+            await self._tell_failure(order, error)
+            raise
         finally:
             self._is_under_way = False
 
@@ -165,6 +170,16 @@ class HaltDrill:
             await connection.execute(SQL.insert_drill, row)
             await trail.append(connection, act)
         log.info("halt_drilled", namespace=found.namespace, passed=found.has_passed)
+
+    async def _tell_failure(self, order: Order, error: Exception) -> None:
+        """A drill that broke off came to nothing that a row could say; the trail has it."""
+        detail = {"why": type(error).__name__}
+        act = Act("*", "drill.failed", order.actor, order.reason, order.namespace, detail)
+        try:
+            async with self._node.database.transaction() as connection:
+                await trail.append(connection, act)
+        except TRANSIENT as lost:
+            log.warning("drill_failure_not_noted", error=first_line(lost))
 
 
 def _judged(

@@ -45,7 +45,8 @@ _NEVER_LEFT = frozenset({SECRET_UNREADABLE, NOT_PREPARED})  # no receiver was tr
 _NOT_OF_LANE = _NEVER_LEFT | {CUT_OFF, LAPSED}  # say nothing of the receiver
 _TALLY_PARTS = 8
 _NEVER_OPENS = Breaker(failures=2**31 - 1, share=2.0)  # but closes, if it was open before
-_ANY_ENDPOINT = Endpoint(key="", url="")  # of a job whose endpoint this node does not know
+# Of a job whose endpoint this node does not know: nobody says how much its receiver bears.
+_ANY_ENDPOINT = Endpoint(key="", url="", max_concurrency=1, rate_per_second=1.0, on_unknown="hold")
 _log = structlog.get_logger("orbit.dispatch")
 
 LaneKey = tuple[str, str]
@@ -204,10 +205,18 @@ class DispatchQueue:
         self._lease_seconds, self._policy, self._endpoints = lease_seconds, policy, endpoints
         self._part = zlib.crc32(node_id.encode()) % _TALLY_PARTS
         self._settlements = GroupCommit(database, self._flush, lanes=1)
+        self.on_held: Callable[[Collection[LaneKey]], None] = lambda _: None  # told of such lanes
 
     def endpoint(self, key: str) -> Endpoint:
         """The endpoint as this node has it now, which the lane's limits are of."""
         return self._endpoints.get(key, _ANY_ENDPOINT)
+
+    def is_held(self, lane: Lane) -> bool:
+        """Whether only probes of it are sent."""
+        return (
+            lane.probe_in_seconds is not None
+            and self.endpoint(lane.endpoint_key).breaker is not None
+        )
 
     async def lanes(self) -> list[Lane]:
         """Every lane of its own that has a job, due now or later."""
@@ -361,6 +370,14 @@ class DispatchQueue:
         """Gives back jobs of whose open attempt no byte has left."""
         await self._database.execute(SQL.release_jobs, self._leases(jobs))
 
+    async def release_unseen(self, lanes: Collection[LaneKey], known: Sequence[ClaimedJob]) -> None:
+        """Gives back this node's open attempts in lanes, but those that it knows of."""
+        asked = {
+            "lane_namespace": array(namespace for namespace, _ in lanes),
+            "lane_key": array(key for _, key in lanes),
+        }
+        await self._database.execute(SQL.release_unseen, self._leases(known) | asked)
+
     async def drained(self) -> None:
         """Returns when no settlement is waiting to be committed."""
         await self._settlements.drained()
@@ -384,11 +401,9 @@ class DispatchQueue:
         self, connection: Connection, settlements: Sequence[Settlement]
     ) -> Callable[[], Awaitable[None]]:
         """Writes the ends of attempts; gives what is to be called after the commit."""
-        rows = _rows(settlements) | {"part": self._part, "settler_id": self._node_id}
+        rows = _rows(settlements) | {"part": self._part}
         await connection.execute(SQL.settle_jobs, rows)
         await connection.execute(SQL.insert_receipts, rows)
-        if unspared := [s for s in settlements if s.is_unspared and not s.is_done]:
-            await connection.execute(SQL.unspare_jobs, _rows(unspared))
         ended = None
         if done := sorted({(s.job.namespace, s.job.cycle_id) for s in settlements if s.is_done}):
             touched = {
@@ -399,12 +414,14 @@ class DispatchQueue:
                 "node_id": self._node_id,
             }
             ended = await connection.execute(CYCLE_SQL.end_dispatched, touched)
-        verdicts = self._lane_rows(settlements) | {"settler_id": self._node_id}
+        verdicts = self._lane_rows(settlements)
         changes = await connection.execute(SQL.judge_lanes, verdicts)
 
         async def tell() -> None:
             _count(settlements, 0 if ended is None else ended.rowcount)
-            for row in await changes.fetchall():
+            changed = await changes.fetchall()
+            self.on_held({_lane_of(row) for row in changed if row["change"] != "closed"})
+            for row in changed:
                 metrics.lane_changes.labels(row["change"]).inc()
                 _log.warning(f"lane_{row['change']}", **{name: row[name] for name in _TOLD})
 
@@ -415,8 +432,12 @@ class DispatchQueue:
         lanes: dict[LaneKey, list[Settlement]] = {}
         for settlement in settlements:
             lanes.setdefault(settlement.lane, []).append(settlement)
-        results = [_lane_result(ends) for ends in lanes.values()]
-        breakers = [self.endpoint(key).breaker or _NEVER_OPENS for _, key in lanes]
+        of_lane = [self.endpoint(key).breaker for _, key in lanes]
+        results = [
+            _lane_result(ends, has_breaker=breaker is not None)
+            for ends, breaker in zip(lanes.values(), of_lane, strict=True)
+        ]
+        breakers = [breaker or _NEVER_OPENS for breaker in of_lane]
         return {
             "lane_namespace": array(namespace for namespace, _ in lanes),
             "lane_key": array(key for _, key in lanes),
@@ -427,6 +448,8 @@ class DispatchQueue:
             "window_seconds": array(breaker.window_seconds for breaker in breakers),
             "hold_seconds": array(breaker.hold_seconds for breaker in breakers),
             "longest_hold_seconds": array(breaker.longest_hold_seconds for breaker in breakers),
+            "part": self._part,
+            "settler_id": self._node_id,
         }
 
 
@@ -477,7 +500,14 @@ _UNTOLD: dict[str, Any] = {  # of an attempt that is only to be settled
     "content": None,
 }
 _TOLD = ("namespace", "endpoint_key", "failures", "hold_seconds")
-_LANE_RESULT = ("attempts", "failures", "last_failures", "has_success", "has_probe_failed")
+_LANE_RESULT = (
+    "attempts",
+    "failures",
+    "last_failures",
+    "has_success",
+    "may_close",
+    "has_probe_failed",
+)
 
 
 def _is_lane_well(result: WireResult, *, is_final: bool, is_probe: bool) -> bool | None:
@@ -486,19 +516,28 @@ def _is_lane_well(result: WireResult, *, is_final: bool, is_probe: bool) -> bool
     return None if is_final or result.cause in _NOT_OF_LANE else False
 
 
-def _lane_result(ends: Sequence[Settlement]) -> dict[str, int | bool]:
-    """Counts of one lane's ends, in the order in which they came."""
+def _lane_result(ends: Sequence[Settlement], *, has_breaker: bool) -> dict[str, int | bool]:
+    """Counts of one lane's ends, in the order in which they came.
+
+    What was sent before the breaker opened and arrives after it closes none.
+    """
     verdicts = [end.is_lane_well for end in ends]
     last_failures = 0
     for is_well in verdicts:
         last_failures = 0 if is_well else last_failures + (is_well is False)
+    probes = [end.is_lane_well for end in ends if end.job.is_probe]
     return {
-        "attempts": len(ends),
+        "attempts": len(verdicts) - verdicts.count(None),
         "failures": verdicts.count(False),
         "last_failures": last_failures,
         "has_success": True in verdicts,
-        "has_probe_failed": any(end.job.is_probe and end.is_lane_well is False for end in ends),
+        "may_close": True in (probes if has_breaker else verdicts),
+        "has_probe_failed": False in probes,
     }
+
+
+def _lane_of(row: Mapping[str, Any]) -> LaneKey:
+    return row["namespace"], row["endpoint_key"]
 
 
 def _cut(contents: bytes, lengths: Iterable[int | None]) -> Iterator[bytes | None]:
@@ -540,6 +579,7 @@ def _rows(settlements: Sequence[Settlement]) -> dict[str, Any]:
         "answer": list(result["answer"]),
         "node_id": array([s.node_id for s in settlements]),
         "started_at": array([s.started_at for s in settlements]),
+        "is_unspared": array([s.is_unspared for s in settlements]),
         "retry_seconds": array([s.move.retry_seconds for s in settlements]),
         "cause": array([s.move.cause for s in settlements]),
     }

@@ -2,9 +2,9 @@
 
 An entry says who asked, for what, and how it was answered; it never repeats what was sent but the
 reason. The trail is not to be flooded: of the same refusal of the same actor five are noted at
-once, then one per growing pause of a minute at most; and a node notes 60 a minute in all. How many
-were left out stands in the next entry of their kind. An actor's other refusals are counted apart,
-so that a flood of one does not hide another.
+once, then one per growing pause of a minute at most; and a node notes 60 a minute in all, and 60 of
+strangers. How many were left out stands in the next entry of their kind. An actor's other refusals
+are counted apart, so that a flood of one does not hide another, and no stranger's hides an actor's.
 
 A refusal that cannot be noted, because the database does not answer, stays one and is logged.
 """
@@ -24,6 +24,7 @@ from orbit.governance.actor import EVERYWHERE, Actor
 from orbit.governance.slowing import Ration, Slowing
 
 MOST_A_MINUTE = 60
+_MOST_SUBJECT, _MOST_ANSWER = 200, 500
 log = structlog.get_logger(__name__)
 
 
@@ -50,6 +51,7 @@ class Refusals:
         self._database = database
         self._slowing = Slowing(clock)
         self._ration = Ration(clock, MOST_A_MINUTE)
+        self._strangers = Ration(clock, MOST_A_MINUTE)
 
     async def note(self, actor: Actor, refusal: Refusal) -> None:
         """Notes that an actor was refused, in the trail of the namespace that is concerned.
@@ -62,30 +64,37 @@ class Refusals:
         else:
             logs = [*([] if seen is None else [EVERYWHERE]), *(actor.within or [EVERYWHERE])]
         action = "act.refused" if refusal.is_act else "access.refused"
-        await self._note(actor.id, logs, action, actor.name, refusal)
+        await self._note(self._ration, actor.id, logs, action, actor.name, refusal)
 
     async def note_stranger(self, source: str, refusal: Refusal) -> None:
         """Notes a refusal of who was not asked who it is; in the installation's trail."""
-        await self._note(source, [EVERYWHERE], "access.refused", source, refusal)
+        await self._note(self._strangers, source, [EVERYWHERE], "access.refused", source, refusal)
 
     async def _note(
-        self, who: str, logs: Sequence[str], action: str, name: str, refusal: Refusal
+        self,
+        ration: Ration,
+        who: str,
+        logs: Sequence[str],
+        action: str,
+        name: str,
+        refusal: Refusal,
     ) -> None:
-        kind = f"{who} {refusal.what} {refusal.code}"
+        what = refusal.what[:_MOST_SUBJECT]
+        kind = f"{who} {what} {refusal.code}"
         if self._slowing.wait_seconds(kind) > 0:
             return
-        left_out = self._ration.take()
+        left_out = ration.take()
         if left_out is None:
             return
         detail = {
             "code": refusal.code,
-            "answer": refusal.answer[:500],
+            "answer": refusal.answer[:_MOST_ANSWER],
             "leftOut": self._slowing.failed(kind),
             "leftOutOfAll": left_out,
         }
-        acts = [Act(one, action, name, refusal.reason, refusal.what, detail) for one in logs]
+        acts = [Act(one, action, name, refusal.reason, what, detail) for one in logs]
         try:
             async with self._database.transaction() as connection:
                 await trail.append(connection, *acts)
         except TRANSIENT as error:
-            log.warning("refusal_not_noted", error=type(error).__name__, what=refusal.what)
+            log.warning("refusal_not_noted", error=type(error).__name__, what=what)

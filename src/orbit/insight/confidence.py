@@ -6,7 +6,8 @@ change in four scenarios of five (`gate.calibration`, seed 1000, 40 fleets of ea
 signals count, repeated ones too, and the share is shrunk as if one more right and one more wrong
 had been seen. Evidence far over the threshold is hardly a better sign: it comes from sudden falls,
 and some of those are outages that the peers do not show yet. A fleet in which fewer change has
-more false alarms among its signals.
+more false alarms among its signals. All counts are of shares delivered, of 0 or 1 each; scores and
+latencies borrow them.
 """
 
 from __future__ import annotations
@@ -45,11 +46,13 @@ MEASURED: dict[tuple[SignalName, BaselineKind, bool], Hits] = {
 
 
 def is_strong(name: SignalName, evidence: float) -> bool:
-    """Whether the evidence is of the upper of the two levels; `stable` has one level only."""
-    return name is not SignalName.STABLE and evidence >= _STRONG
+    """Whether the evidence is of the upper of two levels; only `low_performance` has two.
+
+    Of the others none so strong was measured: there is no such room above a healthy baseline.
+    """
+    return name is SignalName.LOW and evidence >= _STRONG
 
 
 def confidence_of(name: SignalName, kind: BaselineKind, evidence: float) -> float:
     """The share of such signals that were right in replay, to two digits."""
-    hits = MEASURED.get((name, kind, is_strong(name, evidence)), Hits(0, 0))
-    return round(hits.share, 2)
+    return round(MEASURED[name, kind, is_strong(name, evidence)].share, 2)

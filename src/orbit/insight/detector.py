@@ -109,6 +109,13 @@ class Detector:
             said += self._take(key, stream, position, one)
         return said
 
+    def hear(self, key: StreamKey) -> None:
+        """Says that of what was due something came, though it is no observation yet."""
+        stream = self._streams.get(key)
+        if stream is not None and stream.missed:
+            stream.missed = 0
+            self._changed.add(key)
+
     def standing(self, key: StreamKey) -> Standing:
         """How the stream stands; a stream never heard of has insufficient data."""
         stream = self._streams.get(key)
@@ -166,6 +173,7 @@ class Detector:
         """What of the state belongs to no stream: version, position, who is heard in which turn."""
         return {
             "version": DETECTOR_VERSION,
+            "size": self.size,
             "baseline": self._size,
             "position": self.position,
             "groups": [
@@ -201,7 +209,7 @@ class Detector:
     ) -> Detector:
         """The detector of a `head()` and the `stream_state()` of each stream, in any order.
 
-        Raises RequestInvalid for another detector version.
+        Raises RequestInvalid for another detector version, and where streams are not those.
         """
         if head["version"] != DETECTOR_VERSION:
             raise RequestInvalid(
@@ -215,9 +223,16 @@ class Detector:
             made._revisions.setdefault((key.profile_id, key.metric), []).append(key)
             if "scale" in one:
                 made._scales[key] = LatencyScale.restored(one["scale"])
-        for metric, turn, heard in head["groups"]:
+        heard = {
+            StreamKey(one[0], one[1], group[0]) for group in head["groups"] for one in group[2]
+        }
+        if made.size != head["size"] or not heard <= made._streams.keys():
+            raise RequestInvalid(
+                f"state of {head['size']} streams, and not those: rebuild it from telemetry"
+            )
+        for metric, turn, peers in head["groups"]:
             group = made._groups[metric] = _Group({}, {}, turn)
-            for name, revision, heard_at in heard:
+            for name, revision, heard_at in peers:
                 key = group.heard[name] = StreamKey(name, revision, metric)
                 group.turns[name] = heard_at
                 _count_in(group, made._streams[key], 1)
@@ -351,6 +366,8 @@ def _signal(
         claim.averaged,
         stream.first_position,
         claim.first_position,
+        claim.interval_position,
+        claim.interval_count,
         stream.last_position,
         recommend(claim.name, recent, baseline, ratio),
     )

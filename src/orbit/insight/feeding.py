@@ -1,10 +1,11 @@
 """From events to observations: what a namespace's telemetry says of its profiles.
 
-A cycle that ended says what share was delivered and how long it took; one that failed with no job
-delivered nothing. A reported outcome is one observation for each cycle and metric: a score for
-the whole cycle counts at once and once, scores for items and jobs count as their mean when the
-next cycle is reported on. What has a unit or lies outside [0, 1] is a figure, not a score, and is
-passed over, as is whatever else is no number.
+A cycle that ended says what share was delivered and, unless a halt held it up, how long it took;
+one that failed with no job delivered nothing. A reported outcome is one observation for each cycle
+and metric: a score for the whole cycle counts at once, those of items and jobs count as their mean
+when `OPEN_CYCLES` more cycles are reported on by parts, in whatever order reports come. Of the last
+`FED_CYCLES` that counted it is known that they did; what else is reported of them is passed over.
+So is what has a unit or lies outside [0, 1], a figure and not a score, and whatever is no number.
 
 Data that stay away are an alarm. Two clocks, neither of the wall: a metric is silent when ten
 more cycles of its profile have ended without a value than ever before; a profile is silent when
@@ -40,6 +41,7 @@ from orbit.insight.signals import (
 from orbit.insight.stream import BASELINE
 
 FINISHED, FAILED, OUTCOME = "execution_finished", "execution_failed", "outcome_reported"
+OPEN_CYCLES, FED_CYCLES = 4, 32
 LEAST_HEARD = 20
 """So many cycles or values are heard before their absence means anything."""
 LEAST_TURNS = 50
@@ -85,22 +87,58 @@ class Stretch:
 
 
 @dataclass(slots=True)
+class _Parts:
+    """A cycle that is reported on by parts: the revision it ran under, their sum and number."""
+
+    run_id: str
+    revision: str
+    total: float = 0.0
+    count: int = 0
+
+
+@dataclass(slots=True)
 class _Reported:
     """What is reported of one metric of one profile.
 
     `since` counts cycles that ended since its last value, `longest` is the most there ever were
-    between two, `values` how many values there were. Of the cycle reported on last (`run_id`,
-    under `revision`): the sum and number of parts that are not fed yet, and whether it was fed.
+    between two, `values` how many values there were. `revision`: of the cycle reported on last.
+    `open` are the cycles whose parts did not count yet, `fed` those that did, the oldest first.
     """
 
     since: int = 0
     longest: int = 0
     values: int = 0
-    run_id: str | None = None
     revision: str = ""
-    total: float = 0.0
-    parts: int = 0
-    is_fed: bool = False
+    open: list[_Parts] = field(default_factory=list)
+    fed: list[str] = field(default_factory=list)
+
+    def add(self, run_id: str, value: float, *, is_part: bool) -> tuple[str, float] | None:
+        """Takes a value of a cycle in; what counts now, under which revision."""
+        if run_id in self.fed:
+            return None
+        known = next((one for one in self.open if one.run_id == run_id), None)
+        if not is_part:
+            if known:
+                self.open.remove(known)
+            return self._feed(run_id, self.revision, value)
+        if known is None:
+            known = _Parts(run_id, self.revision)
+            self.open.append(known)
+        known.total, known.count = known.total + value, known.count + 1
+        if len(self.open) <= OPEN_CYCLES:
+            return None
+        oldest = self.open.pop(0)
+        return self._feed(oldest.run_id, oldest.revision, oldest.total / oldest.count)
+
+    def _feed(self, run_id: str, revision: str, value: float) -> tuple[str, float]:
+        self.fed.append(run_id)
+        del self.fed[:-FED_CYCLES]
+        return revision, value
+
+    @classmethod
+    def restored(cls, state: list[Any]) -> _Reported:
+        since, longest, values, revision, parts, fed = state
+        return cls(since, longest, values, revision, [_Parts(*one) for one in parts], list(fed))
 
 
 @dataclass(slots=True)
@@ -126,7 +164,7 @@ class _Heard:
     @classmethod
     def restored(cls, state: list[Any]) -> _Heard:
         revision, turn, position, cycles, longest, reported = state
-        metrics = {name: _Reported(*one) for name, one in reported.items()}
+        metrics = {name: _Reported.restored(one) for name, one in reported.items()}
         return cls(revision, turn, position, cycles, longest, metrics)
 
 
@@ -192,7 +230,8 @@ class Feed:
     ) -> Feed:
         """The feed of a `head()` and of its streams' states, in any order.
 
-        Raises RequestInvalid for another detector version: rebuild it from telemetry then.
+        Raises RequestInvalid for another detector version, and where streams are not those of the
+        head: rebuild it from telemetry then.
         """
         made = cls(head["detector"]["baseline"])
         made._detector = Detector.assembled(head["detector"], streams)
@@ -214,7 +253,7 @@ class Feed:
         share = delivered_share(event)
         if share is not None:
             yield from self._observe(event, profile_id, heard.revision, DELIVERED, share)
-        seconds = _number(facts.get("durationSeconds"))
+        seconds = None if facts.get("halted") else _number(facts.get("durationSeconds"))
         if event.event_type == FINISHED and seconds is not None:
             yield from self._observe(event, profile_id, heard.revision, LATENCY, seconds)
         for metric, one in heard.reported.items():
@@ -227,24 +266,15 @@ class Feed:
         metric, value = _text(facts.get("metric")), _number(facts.get("value"))
         if not metric or metric in (DELIVERED, LATENCY, CYCLES) or value is None or value > 1:
             return
-        if heard is None or facts.get("unit") is not None:
+        if heard is None or event.run_id is None or facts.get("unit") is not None:
             return  # a figure, or of a cycle from before what is kept
         one = heard.reported.setdefault(metric, _Reported())
         one.values += 1
         one.longest, one.since = max(one.longest, one.since), 0
+        one.revision = _revision(facts) or heard.revision
         is_part = facts.get("itemIndex") is not None or facts.get("jobId") is not None
-        ready: tuple[str, float] | None = None
-        if event.run_id is None or event.run_id != one.run_id:
-            if one.parts:
-                ready, is_part = (one.revision, one.total / one.parts), True
-            one.run_id, one.is_fed, one.total, one.parts = event.run_id, False, 0.0, 0
-            one.revision = _revision(facts) or heard.revision
-        if one.is_fed:
-            return
-        if is_part:
-            one.total, one.parts = one.total + value, one.parts + 1
-        else:
-            ready, one.is_fed, one.total, one.parts = (one.revision, value), True, 0.0, 0
+        self._detector.hear(StreamKey(profile_id, one.revision, metric))
+        ready = one.add(event.run_id, value, is_part=is_part)
         if ready:
             yield from self._observe(event, profile_id, ready[0], metric, ready[1])
 

@@ -4,9 +4,11 @@ One transaction for each batch: the feed's row is locked, events after its posit
 the same connection, and position, streams and signals commit together or not at all. So no event
 is fed twice, whoever asks for it and on however many nodes, and a node that dies loses nothing.
 
-State of another detector version is dropped and built anew from the events that are kept. What
-is said again has the same id and is not recorded again. Whatever takes long (the detector, JSON)
-is done in a thread, so that a node's event loop goes on meanwhile.
+State of which something is lost is built anew from the events that are kept, by whoever notices.
+That of another detector version is too, but by the node that numbers events alone: nodes of two
+releases do not undo each other's work, and whoever asks the others meanwhile is told that there is
+more to come. What is said again has the same id and is not recorded again. Whatever takes long (the
+detector, JSON) is done in a thread, so that a node's event loop goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import structlog
+
 from orbit import metrics
 from orbit.canonical import canonical_json, sha256_hex
 from orbit.database.pool import Connection, Database
 from orbit.database.queries import array, load
+from orbit.errors import RequestInvalid
 from orbit.insight.confidence import is_strong
 from orbit.insight.feeding import Feed, Said, Stretch
 from orbit.insight.signals import (
@@ -36,6 +41,7 @@ SQL = load("signals")
 BATCH_EVENTS = 2000
 _KEPT_STREAMS = 20_000
 _ID_DIGITS = 32
+log = structlog.get_logger(__name__)
 
 
 class EventSource(Protocol):
@@ -73,7 +79,7 @@ class SignalKeeper:
     """The stored feeds of all namespaces, fed from one source."""
 
     def __init__(self, database: Database, source: EventSource) -> None:
-        self._database, self._source = database, source
+        self._database, self.source = database, source
         self._feeds: dict[str, Feed] = {}  # as they are stored; one that is in use is not in it
 
     async def behind(self, node_id: str) -> list[str]:
@@ -88,17 +94,22 @@ class SignalKeeper:
         """Feeds the events that there are; ends when there are no more, or at the bound."""
         fed = await self.feed_batch(namespace)
         events, signals, batches = fed.events, fed.signals, 1
-        while not fed.is_up_to_date and batches != most_batches:
+        while fed.events and not fed.is_up_to_date and batches != most_batches:
             fed = await self.feed_batch(namespace)
             events, signals, batches = events + fed.events, signals + fed.signals, batches + 1
         return Fed(events, signals, fed.position, fed.is_up_to_date)
 
-    async def feed_batch(self, namespace: str) -> Fed:
-        """Feeds about `BATCH_EVENTS` events in a transaction of their own."""
+    async def feed_batch(self, namespace: str, *, is_leader: bool = False) -> Fed:
+        """Feeds about `BATCH_EVENTS` events in a transaction of their own.
+
+        Nothing where another detector version's state is, unless this node numbers events.
+        """
         new: list[str] = []
         async with self._database.transaction() as connection:
-            feed = await self._locked(connection, namespace)
-            found = await self._source.read(connection, namespace, feed.position, BATCH_EVENTS)
+            feed = await self._locked(connection, namespace, is_leader=is_leader)
+            if feed is None:
+                return Fed(0, 0, 0, is_up_to_date=False)
+            found = await self.source.read(connection, namespace, feed.position, BATCH_EVENTS)
             if found.last_position > feed.position:
                 moved = await asyncio.to_thread(_moved, namespace, feed, found)
                 new = await _store(connection, namespace, moved)
@@ -111,6 +122,8 @@ class SignalKeeper:
         """How the profile's streams stand as of the position that was fed last."""
         async with self._database.transaction() as connection:
             feed = await self._locked(connection, namespace)
+            if feed is None:
+                return []
             keys = (key for key in feed.detector.stream_keys() if key.profile_id == profile_id)
             found = [feed.detector.standing(key) for key in keys]
         self._keep(namespace, feed)
@@ -122,6 +135,8 @@ class SignalKeeper:
         """What a change of the profile can be held against, as of the position fed last."""
         async with self._database.transaction() as connection:
             feed = await self._locked(connection, namespace)
+            if feed is None:
+                return 0, []
             detector = feed.detector
             keys = [
                 key
@@ -132,22 +147,28 @@ class SignalKeeper:
         self._keep(namespace, feed)
         return feed.position, found
 
-    async def _locked(self, connection: Connection, namespace: str) -> Feed:
-        """The namespace's feed, locked; built anew where another detector left it."""
+    async def _locked(
+        self, connection: Connection, namespace: str, *, is_leader: bool = False
+    ) -> Feed | None:
+        """The namespace's feed, locked; None where another version's is not ours to drop."""
         asked = {"namespace": namespace, "version": DETECTOR_VERSION}
         await connection.execute(SQL.enter_feed, asked)
         row = await (await connection.execute(SQL.lock_feed, asked)).fetchone()
         assert row is not None
         known = self._feeds.pop(namespace, None)
-        if row["detector_version"] != DETECTOR_VERSION:
-            await connection.execute(SQL.drop_streams, {**_keys(()), **asked, "is_all": True})
-            return Feed()
-        if row["state"] is None:
-            return Feed()
-        if known is not None and known.position == row["position"]:
-            return known
-        rows = await (await connection.execute(SQL.streams, asked)).fetchall()
-        return await asyncio.to_thread(_fetched, row["state"], rows)
+        is_ours = row["detector_version"] == DETECTOR_VERSION
+        if not is_ours and not is_leader:
+            return None
+        if is_ours and row["state"] is not None:
+            if known is not None and known.position == row["position"]:
+                return known
+            rows = await (await connection.execute(SQL.streams, asked)).fetchall()
+            try:
+                return await asyncio.to_thread(_fetched, row["state"], rows)
+            except RequestInvalid as error:
+                log.warning("signals_rebuilt", namespace=namespace, error=str(error))
+        await connection.execute(SQL.reset_feed, asked)
+        return Feed()
 
     def _keep(self, namespace: str, feed: Feed) -> None:
         """Keeps the feed at hand; of all at hand the longest unused go, if it is too much."""
@@ -191,7 +212,7 @@ def _moved(namespace: str, feed: Feed, found: Stretch) -> _Moved:
     bodies = array(canonical_json(state).decode() for state in kept.values())
     rows = [_row(namespace, one) for one in said]
     return _Moved(
-        {"is_all": False, **_keys(gone)} if gone else None,
+        _keys(gone) if gone else None,
         {"state": bodies, **_keys(kept)} if kept else None,
         {
             "version": DETECTOR_VERSION,

@@ -2,16 +2,18 @@
 
 A proposal is pending until it is approved, rejected, or too old; and only as long as the rules
 still suggest the very same of the profile in force: otherwise it is superseded, and what they
-suggest now is another proposal. The same on the same grounds is proposed once for ever, so a
-rejection holds until there is new evidence. Approved proposals change no profile either: whoever
-applies one does so by the file, or as controlled autonomy within its own bounds.
+suggest now is another proposal. Where its rule does not answer it stays as it is, and nobody
+approves it. The same on the same grounds is proposed once for ever, so a rejection holds until
+there is new evidence; only what was superseded comes again, if it holds again. Approved proposals
+change no profile either: whoever applies one does so by the file, or as controlled autonomy within
+its own bounds.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from datetime import UTC, timedelta
 from typing import Any
 
@@ -25,6 +27,7 @@ from orbit.errors import (
     DatabaseUnavailable,
     NotEntitled,
     NotFound,
+    RuleUnavailable,
     SecondPersonRequired,
 )
 from orbit.governance.actor import Actor
@@ -48,10 +51,11 @@ from orbit.telemetry.emission import Event, emit
 SQL = load("proposals")
 CONFIGURATION_SQL = load("configuration")
 _TRIES = 3
-_A_DAY = timedelta(days=1, minutes=10)  # its last events have their positions by then
+_A_DAY = timedelta(days=1, minutes=10)  # its last events are committed by then
 _OVER = "its time is over"
 _CHANGED = "the profile is another by now"
 _UNFOUNDED = "what it rests on is another by now"
+_GROUNDS = ("profile_id", "body")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +71,24 @@ ORBIT = Author("orbit", "orbit")
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """The ids of the proposals that are new, and of those that ended by a change or by time."""
+    """The ids of the proposals that are new, and of those that ended by a change or by time.
+
+    `unknown` are those that neither hold nor ended, since their rule did not answer. All of it is
+    of the configuration `revision`.
+    """
 
     made: Sequence[str]
     ended: Sequence[str]
+    unknown: Set[str]
+    revision: str
+
+
+@dataclass(slots=True)
+class _Answers:
+    """What rules suggest, and of which profiles which rules answered at all."""
+
+    suggestions: list[Suggestion] = field(default_factory=list)
+    answered: set[tuple[str, str]] = field(default_factory=set)
 
 
 class Proposals:
@@ -103,12 +121,22 @@ class Proposals:
         }
         undecided = await self._database.fetch_all(SQL.undecided, asked)
         await self._configuration.refresh()
-        documents = self._configuration.active.documents
-        within = _of_namespace(documents, namespace, profile_id)
+        active = self._configuration.active
+        within = _of_namespace(active.documents, namespace, profile_id)
+        found = await self._suggested(active.documents, within, namespace)
+        ends, unknown = _ends(undecided, found, within)
+        made: Sequence[str] = ()
+        ended: Sequence[str] = ()
+        if found.suggestions or ends:
+            made, ended = await self._write(namespace, author, found.suggestions, ends)
+        return Generated(made, ended, unknown, active.revision)
+
+    async def is_suggested(self, row: Mapping[str, Any]) -> bool:
+        """Whether the rules still suggest a proposal; no, where its rule does not answer."""
+        documents, namespace = self._configuration.active.documents, row["namespace"]
+        within = _of_namespace(documents, namespace, row["profile_id"])
         found = await self._suggested(documents, within, namespace)
-        if not found and not undecided:
-            return Generated((), ())
-        return await self._write(namespace, author, found, _ends(undecided, found, within))
+        return row["proposal_id"] in {one.proposal_id for one in found.suggestions}
 
     async def namespaces(self, node_id: str) -> list[str]:
         """Where there may be something to do; nowhere unless the node numbers events."""
@@ -128,14 +156,23 @@ class Proposals:
         """Approves or rejects, once; what the rules say no longer is superseded first.
 
         Raises NotFound, AlreadyDecided, SecondPersonRequired (an author approves nothing of their
-        own) and NotEntitled (the profile runs where the actor has no say).
+        own), NotEntitled (the profile runs where the actor has no say) and RuleUnavailable (an
+        approval, and the rule did not answer).
         """
         row = await self._visible(proposal_id, actor)
-        if row["decision"] is None:
-            await self.generate(row["namespace"], profile_id=row["profile_id"])
+        if row["decision"] is not None:
+            raise _decided(row)
         for _ in range(_TRIES):
-            await self._configuration.refresh()
-            if await self._decide(row, actor, is_approved=is_approved, reason=reason):
+            found = await self.generate(row["namespace"], profile_id=row["profile_id"])
+            if is_approved and proposal_id in found.unknown:
+                raise RuleUnavailable(
+                    f"the rule {row['rule']} does not answer on this node, so whether the proposal "
+                    "still holds is not known; it stays pending, see rule_failed and rule_unusable "
+                    "in the log"
+                )
+            if await self._decide(
+                row, found.revision, actor, is_approved=is_approved, reason=reason
+            ):
                 return
         raise DatabaseUnavailable("the configuration is changing; try again")
 
@@ -146,9 +183,15 @@ class Proposals:
         return row
 
     async def _decide(
-        self, row: Mapping[str, Any], actor: Actor, *, is_approved: bool, reason: str | None
+        self,
+        row: Mapping[str, Any],
+        revision: str,
+        actor: Actor,
+        *,
+        is_approved: bool,
+        reason: str | None,
     ) -> bool:
-        """Whether it was decided; not while another configuration came into force."""
+        """Whether it was decided; not if another configuration came into force since `revision`."""
         active = self._configuration.active
         namespace, proposal_id = row["namespace"], row["proposal_id"]
         async with self._database.transaction() as connection:
@@ -156,7 +199,7 @@ class Proposals:
             await connection.execute(SQL.share_configuration)
             cursor = await connection.execute(CONFIGURATION_SQL.active_revision)
             force = await cursor.fetchone()
-            if force is None or force["revision"] != active.revision:
+            if force is None or {force["revision"], active.revision} != {revision}:
                 return False
             cursor = await connection.execute(SQL.proposal, {"proposal_id": proposal_id})
             now = await cursor.fetchone()
@@ -183,19 +226,17 @@ class Proposals:
             )
         return True
 
-    async def _suggested(
-        self, documents: Documents, within: Documents, namespace: str
-    ) -> list[Suggestion]:
+    async def _suggested(self, documents: Documents, within: Documents, namespace: str) -> _Answers:
         asking = [one for one in within.profiles if declares_reaction(one)]
+        found = _Answers()
         if not asking:
-            return []
+            return found
         revisions = profile_revisions(document_body(documents))
         said = await self._signals(
             namespace, {one.profile_id: revisions[one.profile_id] for one in asking}
         )
         day, figures = await self._of_day(namespace)
         using = rules() if self._rules is None else self._rules
-        found: list[Suggestion] = []
         for profile in asking:
             situation = Situation(namespace, profile, said.get(profile.profile_id, ()), day)
             endpoints = {
@@ -204,8 +245,20 @@ class Proposals:
                 if one.profile_id == profile.profile_id
                 for key in one.distribution_targets
             }
-            found += suggestions(_with_figures(situation, figures, endpoints), using)
+            made, answered = suggestions(_with_figures(situation, figures, endpoints), using)
+            found.suggestions += made
+            found.answered |= {(profile.profile_id, rule) for rule in answered}
+        found.suggestions = await self._counted(namespace, found.suggestions)
         return found
+
+    async def _counted(self, namespace: str, found: Sequence[Suggestion]) -> list[Suggestion]:
+        """What is suggested, as often as the very same was superseded before."""
+        if not found:
+            return []
+        columns = {name: array(getattr(one, name) for one in found) for name in _GROUNDS}
+        rows = await self._database.fetch_all(SQL.superseded, {"namespace": namespace, **columns})
+        times = {row["body"]: row["times"] for row in rows}
+        return [one.again(times.get(one.body, 0)) for one in found]
 
     async def _signals(
         self, namespace: str, revisions: Mapping[str, str]
@@ -232,8 +285,15 @@ class Proposals:
         return found
 
     async def _of_day(self, namespace: str) -> tuple[str, Sequence[Mapping[str, Any]]]:
-        """The figures of the last whole day; they change no more, so they are read once."""
-        day = (self._clock.now().astimezone(UTC) - _A_DAY).date().isoformat()
+        """The figures of the last day that is over and all of whose events have positions.
+
+        They change no more, so they are read once.
+        """
+        over = self._clock.now() - _A_DAY
+        row = await self._database.fetch_one(SQL.oldest_pending, {"namespace": namespace})
+        if row is not None:
+            over = min(over, row["at"] - timedelta(days=1))
+        day = over.astimezone(UTC).date().isoformat()
         known = self._figures.get(namespace)
         if known is None or known[0] != day:
             asked = {"namespace": namespace, "day": day}
@@ -247,7 +307,7 @@ class Proposals:
         author: Author,
         found: Sequence[Suggestion],
         ends: Mapping[str, tuple[str, str | None]],
-    ) -> Generated:
+    ) -> tuple[list[str], list[str]]:
         async with self._database.transaction() as connection:
             made = await self._add(connection, namespace, author, found)
             ended = await _end(connection, namespace, ends, ORBIT.name, ORBIT.id)
@@ -277,7 +337,7 @@ class Proposals:
                 for row in ended
             ]
             await append(connection, *acts)
-        return Generated(list(profiles), [row["proposal_id"] for row in ended])
+        return list(profiles), [row["proposal_id"] for row in ended]
 
     async def _add(
         self,
@@ -345,20 +405,23 @@ def _summed(rows: Any) -> Figures:
 
 
 def _ends(
-    undecided: Sequence[Mapping[str, Any]], found: Sequence[Suggestion], within: Documents
-) -> dict[str, tuple[str, str | None]]:
-    """What becomes of proposals that are undecided and no longer hold: expired, or superseded."""
-    held = {one.proposal_id for one in found}
+    undecided: Sequence[Mapping[str, Any]], found: _Answers, within: Documents
+) -> tuple[dict[str, tuple[str, str | None]], set[str]]:
+    """Of what is undecided what becomes of that which does not hold, and what nobody can say of."""
+    held = {one.proposal_id for one in found.suggestions}
     digests = {one.profile_id: profile_digest(one) for one in within.profiles}
     ends: dict[str, tuple[str, str | None]] = {}
+    unknown: set[str] = set()
     for row in undecided:
         if row["is_over"]:
             ends[row["proposal_id"]] = "expired", _OVER
         elif digests.get(row["profile_id"]) != row["profile_digest"]:
             ends[row["proposal_id"]] = "superseded", _CHANGED
+        elif (row["profile_id"], row["rule"]) not in found.answered:
+            unknown.add(row["proposal_id"])
         elif row["proposal_id"] not in held:
             ends[row["proposal_id"]] = "superseded", _UNFOUNDED
-    return ends
+    return ends, unknown
 
 
 async def _end(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-DETECTOR_VERSION = 2
+DETECTOR_VERSION = 3
 """Raised by every change that gives other numbers for the same observations."""
 
 DELIVERED = "delivered"
@@ -56,7 +56,7 @@ class Observation:
     """What one cycle came to, at a position of the telemetry stream.
 
     `value` lies in [0, 1]; of the metric `latency` it is in seconds. None says that a value was
-    due and none came. Cycles that were halted or cancelled are not observations.
+    due and none came. How long a cycle took that a halt held up is no observation.
     """
 
     position: int
@@ -107,12 +107,13 @@ class Signal:
     """A claim about a stream.
 
     `evidence` is E at the claim and `threshold` A, for `stable` 1 / alpha twice. `count` is the
-    number of observations since evidence last began anew, and `interval` an anytime-valid 95 %
-    interval of their mean. `recent` is the mean of the last ten. `peer_ratio` is None without
-    peers. So many observations as `averaged` says counted as one, by their mean, because outcomes
-    repeat the one before (`autocorrelation`). `confidence` is the share of such signals that were
-    right in replay, not a function of E. Evidence rests on the positions from `first_position` to
-    `last_position`, the baseline on those from `baseline_position`.
+    number of observations that it rests on, from `first_position` to `last_position`. `interval`
+    is an anytime-valid 95 % interval of the mean of the `interval_count` from
+    `interval_position`: a `stable` begins it anew, and not the evidence. `recent` is the mean of
+    the last ten, and `peer_ratio` None without peers. So many observations as `averaged` says
+    counted as one, by their mean, because outcomes repeat the one before (`autocorrelation`).
+    `confidence` is the share of such signals that were right in replay, not a function of E. The
+    baseline begins at `baseline_position`.
     """
 
     name: SignalName
@@ -131,6 +132,8 @@ class Signal:
     averaged: int
     baseline_position: int
     first_position: int
+    interval_position: int
+    interval_count: int
     last_position: int
     recommendation: str
     detector_version: int = DETECTOR_VERSION

@@ -11,8 +11,9 @@ Rules of one's own are entry points of the group `orbit.rules`: an object with a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Protocol
@@ -129,6 +130,13 @@ class Suggestion:
     def proposal_id(self) -> str:
         """The same whenever the same is suggested on the same grounds."""
         return self.digest[:_ID_DIGITS]
+
+    def again(self, times: int) -> Suggestion:
+        """The same once more, which was superseded so many times: a suggestion of its own."""
+        if not times:
+            return self
+        body = canonical_json({**json.loads(self.body), "again": times})
+        return replace(self, body=body.decode(), digest=sha256_hex(body))
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,9 +292,14 @@ def reactions(profile: Profile, rule: str) -> Iterator[tuple[str, float]]:
         yield allowed.path, int(value) if is_whole else value
 
 
-def suggestions(situation: Situation, using: Iterable[Rule]) -> Iterator[Suggestion]:
-    """What rules suggest, one each at most. A rule that fails is logged and says nothing."""
+def suggestions(situation: Situation, using: Iterable[Rule]) -> tuple[list[Suggestion], set[str]]:
+    """What rules suggest, one each at most, and the names of the rules that answered.
+
+    One that fails is logged: whether it would suggest anything nobody knows.
+    """
     digest = profile_digest(situation.profile)
+    found: list[Suggestion] = []
+    answered: set[str] = set()
     for rule in using:
         changes = sorted(reactions(situation.profile, rule.name))
         if not changes:
@@ -294,9 +307,11 @@ def suggestions(situation: Situation, using: Iterable[Rule]) -> Iterator[Suggest
         try:
             finding = rule.find(situation)
             if finding is not None:
-                yield _suggestion(situation, rule.name, digest, changes, finding)
+                found.append(_suggestion(situation, rule.name, digest, changes, finding))
+            answered.add(rule.name)
         except Exception as error:  # noqa: BLE001 - the user's code; the other rules go on
             log.warning("rule_failed", rule=rule.name, error=type(error).__name__)
+    return found, answered
 
 
 def declares_reaction(profile: Profile) -> bool:

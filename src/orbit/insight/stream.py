@@ -33,7 +33,11 @@ _SCORE_MARGIN = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a stream claims after an observation, before anybody has put words to it."""
+    """What a stream claims after an observation, before anybody has put words to it.
+
+    The interval is of `interval_count` observations from `interval_position`. All of the evidence
+    may be older: `count` from `first_position`; for `stable` it is the interval itself.
+    """
 
     name: SignalName
     evidence: float
@@ -42,6 +46,8 @@ class Claim:
     averaged: int
     is_against_peers: bool
     first_position: int
+    interval_count: int
+    interval_position: int
 
 
 class Stream:
@@ -58,6 +64,7 @@ class Stream:
         "_gathered_sum",
         "_interval",
         "_interval_count",
+        "_interval_position",
         "_low",
         "_size",
         "_stickiness",
@@ -82,7 +89,8 @@ class Stream:
         self._interval = RunningInterval()
         self._interval_count = self._count = self._alone = self._block = 0
         self._block_sum = 0.0
-        self._chapter = self.first_position = self.last_position = position
+        self._chapter = self._interval_position = position
+        self.first_position = self.last_position = position
         self.last_claim: SignalName | None = None
         self.last_claim_position: int | None = None
         self.missed, self.missed_since = 0, position
@@ -127,6 +135,8 @@ class Stream:
             return None
         if self._count == 0:
             self._chapter = position
+        if self._interval_count == 0:
+            self._interval_position = position
         self._count += 1
         self._alone += ratio is None
         self._interval_count += 1
@@ -171,8 +181,9 @@ class Stream:
 
     def _claim(self, name: SignalName, evidence: float, size: int) -> Claim:
         against_peers = 2 * self._alone < self._count
-        counted = self._interval_count if name is SignalName.STABLE else self._count
-        made = Claim(name, evidence, self.interval, counted, size, against_peers, self._chapter)
+        own = self._interval_count, self._interval_position
+        count, first = own if name is SignalName.STABLE else (self._count, self._chapter)
+        made = Claim(name, evidence, self.interval, count, size, against_peers, first, *own)
         self._interval, self._interval_count = RunningInterval(), 0
         if name is not SignalName.STABLE:
             self._low = self._elevated = NO_EVIDENCE
@@ -197,6 +208,7 @@ class Stream:
             "positions": [
                 self.first_position,
                 self._chapter,
+                self._interval_position,
                 self.last_position,
                 self.last_claim_position,
                 self.missed_since,
@@ -207,7 +219,7 @@ class Stream:
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> Stream:
         """The stream whose `state()` this is."""
-        first, chapter, last, claimed, missed_since = state["positions"]
+        first, chapter, interval, last, claimed, missed_since = state["positions"]
         made = cls(state["size"], first)
         made._gathered, made._gathered_sum = state["gathered"][0], float(state["gathered"][1])
         made._stickiness = Stickiness(state["stickiness"])
@@ -220,7 +232,8 @@ class Stream:
         made._interval = RunningInterval(tuple(float(one) for one in state["interval"]))
         made._count, made._alone, made._interval_count, made._block, made.missed = state["counts"]
         made._block_sum = float(state["blockSum"])
-        made._chapter, made.last_position, made.missed_since = chapter, last, missed_since
+        made._chapter, made._interval_position = chapter, interval
+        made.last_position, made.missed_since = last, missed_since
         made.last_claim_position = claimed
         made.last_claim = state["claim"] and SignalName(state["claim"])
         return made

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from orbit.database.pool import Database
-from orbit.database.queries import load
+from orbit.database.queries import array, load
 from orbit.errors import NotFound
 from orbit.reading.view import (
     Page,
@@ -28,12 +28,26 @@ _LATEST = ("infinity", "g")
 
 
 @dataclass(frozen=True, slots=True)
+class Application(View):
+    """That autonomy made the change of an approved proposal, and what came of it.
+
+    `outcome` is `on_probation`, `kept`, or how the overlay ended: `rolled_back`, `reverted`,
+    `undone`, `adopted` or `dropped`.
+    """
+
+    overlay_id: str
+    applied_at: datetime
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
 class ProposalView(View):
     """A proposal; `state` is `pending` until it is decided, expires, or does not hold any more.
 
     `patch` is a JSON Patch on the profile whose canonical body has the SHA-256 `profile_digest`,
     `replaced` the values it replaces. `digest` is the SHA-256 of all that it says, and begins with
-    the id. `evidence` is the rule's; positions are of the namespace's telemetry.
+    the id. `evidence` is the rule's; positions are of the namespace's telemetry. `application` is
+    None unless autonomy applied it.
     """
 
     proposal_id: str
@@ -56,6 +70,7 @@ class ProposalView(View):
     decided_by: str | None
     reason: str | None
     decided_at: datetime | None
+    application: Application | None
 
 
 async def proposals(
@@ -81,13 +96,15 @@ async def proposals(
         return await read_all(database, SQL.proposal_window, {**asked, "namespaces": namespaces})
 
     async def choose(rows: Sequence[Row]) -> Mapping[Position, ProposalView]:
-        return {
-            _place(row): _view(row)
+        chosen = [
+            row
             for row in rows
             if profile_id in (None, row["profile_id"])
             and state in (None, row["state"])
             and rule in (None, row["rule"])
-        }
+        ]
+        applied = await _applications(database, chosen)
+        return {_place(row): _view(row, applied) for row in chosen}
 
     return await read_page(
         scan,
@@ -110,7 +127,19 @@ async def proposal(
     )
     if not rows or not is_within(rows[0]["namespace"], within):
         raise NotFound("there is no such proposal")
-    return _view(rows[0])
+    return _view(rows[0], await _applications(database, rows))
+
+
+async def _applications(database: Database, rows: Sequence[Row]) -> Mapping[str, Application]:
+    """By the proposal's id, which its namespace is part of."""
+    approved = [row for row in rows if row["state"] == "approved"]
+    if not approved:
+        return {}
+    asked = {name: array(row[name] for row in approved) for name in ("namespace", "proposal_id")}
+    return {
+        row["proposal_id"]: Application(row["overlay_id"], row["applied_at"], row["outcome"])
+        for row in await read_all(database, SQL.applications, asked)
+    }
 
 
 def _place(row: Row) -> Position:
@@ -123,9 +152,9 @@ def _check_id(text: str) -> object:
     return int(text, 16)
 
 
-def _view(row: Row) -> ProposalView:
+def _view(row: Row, applied: Mapping[str, Application]) -> ProposalView:
     body: dict[str, Any] = json.loads(row["body"])
     names = ProposalView.__dataclass_fields__
     given = {name: value for name, value in row.items() if name in names and name != "patch"}
     told = {name: body[name] for name in ("why", "expected", "patch", "replaced", "evidence")}
-    return ProposalView(**given, **told)
+    return ProposalView(**given, **told, application=applied.get(row["proposal_id"]))

@@ -48,7 +48,8 @@ class SignalView(View):
     `averaged` observations counted as one, by their mean, where outcomes repeat the one before.
 
     It rests on events `from_position` to `to_position` of its namespace, its baseline on those
-    from `baseline_position`.
+    from `baseline_position`, and the interval of the mean on the `interval_observations` from
+    `interval_position`: evidence for a change goes on where `stable` begins the interval anew.
     """
 
     signal_id: str
@@ -63,6 +64,7 @@ class SignalView(View):
     threshold: float | None
     observations: int | None
     interval: list[float] | None
+    interval_observations: int | None
     recent: float | None
     baseline: SignalBaseline | None
     peers: int | None
@@ -71,6 +73,7 @@ class SignalView(View):
     averaged: int | None
     missed: int | None
     baseline_position: int | None
+    interval_position: int | None
     from_position: int
     to_position: int
     detector_version: int
@@ -138,6 +141,7 @@ def _view(row: Row) -> SignalView:
         threshold=body.get("threshold"),
         observations=body.get("count"),
         interval=body.get("interval"),
+        interval_observations=body.get("interval_count"),
         recent=body.get("recent"),
         baseline=baseline
         and SignalBaseline(
@@ -153,5 +157,6 @@ def _view(row: Row) -> SignalView:
         averaged=body.get("averaged"),
         missed=body.get("missed"),
         baseline_position=body.get("baseline_position"),
+        interval_position=body.get("interval_position"),
         recommendation=body["recommendation"],
     )

@@ -30,7 +30,7 @@ class Correlator(Service):
             if self.is_stopping:
                 break
             try:
-                fed = await self._keeper.feed_batch(namespace)
+                fed = await self._keeper.feed_batch(namespace, is_leader=True)
             except TRANSIENT:
                 raise
             except Exception:  # noqa: BLE001 - the other namespaces are fed nonetheless

@@ -100,16 +100,28 @@ class Dispatcher(Service):
         self._places: Places[_Sending] = Places(concurrency, queue.endpoint, clock)
         self._ready_at: dict[LaneKey, float] = {}  # by the monotonic clock, as of the last look
         self._retry_at: dict[LaneKey, float] = {}  # the first of those scheduled here
-        self._look_at = self._recover_at = 0.0
+        self._look_at = self._recover_at = self._unsure_until = 0.0
         self._is_telling_all = self._log.is_enabled_for(logging.DEBUG)
         self._is_short = False  # jobs are due that there was no place for
+        self._withdrawn: list[_Sending] = []  # to be given back: their lane is held
+        queue.on_held = self._withdraw
 
     async def run_once(self) -> float:
         """Claims what there is room for, lane by lane; rests until the next job is due.
 
         Which lanes have jobs is looked up once in a poll length, or when told of new ones.
         """
+        try:
+            return await self._pass()
+        except TRANSIENT:  # other nodes are to write what they know, when the database is back
+            self._recover_at = self._clock.monotonic() + self._lease_seconds / 2
+            raise
+
+    async def _pass(self) -> float:
         await self._recover()
+        if withdrawn := self._withdrawn:
+            self._withdrawn = []
+            await self._cancel_unbegun(withdrawn)
         if len(self._sending) >= self._places.count * _UNSETTLED_PER_PLACE:
             self._is_short = True
             return self._poll_seconds
@@ -163,10 +175,12 @@ class Dispatcher(Service):
         """Which lanes have jobs, and when each is ready for a claim."""
         asked_at = self._clock.monotonic()
         self._look_at = asked_at + self._poll_seconds
+        lanes = await self._queue.lanes()
         self._ready_at = {
             lane.key: asked_at + lane.ready_in_seconds(self._queue.endpoint(lane.endpoint_key))
-            for lane in await self._queue.lanes()
+            for lane in lanes
         }
+        self._withdraw({lane.key for lane in lanes if self._queue.is_held(lane)})
         for key, at in self._retry_at.items():  # it may have been scheduled meanwhile
             self._ready_at[key] = min(at, self._ready_at.get(key, at))
 
@@ -176,6 +190,9 @@ class Dispatcher(Service):
             jobs = await self._queue.claim(rooms, self._places.count)
         except LockNotAvailable:  # another's claim, or a halt, has stopped in its middle
             return 0
+        except TRANSIENT:  # it may have been committed all the same
+            await self._give_back_unseen(rooms)
+            raise
         self._expect(rooms, {(job.namespace, job.endpoint_key) for job in jobs}, asked_at)
         now = self._clock.now()
         for job in jobs:
@@ -192,6 +209,18 @@ class Dispatcher(Service):
         for sending in self._places.take(self._due(self._clock.monotonic())):
             sending.has_place = True
             sending.task = asyncio.create_task(self._traced(sending))
+
+    def _withdraw(self, lanes: Collection[LaneKey]) -> None:
+        """What was claimed ahead for lanes that are held now waits in the database."""
+        ahead = {
+            one
+            for one in self._sending.values()
+            if one.lane in lanes and one.task is None and not one.job.is_probe
+        }
+        if ahead:
+            self._places.withdraw(ahead)
+            self._withdrawn += ahead
+            super().wake()
 
     def _due(self, now: float) -> list[LaneKey]:
         """Lanes with jobs to claim, as far as is known."""
@@ -210,9 +239,12 @@ class Dispatcher(Service):
                 self._ready_at[lane] = at + grain(rate) / rate
 
     async def _recover(self) -> None:
+        """Ends what others let run out, never what this node holds: that it knows better."""
         now = self._clock.monotonic()
         if now >= self._recover_at:
             self._recover_at = now + self._lease_seconds / _RECOVERY_SHARE
+            if any(one.expires <= now for one in self._sending.values()):
+                await self.beat()
             count = await self._queue.recover(self._clock.now())
             if count:
                 self._log.warning("attempts_unknown", count=count, reason="worker lost")
@@ -234,6 +266,7 @@ class Dispatcher(Service):
                 self._tell(job, result)
         except Exception:  # noqa: BLE001 - whatever it is, the lease runs out
             # The attempt is then settled as unknown.
+            self._unsure_until = self._clock.monotonic() + 2 * self._lease_seconds
             self._log.exception("attempt_interrupted", **_named(job))
         finally:
             self._vacate(sending)
@@ -287,14 +320,23 @@ class Dispatcher(Service):
     async def _give_back(self, jobs: Sequence[ClaimedJob]) -> None:
         await self._database.persist(lambda: self._queue.release(jobs))
 
+    async def _give_back_unseen(self, lanes: Collection[LaneKey]) -> None:
+        """Gives back what this node holds without knowing of it, so nothing of it can have begun.
+
+        Not after an attempt that began was lost sight of, until its lease is over.
+        """
+        if self._clock.monotonic() >= self._unsure_until:
+            known = [sending.job for sending in self._sending.values()]
+            await self._database.persist(lambda: self._queue.release_unseen(lanes, known))
+
     async def recall(self) -> None:
         """Gives back at once what was claimed before a halt and has not begun."""
-        overtaken = [
+        overtaken = {
             one
             for one in self._sending.values()
             if not (one.is_begun or one.is_over)
             and not self._fences.may_send(one.job.namespace, one.job.epoch)
-        ]
+        }
         self._places.withdraw(overtaken)
         await self._cancel_unbegun(overtaken)
 
@@ -304,14 +346,17 @@ class Dispatcher(Service):
             [one for one in self._sending.values() if not (one.is_begun or one.is_over)]
         )
 
-    async def _cancel_unbegun(self, unbegun: Sequence[_Sending]) -> None:
+    async def _cancel_unbegun(self, unbegun: Collection[_Sending]) -> None:
         tasks = _cancelled(unbegun)
         if tasks:
             await asyncio.wait(tasks, timeout=LAST_WORDS_SECONDS)
-        if unbegun:
-            await self._give_back([sending.job for sending in unbegun])
-        for sending in unbegun:
-            self._forget(sending)
+        try:
+            if unbegun:
+                await self._give_back([sending.job for sending in unbegun])
+        finally:  # what cannot be given back lapses with its lease
+            for sending in unbegun:
+                self._vacate(sending)  # a task cancelled before its first step does nothing
+                self._forget(sending)
 
     def _tell(self, job: ClaimedJob, result: WireResult) -> None:
         """Successes are in the facts, and in the log for who looks closely."""

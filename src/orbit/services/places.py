@@ -17,6 +17,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Generic, TypeVar
 
 from orbit.clock import Clock
@@ -81,7 +82,7 @@ class Places(Generic[Item]):
         """What came of a job is committed, or it is given back, or lost."""
         _take_one(self._held, lane)
 
-    def withdraw(self, items: Collection[Item]) -> None:
+    def withdraw(self, items: AbstractSet[Item]) -> None:
         """These will not begin, if they wait."""
         for lane, waiting in list(self._waiting.items()):
             kept = deque(item for item in waiting if item not in items)

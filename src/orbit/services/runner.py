@@ -63,6 +63,8 @@ class Runner(Service):
         room = self._concurrency - len(self._running)
         if room <= 0:
             return self._poll_seconds
+        if any(self._tenure.seconds_left(cycle.cycle_id) <= 0 for cycle in self.running):
+            await self.beat()  # the database was away: what is in hand is not begun anew
         asked_at = self._clock.monotonic()
         claimed = await claim(
             self._database, self._node_id, room, self._lease_seconds, only=self._only

@@ -76,6 +76,7 @@ _END = {
     "unknown": "attempts nobody knows the end of",
     "bytes": "bytes of the attempts' bodies",
     "durationSeconds": "from acceptance to the end",
+    "halted": "whether its namespace was halted meanwhile",
     "revision": "the configuration's revision that it was pinned to, or null",
 }
 _OVERLAY = {

@@ -1,7 +1,8 @@
 """Outcomes: what a cycle, an item or a job was worth, said later by whoever can judge it.
 
-An outcome is an event and nothing else. It is reported under an id that its reporter chooses,
-once: the same again changes nothing, something else under the same id is refused. However late,
+An outcome is an event; who reported it, and a digest of what was said, stay for ever, and are
+sealed in the audit trail. It is reported under an id that its reporter chooses, once: the same
+again changes nothing, something else under the same id is refused. However late,
 it is taken while the cycle is kept here; afterwards there is nothing that it could be of. It names
 the configuration that its cycle was pinned to, so that a late one counts for the profile as it was.
 """
@@ -62,6 +63,8 @@ async def report(connection: Connection, outcome: Outcome, reported_by: str | No
         "namespace": outcome.namespace,
         "outcome_id": outcome.outcome_id,
         "digest": sha256_hex(canonical_json(said)),
+        "cycle_id": subject["cycle_id"],
+        "reported_by": reported_by,
     }
     if (await connection.execute(SQL.insert_outcome, key)).rowcount == 0:
         known = await (await connection.execute(SQL.known_outcome, key)).fetchone()

@@ -4,17 +4,21 @@ Run once for each release that changes the schema, with that release's program o
 
     PYTHONPATH=path/to/the/release/src python tests/database/released/make.py
 
-A node of that program, on its own embedded server, ends a cycle, fails one, leaves a dead letter,
-and is killed amid a step of a fourth cycle while a job of a fifth waits for its next attempt. What
-pg_dump then says is the dump. test_released_schemas.py upgrades it and goes on with the work.
+A node of that program, on its own embedded server, halts a namespace, has a profile turned off and
+another changed on probation, a second key and a reader whose place is stored. It ends a cycle,
+fails one, leaves a dead letter, and is killed amid a step of a fourth cycle while a job of a fifth
+waits for its next attempt. What pg_dump then says is the dump, with the key above it.
+test_released_schemas.py upgrades it and goes on with the work.
 """
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,14 +30,23 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+from psycopg.rows import dict_row
 
 from orbit.database import embedded_place
 from orbit.database.embedded import EmbeddedServer, erase
 from orbit.database.upgrade import HEAD
+from orbit.telemetry.catalogue import EventType
+from orbit.telemetry.emission import Event, emit
 
 HERE = Path(__file__).parent
 SECRET_KEY = "Y2hhbmdlIG1lOiBrZXkgb2YgdGhlIHJlbGVhc2VkIGQ="
 RUN_PROFILES = ("ends", "fails", "refused", "slow", "waits")
+GOVERNED = {
+    "halted": ("nova", "brand-b"),
+    "off": ("luna", "brand-a"),
+    "moved": ("terra", "brand-c"),
+}
+"""More run profiles, of which none has a cycle: each one's profile and namespace."""
 STEPS = '''
 """What the cycles of a released schema do."""
 
@@ -54,13 +67,14 @@ async def slow(payload, context):
 
 
 def write_project(folder: Path) -> None:
-    """Five run profiles, each of which comes to another state."""
+    """Five run profiles, each of which comes to another state, and three that are governed."""
     steps = {"fails": "steps:broken", "slow": "steps:slow"}
+    placed = dict.fromkeys(RUN_PROFILES, ("nova", "brand-a")) | GOVERNED
     run_profiles = [
         {
             "run_profile_id": name,
-            "profile_id": "nova",
-            "namespace": "brand-a",
+            "profile_id": profile_id,
+            "namespace": namespace,
             "state": "enabled",
             "execution_policy": {
                 "tiers": {"tier1": [{"use": steps[name]}] if name in steps else []},
@@ -69,11 +83,19 @@ def write_project(folder: Path) -> None:
             "distribution_targets": [{"refused": "refusing", "waits": "closed"}.get(name, "open")],
             "value_tags": {"cost_center": "brand-a"},
         }
-        for name in RUN_PROFILES
+        for name, (profile_id, namespace) in placed.items()
     ]
-    profile = {"profile_id": "nova", "label": "Nova", "state": "enabled"}
+    allowed = {"path": "/execution_rules/intensity", "minimum": 1, "maximum": 10, "step": 2}
+    moved = {
+        "execution_rules": {"intensity": 5},
+        "autonomy": {"allow": [{**allowed, "per_day": 4, "on": {"low_performance": -1}}]},
+    }
+    profiles = [
+        {"profile_id": name, "label": name, "state": "enabled", **more}
+        for name, more in (("nova", {}), ("luna", {}), ("terra", moved))
+    ]
     (folder / "config").mkdir(parents=True)
-    (folder / "config" / "profiles.json").write_text(json.dumps({"profiles": [profile]}))
+    (folder / "config" / "profiles.json").write_text(json.dumps({"profiles": profiles}))
     text = json.dumps({"run_profiles": run_profiles})
     (folder / "config" / "runProfiles.json").write_text(text)
     (folder / "steps.py").write_text(STEPS)
@@ -98,6 +120,8 @@ def main() -> None:
     write_project(folder)
     server = EmbeddedServer.start(folder / ".orbit")
     with ExitStack() as stack:
+        for undo in (lambda: shutil.rmtree(outer), lambda: erase(folder / ".orbit"), server.leave):
+            stack.callback(undo)
         ports = [_free_port() for _ in range(3)]
         for port, status in ((ports[1], "200"), (ports[2], "422")):
             options = ("--port", str(port), "--status", status, "--store", f"received-{status}")
@@ -109,34 +133,84 @@ def main() -> None:
             "ORBIT_SECRET_KEYS": SECRET_KEY,
             "ORBIT_DISPATCH_ENDPOINTS": endpoints(*urls),
             "ORBIT_DISPATCH_RETRY_BASE_SECONDS": "60",
+            "ORBIT_PHASE4_ENABLED": "true",
+            "ORBIT_PHASE4_ALLOW_MUTATION": "true",
+            "ORBIT_PROBATION_HOURS": "8760",
+            "ORBIT_TELEMETRY_RETENTION_DAYS": "0",
         }
         node = _start(folder, settings, "up")
+        stack.callback(node.wait)
         stack.callback(node.kill)
         _wait(lambda: "Orbit is ready" in (folder / "up.log").read_text(), node)
-        _start(folder, settings, "trigger").wait(60)
+        asyncio.run(_tell_a_past(server.owner_dsn))
+        key = _govern(folder, settings, node)
+        _wait(lambda: _is_on_probation(server.owner_dsn), node)
+        _start(folder, settings, "trigger", *RUN_PROFILES).wait(60)
         _wait(lambda: _has_come_to_rest(server.owner_dsn), node)
         node.kill()
         node.wait()
-    binaries = embedded_place.find_place(server.home.parent).binaries
-    command = [str(binaries / "pg_dump"), "--no-owner", "--dbname", server.owner_dsn]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    text = re.sub(r"^\\(un)?restrict .*\n", "", text, flags=re.MULTILINE)
-    (HERE / f"{HEAD}.sql.gz").write_bytes(gzip.compress(text.encode(), 9, mtime=0))
-    server.leave()
-    erase(folder / ".orbit")
+        binaries = embedded_place.find_place(server.home.parent).binaries
+        command = [str(binaries / "pg_dump"), "--no-owner", "--dbname", server.owner_dsn]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text = re.sub(r"^\\(un)?restrict .*\n", "", text, flags=re.MULTILINE)
+        text = f"-- key: {key}\n{text}"
+        (HERE / f"{HEAD}.sql.gz").write_bytes(gzip.compress(text.encode(), 9, mtime=0))
     print(f"{HEAD}.sql.gz: {len(text)} characters")  # noqa: T201
 
 
 def _start(folder: Path, settings: dict[str, str], *verb: str) -> subprocess.Popen[bytes]:
-    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    command, environment = _command(settings, *verb)
     with (folder / f"{verb[0]}.log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "orbit", *verb],
-            cwd=folder,
-            env=kept | settings,
-            stdout=log,
-            stderr=log,
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+
+
+def _command(settings: dict[str, str], *verb: str) -> tuple[list[str], dict[str, str]]:
+    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    return [sys.executable, "-m", "orbit", *verb], kept | settings
+
+
+async def _tell_a_past(dsn: str) -> None:
+    """The events that terra's cycles would have left: a hundred as ever, then some far worse."""
+    connect = psycopg.AsyncConnection.connect(dsn, row_factory=dict_row)
+    async with await connect as connection:
+        found = await connection.execute(b"SELECT revision FROM config_revision")
+        [active] = await found.fetchall()
+        delivered = [9 - (number % 10 == 0) for number in range(100)] + [3] * 40
+        told = [{"jobs": 10, "delivered": one, **active} for one in delivered]
+        kind = EventType.EXECUTION_FINISHED
+        await emit(connection, *[Event("brand-c", kind, one, "terra") for one in told])
+
+
+def _govern(folder: Path, settings: dict[str, str], node: subprocess.Popen[bytes]) -> str:
+    """What people do by the command line, two where it takes two; the second one's key."""
+
+    def ok(*verb: str, **given: str) -> str:
+        command, environment = _command(settings | given, *verb)
+        told = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
         )
+        if told.returncode:
+            raise SystemExit(f"{verb}: {told.stdout}{told.stderr}")
+        return told.stdout
+
+    key = ok("keys", "create", "bob", "--scope", "admin").strip()
+    ok("halt", "brand-b", "--reason", "wrong prices")
+    ok("profiles", "disable", "luna", "--reason", "nonsense")
+    ok("telemetry", "consumers", "add", "reader")
+    read = ("telemetry", "replay", "--namespace", "brand-b", "--consumer", "reader")
+    _wait(lambda: "namespace_halted" in ok(*read), node)
+    ok("signals", "terra", "--compute")
+    made = json.loads(ok("proposals", "make", "terra", "--json"))
+    [proposal] = [proposal for one in made["items"] for proposal in one["made"]]
+    ok("proposals", "approve", proposal, ORBIT_API_KEY=key)
+    ok("autonomy", "arm", "terra", "--reason", "calm")
+    return key
+
+
+def _is_on_probation(dsn: str) -> bool:
+    query = b"SELECT count(*) FROM profile_overlay WHERE origin = 'autonomy'"
+    with psycopg.connect(dsn) as connection:
+        return connection.execute(query).fetchone() == (1,)
 
 
 def _has_come_to_rest(dsn: str) -> bool:

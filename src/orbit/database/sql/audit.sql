@@ -41,11 +41,13 @@ WITH place AS (
                 WHERE transaction_id IS NOT NULL ORDER BY transaction_id DESC LIMIT 1),
             (SELECT transaction_id FROM dead_letter_dispatch
                 WHERE transaction_id IS NOT NULL ORDER BY transaction_id DESC LIMIT 1),
+            (SELECT transaction_id FROM outcome_key
+                WHERE transaction_id IS NOT NULL ORDER BY transaction_id DESC LIMIT 1),
             pg_snapshot_xmax(snapshot))::text::numeric + 1)::text::xid8
             ELSE pg_snapshot_xmin(snapshot) END AS high
     FROM audit_sealer, pg_current_snapshot() AS snapshot
 ), found AS MATERIALIZED (
-    SELECT place.*, LEAST(run.nth, record.nth, receipt.nth, dead.nth) AS nth
+    SELECT place.*, LEAST(run.nth, record.nth, receipt.nth, dead.nth, outcome.nth) AS nth
     FROM place
     LEFT JOIN LATERAL (SELECT transaction_id AS nth FROM cycle_run
         WHERE transaction_id >= low AND transaction_id < high
@@ -59,12 +61,16 @@ WITH place AS (
     LEFT JOIN LATERAL (SELECT transaction_id AS nth FROM dead_letter_dispatch
         WHERE transaction_id >= low AND transaction_id < high
         ORDER BY transaction_id OFFSET %(count)s LIMIT 1) dead ON NOT is_restored
+    LEFT JOIN LATERAL (SELECT transaction_id AS nth FROM outcome_key
+        WHERE transaction_id >= low AND transaction_id < high
+        ORDER BY transaction_id OFFSET %(count)s LIMIT 1) outcome ON NOT is_restored
 )
 SELECT low::text, COALESCE((nth::text::numeric + 1)::text::xid8, high)::text AS until,
     nth IS NOT NULL AS is_more, is_restored, is_restored OR low < unsure_until AS is_unsure,
     EXISTS (SELECT FROM cycle_run WHERE transaction_id >= low AND transaction_id < high)
     OR EXISTS (SELECT FROM execution_record WHERE transaction_id >= low AND transaction_id < high)
     OR EXISTS (SELECT FROM delivery_receipt WHERE transaction_id >= low AND transaction_id < high)
+    OR EXISTS (SELECT FROM outcome_key WHERE transaction_id >= low AND transaction_id < high)
     OR EXISTS (SELECT FROM dead_letter_dispatch
         WHERE transaction_id >= low AND transaction_id < high) AS has_facts
 FROM found;
@@ -123,7 +129,15 @@ SELECT namespace, 'dead_letter_dispatch', job_id, '',
         'job_id', job_id, 'cycle_id', cycle_id, 'endpoint_key', endpoint_key,
         'cause', cause, 'attempts', attempts,
         'created_at', (extract(epoch FROM created_at) * 1000000)::bigint)::text, transaction_id
-FROM dead_letter_dispatch;
+FROM dead_letter_dispatch
+UNION ALL
+SELECT namespace, 'outcome_key', COALESCE(cycle_id, '00000000-0000-0000-0000-000000000000'),
+    outcome_id,
+    json_build_object('fact', 'outcome_key.1', 'namespace', namespace,
+        'outcome_id', outcome_id, 'digest', digest, 'cycle_id', cycle_id,
+        'reported_by', reported_by,
+        'created_at', (extract(epoch FROM created_at) * 1000000)::bigint)::text, transaction_id
+FROM outcome_key;
 
 -- name: sealed_leaves
 -- Part of other statements. Every sealed fact with its number and leaf hash.
@@ -279,6 +293,8 @@ WHERE (%(log)s::text IS NULL OR sealed.log = %(log)s) AND CASE sealed.fact
             AND found.attempt = sealed.part::int)
     WHEN 'dead_letter_dispatch' THEN NOT EXISTS (SELECT FROM dead_letter_dispatch found
         WHERE found.namespace = sealed.log AND found.job_id = sealed.fact_id)
+    WHEN 'outcome_key' THEN NOT EXISTS (SELECT FROM outcome_key found
+        WHERE found.namespace = sealed.log AND found.outcome_id = sealed.part)
     END;
 
 -- name: reruns
@@ -332,6 +348,15 @@ WHERE step = 'resumed' AND cause = 'person' AND (%(log)s::text IS NULL OR namesp
 -- Halts that ended when their time had come.
 SELECT namespace AS log, 'epoch ' || epoch AS subject, created_at AS at FROM namespace_resume
 WHERE step = 'resumed' AND cause = 'until' AND (%(log)s::text IS NULL OR namespace = %(log)s);
+
+-- name: drilled_halts
+-- Rehearsals of halts, by their namespaces; the installation's log tells of them.
+SELECT '*' AS log, namespace AS subject, created_at AS at FROM halt_drill
+WHERE %(log)s::text IS NULL OR %(log)s = '*';
+
+-- name: present_consumers
+-- The stored consumers of telemetry.
+SELECT name FROM telemetry_consumer;
 
 -- name: made_settings
 -- Versions of namespaces' rules.

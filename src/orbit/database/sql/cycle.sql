@@ -380,7 +380,8 @@ WHERE cycle_lease.namespace = sent.namespace AND cycle_lease.cycle_id = sent.cyc
     AND cycle_lease.lease_number = sent.lease_number AND cycle_lease.node_id = %(node_id)s;
 
 -- name: end_cycles
--- Ends cycles that failed, or that have no job: writes the value ledger, gives up the lease.
+-- Ends cycles that failed, or that have no job: writes the value ledger, gives up the lease. Of the
+-- namespace's last halt (its primary key serves it) they tell whether it was over when they began.
 WITH ended AS (
     DELETE FROM cycle_lease USING unnest(%(namespace)s::text[], %(cycle_id)s::uuid[],
         %(lease_number)s::int[], %(state)s::text[], %(items)s::int[])
@@ -392,7 +393,12 @@ WITH ended AS (
 ), run AS MATERIALIZED (
     SELECT ended.namespace, ended.cycle_id, ended.state, ended.items, run.profile_id,
         run.run_profile_id, run.value_tags, run.revision,
-        extract(epoch FROM orbit_now() - run.created_at)::float8 AS wall_seconds
+        extract(epoch FROM orbit_now() - run.created_at)::float8 AS wall_seconds,
+        EXISTS (SELECT FROM (SELECT epoch FROM namespace_halt halt
+                WHERE halt.namespace = ended.namespace ORDER BY epoch DESC LIMIT 1) last
+            WHERE NOT EXISTS (SELECT FROM namespace_resume resumed
+                WHERE resumed.namespace = ended.namespace AND resumed.epoch = last.epoch
+                    AND step = 'resumed' AND resumed.created_at <= run.created_at)) AS was_halted
     FROM ended CROSS JOIN LATERAL (
         SELECT * FROM cycle_run run
         WHERE run.namespace = ended.namespace AND run.cycle_id = ended.cycle_id OFFSET 0
@@ -405,7 +411,8 @@ WITH ended AS (
     SELECT namespace, batch_id, row_number() OVER (PARTITION BY namespace ORDER BY cycle_id),
         'execution_' || state, profile_id, run_profile_id, cycle_id,
         jsonb_build_object('items', items, 'jobs', 0, 'delivered', 0, 'dead', 0, 'attempts', 0,
-            'unknown', 0, 'bytes', 0, 'durationSeconds', wall_seconds, 'revision', revision)
+            'unknown', 0, 'bytes', 0, 'durationSeconds', wall_seconds, 'halted', was_halted,
+            'revision', revision)
     FROM run CROSS JOIN batch
     RETURNING namespace, batch_id
 ), pending AS (
@@ -420,8 +427,8 @@ FROM run WHERE profile_id IS NOT NULL
 ON CONFLICT DO NOTHING;
 
 -- name: end_dispatched
--- Ends the cycles among those given whose last job is done. To follow dispatch.settle_jobs in
--- the same transaction, which holds their leases.
+-- Ends the cycles among those given whose last job is done, and tells of a halt as end_cycles does.
+-- To follow dispatch.settle_jobs in the same transaction, which holds their leases.
 WITH ended AS (
     DELETE FROM cycle_lease USING unnest(%(namespace)s::text[], %(cycle_id)s::uuid[])
         AS touched (namespace, cycle_id)
@@ -437,7 +444,12 @@ WITH ended AS (
     ON CONFLICT DO NOTHING
 ), run AS MATERIALIZED (
     SELECT ended.*, run.profile_id, run.value_tags, run.revision,
-        extract(epoch FROM orbit_now() - run.created_at)::float8 AS wall_seconds
+        extract(epoch FROM orbit_now() - run.created_at)::float8 AS wall_seconds,
+        EXISTS (SELECT FROM (SELECT epoch FROM namespace_halt halt
+                WHERE halt.namespace = ended.namespace ORDER BY epoch DESC LIMIT 1) last
+            WHERE NOT EXISTS (SELECT FROM namespace_resume resumed
+                WHERE resumed.namespace = ended.namespace AND resumed.epoch = last.epoch
+                    AND step = 'resumed' AND resumed.created_at <= run.created_at)) AS was_halted
     FROM ended CROSS JOIN LATERAL (
         SELECT * FROM cycle_run run
         WHERE run.namespace = ended.namespace AND run.cycle_id = ended.cycle_id
@@ -459,7 +471,7 @@ WITH ended AS (
         'execution_finished', profile_id, run_profile_id, cycle_id,
         jsonb_build_object('items', items, 'jobs', jobs, 'delivered', delivered,
             'dead', dead_lettered, 'attempts', attempts, 'unknown', unknown, 'bytes', bytes,
-            'durationSeconds', wall_seconds, 'revision', revision)
+            'durationSeconds', wall_seconds, 'halted', was_halted, 'revision', revision)
     FROM run CROSS JOIN batch
     RETURNING namespace, batch_id
 ), pending AS (

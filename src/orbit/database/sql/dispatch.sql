@@ -252,6 +252,19 @@ WHERE dispatch_lease.namespace = held.namespace AND dispatch_lease.job_id = held
     AND dispatch_lease.lease_number = held.lease_number
     AND dispatch_lease.node_id IS NOT DISTINCT FROM %(node_id)s;
 
+-- name: release_unseen
+-- Gives back the jobs of lanes whose attempt a node opened without hearing of it: the claim was
+-- committed, and its answer lost. dispatch_lease_taken serves it.
+UPDATE dispatch_lease SET due_at = orbit_now(), node_id = NULL, attempt = attempt - 1,
+    spared = spared - is_probe::int
+FROM unnest(%(lane_namespace)s::text[], %(lane_key)s::text[]) AS asked (namespace, endpoint_key)
+WHERE dispatch_lease.namespace = asked.namespace
+    AND dispatch_lease.endpoint_key = asked.endpoint_key
+    AND dispatch_lease.node_id = %(node_id)s AND dispatch_lease.due_at > orbit_now()
+    AND ((dispatch_lease.namespace, dispatch_lease.job_id, dispatch_lease.lease_number) IN (
+        SELECT * FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(lease_number)s::int[])
+    )) IS NOT TRUE;
+
 -- name: expired_jobs
 -- Attempts, of one namespace or all, whose worker let its lease run out, locked, so that they can be
 -- settled as unknown in this transaction. A loose scan of dispatch_lease_taken over the lanes.
@@ -303,10 +316,10 @@ FROM expired CROSS JOIN LATERAL (
 WITH result AS MATERIALIZED (
     SELECT * FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(lease_number)s::int[],
         %(node_id)s::uuid[], %(attempt)s::int[], %(size)s::int[], %(retry_seconds)s::float8[],
-        %(cause)s::text[], %(outcome)s::text[], %(profile_id)s::text[],
-        %(run_profile_id)s::text[])
+        %(cause)s::text[], %(outcome)s::text[], %(is_unspared)s::boolean[],
+        %(profile_id)s::text[], %(run_profile_id)s::text[])
         AS result (namespace, job_id, lease_number, node_id, attempt, size, retry_seconds, cause,
-            outcome, profile_id, run_profile_id)
+            outcome, is_unspared, profile_id, run_profile_id)
 ), done AS (
     DELETE FROM dispatch_lease lease USING result
     WHERE lease.namespace = result.namespace AND lease.job_id = result.job_id
@@ -319,7 +332,8 @@ WITH result AS MATERIALIZED (
 ), retried AS (
     UPDATE dispatch_lease lease SET node_id = NULL, is_retry = true,
         due_at = orbit_now() + result.retry_seconds * interval '1 second',
-        unknown = lease.unknown + (result.outcome = 'unknown')::int
+        unknown = lease.unknown + (result.outcome = 'unknown')::int,
+        spared = lease.spared - result.is_unspared::int
     FROM result
     WHERE lease.namespace = result.namespace AND lease.job_id = result.job_id
         AND lease.lease_number = result.lease_number
@@ -366,15 +380,6 @@ UPDATE cycle_lease SET outstanding = outstanding - counted.jobs,
     unknown = cycle_lease.unknown + counted.unknown
 FROM held JOIN counted ON counted.namespace = held.namespace AND counted.cycle_id = held.cycle_id
 WHERE cycle_lease.namespace = held.namespace AND cycle_lease.cycle_id = held.cycle_id;
-
--- name: unspare_jobs
--- Counts probes against their jobs after all. To follow settle_jobs.
-UPDATE dispatch_lease SET spared = spared - 1
-FROM unnest(%(namespace)s::text[], %(job_id)s::uuid[], %(lease_number)s::int[])
-    AS result (namespace, job_id, lease_number)
-WHERE dispatch_lease.namespace = result.namespace AND dispatch_lease.job_id = result.job_id
-    AND dispatch_lease.lease_number = result.lease_number
-    AND num_nulls(dispatch_lease.node_id) = 1;
 
 -- name: insert_receipts
 -- What became of attempts. A receipt that exists stays: an attempt has one end. To follow
@@ -435,19 +440,21 @@ ON CONFLICT (namespace, endpoint_key, part) DO UPDATE SET
 
 -- name: judge_lanes
 -- Counts the ends of attempts in their lanes' breakers, and opens, holds on or closes them; says
--- what changed. Lanes that are well and had no failure are only looked at. Locks in key order,
--- after all else that a settlement locks.
+-- what changed. Lanes that are well and had no failure are only looked at, and so are those of which
+-- this transaction wrote no receipt: they were judged when their attempts' were. Locks in key order,
+-- after all else that a settlement locks. To follow insert_receipts.
 WITH result AS MATERIALIZED (
     SELECT * FROM unnest(%(lane_namespace)s::text[], %(lane_key)s::text[], %(attempts)s::int[],
         %(failures)s::int[], %(last_failures)s::int[], %(has_success)s::boolean[],
-        %(has_probe_failed)s::boolean[], %(limit_failures)s::int[], %(limit_share)s::float8[],
+        %(may_close)s::boolean[], %(has_probe_failed)s::boolean[], %(limit_failures)s::int[],
+        %(limit_share)s::float8[],
         %(least)s::int[], %(window_seconds)s::float8[], %(hold_seconds)s::float8[],
         %(longest_hold_seconds)s::float8[])
         AS result (namespace, endpoint_key, attempts, failures, last_failures, has_success,
-            has_probe_failed, limit_failures, limit_share, least, window_seconds, hold_seconds,
-            longest_hold_seconds)
+            may_close, has_probe_failed, limit_failures, limit_share, least, window_seconds,
+            hold_seconds, longest_hold_seconds)
 ), held AS MATERIALIZED (
-    SELECT lane.namespace, lane.endpoint_key, lane.holds, lane.probe_at, result.has_success,
+    SELECT lane.namespace, lane.endpoint_key, lane.holds, lane.probe_at, result.may_close,
         result.has_probe_failed, result.limit_failures, result.limit_share, result.least,
         result.hold_seconds, result.longest_hold_seconds,
         CASE WHEN result.has_success THEN result.last_failures
@@ -457,8 +464,11 @@ WITH result AS MATERIALIZED (
         result.failures AS new_failures
     FROM lane JOIN result
         ON lane.namespace = result.namespace AND lane.endpoint_key = result.endpoint_key
-    WHERE result.failures > 0 OR lane.failures > 0 OR lane.window_failures > 0
-        OR lane.probe_at IS NOT NULL
+    WHERE (result.failures > 0 OR lane.failures > 0 OR lane.window_failures > 0
+        OR lane.probe_at IS NOT NULL)
+        AND EXISTS (SELECT FROM lane_tally tally WHERE tally.namespace = result.namespace
+            AND tally.endpoint_key = result.endpoint_key AND tally.part = %(part)s
+            AND tally.xmin = pg_current_xact_id()::xid)
     ORDER BY lane.namespace, lane.endpoint_key
     FOR NO KEY UPDATE OF lane
 ), counted AS MATERIALIZED (
@@ -469,7 +479,7 @@ WITH result AS MATERIALIZED (
 ), judged AS MATERIALIZED (
     SELECT counted.*, LEAST(longest_hold_seconds,
             hold_seconds * 2 ^ LEAST(holds, 30)) AS next_hold_seconds,
-        CASE WHEN probe_at IS NOT NULL AND has_success THEN 'closed'
+        CASE WHEN probe_at IS NOT NULL AND may_close THEN 'closed'
             WHEN probe_at IS NOT NULL AND has_probe_failed THEN 'held'
             WHEN probe_at IS NULL AND new_failures > 0 AND (failures >= limit_failures
                 OR attempts_seen >= least AND failures_seen >= limit_share * attempts_seen)

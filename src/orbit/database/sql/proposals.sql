@@ -44,10 +44,15 @@ WHERE event.namespace = %(namespace)s
     AND event.batch_id >= edge.begin AND event.batch_id < edge.until
 GROUP BY 1, 2, 3;
 
+-- name: oldest_pending
+-- When the oldest of a namespace's events without a position was told. The primary key serves it.
+SELECT orbit_id_time(batch_id) AS at FROM telemetry_pending
+WHERE namespace = %(namespace)s ORDER BY batch_id LIMIT 1;
+
 -- name: undecided
 -- The proposals of a namespace that nothing became of as yet; none is older than it may become.
 -- strategy_proposal_of_profile serves it.
-SELECT proposal.proposal_id, proposal.profile_id, proposal.profile_digest, proposal.expires_at,
+SELECT proposal.proposal_id, proposal.profile_id, proposal.rule, proposal.profile_digest,
     proposal.expires_at <= orbit_now() AS is_over
 FROM strategy_proposal proposal
 WHERE proposal.namespace = %(namespace)s
@@ -55,6 +60,19 @@ WHERE proposal.namespace = %(namespace)s
     AND NOT EXISTS (SELECT FROM strategy_decision decision
         WHERE decision.namespace = proposal.namespace
             AND decision.proposal_id = proposal.proposal_id);
+
+-- name: superseded
+-- Of what is suggested that which was superseded before, and how often: all of its body is the same
+-- but for how often that was. strategy_proposal_of_profile serves it.
+SELECT asked.body, count(*)::int AS times
+FROM unnest(%(profile_id)s::text[], %(body)s::text[]) AS asked (profile_id, body)
+JOIN strategy_proposal proposal ON proposal.namespace = %(namespace)s
+    AND proposal.profile_id = asked.profile_id
+    AND regexp_replace(proposal.body, '^\{"again":[0-9]+,', '{') = asked.body
+JOIN strategy_decision decision ON decision.namespace = proposal.namespace
+    AND decision.proposal_id = proposal.proposal_id
+WHERE decision.decision = 'superseded'
+GROUP BY asked.body;
 
 -- name: leader
 -- Which node numbers events, and so works on what follows from them.
@@ -120,3 +138,15 @@ CROSS JOIN LATERAL (
     ORDER BY proposal_status.namespace DESC, created_at DESC, proposal_id DESC LIMIT %(count)s
 ) found
 ORDER BY found.created_at DESC, found.proposal_id DESC LIMIT %(count)s);
+
+-- name: applications
+-- What proposals came to that autonomy applied: a change on probation, or how it ended.
+-- a_proposal_is_applied_once serves it.
+SELECT overlay.proposal_namespace, overlay.proposal_id, overlay.overlay_id::text,
+    overlay.created_at AS applied_at,
+    COALESCE(ended.ending, verdict.verdict, 'on_probation') AS outcome
+FROM unnest(%(namespace)s::text[], %(proposal_id)s::text[]) AS asked (namespace, proposal_id)
+JOIN profile_overlay overlay ON overlay.proposal_namespace = asked.namespace
+    AND overlay.proposal_id = asked.proposal_id
+LEFT JOIN autonomy_verdict verdict ON verdict.overlay_id = overlay.overlay_id
+LEFT JOIN profile_overlay_end ended ON ended.overlay_id = overlay.overlay_id;

@@ -65,12 +65,20 @@ UPDATE signal_feed
 SET detector_version = %(version)s, position = %(position)s, state = %(state)s
 WHERE namespace = %(namespace)s;
 
+-- name: reset_feed
+-- The feed begins anew, before the first event, and of its streams nothing is left. The primary keys
+-- serve it; the caller holds the row's lock.
+WITH gone AS (
+    DELETE FROM signal_stream WHERE namespace = %(namespace)s
+)
+UPDATE signal_feed SET detector_version = %(version)s, position = 0, state = NULL
+WHERE namespace = %(namespace)s;
+
 -- name: drop_streams
--- Streams that are kept no longer, or with `is_all` every one. The primary key serves it; the caller
--- holds the feed's lock.
-DELETE FROM signal_stream WHERE namespace = %(namespace)s AND (%(is_all)s
-    OR (profile_id, revision, metric) IN (SELECT * FROM unnest(%(profile_id)s::text[],
-        %(revision)s::text[], %(metric)s::text[])));
+-- Streams that are kept no longer. The primary key serves it; the caller holds the feed's lock.
+DELETE FROM signal_stream WHERE namespace = %(namespace)s
+    AND (profile_id, revision, metric) IN (SELECT * FROM unnest(%(profile_id)s::text[],
+        %(revision)s::text[], %(metric)s::text[]));
 
 -- name: put_streams
 -- The state of streams that were fed. The primary key serves it; the caller holds the feed's lock.

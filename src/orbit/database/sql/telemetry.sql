@@ -207,9 +207,10 @@ WHERE %(item_index)s::int IS NULL OR EXISTS (SELECT FROM normalized_item item
         AND item.item_index = %(item_index)s::int);
 
 -- name: insert_outcome
--- An outcome's key; no row if it was reported before.
-INSERT INTO outcome_key (namespace, outcome_id, digest)
-VALUES (%(namespace)s, %(outcome_id)s, %(digest)s) ON CONFLICT DO NOTHING;
+-- An outcome's key, with who says it; no row if it was reported before. It is sealed afterwards.
+INSERT INTO outcome_key (namespace, outcome_id, digest, cycle_id, reported_by)
+VALUES (%(namespace)s, %(outcome_id)s, %(digest)s, %(cycle_id)s::uuid, %(reported_by)s)
+ON CONFLICT DO NOTHING;
 
 -- name: known_outcome
 -- What was said under an outcome's id.
