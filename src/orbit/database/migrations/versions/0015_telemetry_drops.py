@@ -6,8 +6,8 @@ from pathlib import Path
 
 from orbit.database.upgrade import run_script
 
-revision = "0014"
-down_revision = "0013"
+revision = "0015"
+down_revision = "0014"
 branch_labels = None
 depends_on = None
 
