@@ -292,7 +292,7 @@ class Node:
                 self.settings.telemetry_parquet_dir,
             ),
         )
-        await janitor.run_once()
+        await janitor.make_partitions()
         is_dropping = self._is_dropping_overlays
         if await self.configuration.propose(documents, is_dropping=is_dropping):
             log.info("configuration_activated", revision=self.configuration.active.revision[:12])

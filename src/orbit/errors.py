@@ -228,6 +228,12 @@ class ConsumerExists(Refused):
     code = "consumer_exists"
 
 
+class PositionAhead(Refused):
+    """A position that was not given, or is not any more: the database went back in time."""
+
+    code = "position_ahead"
+
+
 class NotEntitled(Refused):
     """The change reaches namespaces in which who asks has no say."""
 

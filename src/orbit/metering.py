@@ -17,7 +17,7 @@ from prometheus_client import Metric
 from prometheus_client.samples import Sample
 
 from orbit.clock import SystemClock
-from orbit.tracing import Attributes, asked_exporters, resource, tell_missing
+from orbit.tracing import Attributes, asked_exporters, resource, tell_missing, tell_off
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.metrics.export import MetricExporter, MetricsData
@@ -79,15 +79,22 @@ def start(collect: Collect, attributes: Attributes) -> Meter | None:
     if not asked:
         return None
     try:
-        from opentelemetry.exporter.otlp.proto.http.metric_exporter import (  # noqa: PLC0415
-            OTLPMetricExporter,
-        )
-        from opentelemetry.sdk.metrics.export import ConsoleMetricExporter  # noqa: PLC0415
+        return Meter(collect, _made(asked), attributes)
     except ImportError:
         tell_missing("metrics")
-        return None
+    except Exception as error:  # noqa: BLE001 - figures are no reason not to start
+        tell_off("metrics", error)
+    return None
+
+
+def _made(asked: Sequence[str]) -> list[MetricExporter]:
+    from opentelemetry.exporter.otlp.proto.http.metric_exporter import (  # noqa: PLC0415 - an extra
+        OTLPMetricExporter,
+    )
+    from opentelemetry.sdk.metrics.export import ConsoleMetricExporter  # noqa: PLC0415
+
     makers = {"otlp": OTLPMetricExporter, "console": ConsoleMetricExporter}
-    return Meter(collect, [makers[name]() for name in asked], attributes)
+    return [makers[name]() for name in asked]
 
 
 def _interval_seconds() -> float:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -82,33 +82,46 @@ def resource(attributes: Attributes) -> Resource:
 
 def start(attributes: Attributes) -> None:
     """Traces from now on, if that is asked for; `attributes` say which node this is."""
-    global _provider, _tracer  # noqa: PLW0603 - a process has one tracer, as the SDK has
+    global _provider, _tracer  # a process has one tracer, as the SDK has
     exporters = asked_exporters("TRACES")
     if not exporters or _tracer is not None:
         return
     try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415
-            OTLPSpanExporter,
-        )
-        from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
-        from opentelemetry.sdk.trace.export import (  # noqa: PLC0415
-            BatchSpanProcessor,
-            ConsoleSpanExporter,
-        )
+        provider = _made(exporters, attributes)
     except ImportError:
         tell_missing("traces")
-        return
+    except Exception as error:  # noqa: BLE001 - traces are no reason not to start
+        tell_off("traces", error)
+    else:
+        _provider, _tracer = provider, provider.get_tracer("orbit")
+        trace.set_tracer_provider(provider)  # so that the spans of users' steps go the same way
+
+
+def _made(exporters: Sequence[str], attributes: Attributes) -> TracerProvider:
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415 - an extra
+        OTLPSpanExporter,
+    )
+    from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+    from opentelemetry.sdk.trace.export import (  # noqa: PLC0415
+        BatchSpanProcessor,
+        ConsoleSpanExporter,
+    )
+
     makers = {"otlp": OTLPSpanExporter, "console": ConsoleSpanExporter}
-    _provider = TracerProvider(resource=resource(attributes), shutdown_on_exit=False)
+    provider = TracerProvider(resource=resource(attributes), shutdown_on_exit=False)
     for name in exporters:
-        _provider.add_span_processor(BatchSpanProcessor(makers[name]()))
-    trace.set_tracer_provider(_provider)  # so that the spans of users' steps go the same way
-    _tracer = _provider.get_tracer("orbit")
+        provider.add_span_processor(BatchSpanProcessor(makers[name]()))
+    return provider
 
 
 def tell_missing(signal: str) -> None:
     """Says how to get what the variables ask for."""
     _log.warning("otel_not_installed", signal=signal, install="orbit-control-plane[otel]")
+
+
+def tell_off(signal: str, error: Exception) -> None:
+    """Says what the SDK does not take of the variables: nothing is sent."""
+    _log.warning("otel_not_started", signal=signal, error=f"{type(error).__name__}: {error}")
 
 
 def stop(seconds: float = 2.0) -> None:

@@ -13,12 +13,13 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from orbit.clock import DatabaseClock, new_id
 from orbit.database.pool import Database
+from orbit.telemetry import emission
 from orbit.telemetry.catalogue import CATALOGUE, EventType
 from orbit.telemetry.emission import SQL, Event, emit
 from orbit.telemetry.sequencing import sequence
@@ -44,7 +45,8 @@ asyncio.run(main(*sys.argv[1:]))
 
 _END_SEQUENCERS = b"""SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE datname = current_database() AND pid <> pg_backend_pid()
-    AND query LIKE '%telemetry_sequencer%'"""
+    AND query LIKE '%telemetry_sequencer%'
+    AND query NOT LIKE '%first_position%'"""
 
 
 async def page(
@@ -230,3 +232,19 @@ async def test_the_engine_tells_what_it_does(database: Database, clock: Database
     last = told[-1]["data"]
     assert isinstance(last, dict)
     assert (last["jobs"], last["dead"], last["attempts"], last["unknown"]) == (1, 1, 2, 0)
+
+
+async def test_an_event_keeps_the_version_it_was_written_with(
+    database: Database, clock: DatabaseClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A raised version goes out with what is written from then on; what is stored stays."""
+    one = Event("ns", EventType.REQUEUED)
+    async with database.transaction() as connection:
+        await emit(connection, one)
+    raised = replace(CATALOGUE[EventType.REQUEUED], version=2)
+    monkeypatch.setattr(emission, "CATALOGUE", {**CATALOGUE, EventType.REQUEUED: raised})
+    async with database.transaction() as connection:
+        await emit(connection, one)
+    events = await drained(database, new_id(clock.now()))
+    assert [event["type"] for event in events] == ["orbit.requeued.v1", "orbit.requeued.v2"]
+    assert await page(database, 0, namespaces="{ns}") == events

@@ -509,6 +509,20 @@ def test_a_consumer_is_told_each_event_once(project: Project) -> None:
     assert project.run("telemetry", "replay", "--consumer", "bi").returncode == 1
 
 
+def test_a_consumer_passes_what_is_not_for_it(project: Project) -> None:
+    """Of a namespace in which nothing happens nothing is told, and retention waits for nobody."""
+    project.ok("trigger", "nova-daily", "--watch")
+    project.ok("telemetry", "consumers", "add", "quiet", "--namespace", "quiet")
+    replay = ("telemetry", "replay", "--consumer", "quiet", "--namespace", "quiet")
+    behind = 1
+    while behind:  # until the events of the cycle's end are numbered too
+        assert project.ok(*replay) == ""
+        [consumer] = project.json("telemetry", "consumers", "ls")["items"]
+        assert consumer["position"] > 0
+        behind = consumer["behind"]
+    project.ok("telemetry", "consumers", "rm", "quiet")
+
+
 def test_a_failed_cycle_is_code_1_and_runs_again(project: Project) -> None:
     """A failing step ends --watch with 1; --rerun names the old cycle; a finished one refuses."""
     failed = project.run("trigger", "nova-broken", "--watch")

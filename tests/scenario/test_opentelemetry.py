@@ -43,6 +43,10 @@ tracer = trace.get_tracer("mine")
 def sums(payload, context):
     with tracer.start_as_current_span("sums"):
         return Payload.of_text(context.traceparent)
+
+
+def fails(payload, context):
+    raise ValueError(f"not understood: {payload.content.decode()}")
 """
 
 
@@ -211,6 +215,49 @@ async def test_a_trace_runs_from_the_caller_to_the_receiver(
     assert _values(cycle.attributes)["orbit.cycle.id"] == cycle_id
     assert {one["service.name"] for one in collector.resources} == {"news"}
     _assert_counted(collector)
+
+
+async def test_a_step_s_error_is_told_without_its_text(
+    dsn: str,
+    tmp_path: Path,
+    configure: Configure,
+    receiver: Receiver,
+    collector: Collector,
+    facts: Facts,
+) -> None:
+    """Its text may hold the payload: a collector gets the type, and where it was raised."""
+    configure(run_profile(execution_policy=policy(tier1=["steps:fails"])))
+    collecting = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "50"}
+    async with running(dsn, tmp_path, receiver, **collecting) as node:
+        await trigger(node)
+        await until(lambda: collector.named("cycle"), "the cycle's span")
+        assert await node.end() == 0
+    assert "not understood: {" in facts("SELECT error FROM execution_record")[0]["error"]
+    assert all(b"not understood" not in one.SerializeToString() for one in collector.spans)
+    line = 1 + STEPS.splitlines().index("def fails(payload, context):") + 1
+    [step, *_], [cycle] = collector.named("step steps:fails"), collector.named("cycle")
+    assert step.status.code == cycle.status.code == 2
+    assert _values(step.attributes)["orbit.error"] == f"ValueError (steps.py:{line} in fails)"
+    assert _values(cycle.attributes)["orbit.error"].startswith("step_failed: tier1")
+
+
+async def test_what_the_sdk_refuses_keeps_no_node_from_starting(
+    dsn: str, tmp_path: Path, configure: Configure, receiver: Receiver, collector: Collector
+) -> None:
+    """The standard variables are often set for all programs of a machine: a warning, and work."""
+    configure(run_profile())
+    odd = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
+        "OTEL_BSP_MAX_QUEUE_SIZE": "256",
+        "OTEL_PYTHON_EXPORTER_OTLP_HTTP_METRICS_CREDENTIAL_PROVIDER": "odd",
+    }
+    async with running(dsn, tmp_path, receiver, **odd) as node:
+        await trigger(node)
+        await until(lambda: receiver.at("/out"), "the delivery")
+        assert await node.end() == 0
+    log = (tmp_path / "node.log").read_text()
+    assert log.count("otel_not_started") == 2
+    assert (collector.spans, collector.metrics) == ([], {})
 
 
 def _assert_counted(collector: Collector) -> None:

@@ -11,7 +11,7 @@ from orbit.api.access import actor_of, require
 from orbit.api.bodies import Filter
 from orbit.api.streams import Streams
 from orbit.app import Node
-from orbit.errors import RequestInvalid
+from orbit.errors import PositionAhead, RequestInvalid
 from orbit.reading.telemetry import bounds, window
 
 _LARGEST = 2**63 - 1
@@ -43,19 +43,22 @@ def telemetry_router(node: Node) -> APIRouter:
     async def replayed(request: Request, asked: Annotated[ReplayFilter, Query()]) -> Response:
         """`position` is to be given as `after` the next time, `firstPosition` what is kept here.
 
-        Every committed event comes once, in an order that does not change.
+        Every committed event comes once, in an order that does not change. 409 `position_ahead`
+        where `after` is beyond the last position: the database was taken back to before it.
         """
         within = actor_of(request).within
-        edge = await bounds(node.database)
         after = asked.after or 0
         found = await window(
             node.database, after, asked.limit, namespace=asked.namespace, within=within
         )
-        # With fewer than asked for, all up to the edge (read before) has been looked at.
-        is_whole = found.events < asked.limit
-        position = max(found.position, edge.last_position) if is_whole else found.position
+        edge = found.bounds
+        if after > edge.last_position:
+            raise PositionAhead(
+                f"after: {after} was not given; the last position is {edge.last_position}. "
+                "If it was read before a restore, what happened since may have positions up to it"
+            )
         text = (
-            f'{{"items":{found.text},"position":{position},'
+            f'{{"items":{found.text},"position":{found.position},'
             f'"firstPosition":{edge.first_position},"lastPosition":{edge.last_position}}}'
         )
         return Response(text, media_type="application/json")

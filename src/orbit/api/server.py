@@ -19,6 +19,7 @@ from typing import Any
 
 import structlog
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from orbit import __version__, metering, tracing
 from orbit.api.application import create_application
@@ -38,6 +39,14 @@ _BACKLOG = 2048
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 log = structlog.get_logger(__name__)
+
+
+class _Connection(H11Protocol):
+    """uvicorn's, which tells whoever answers how to end it at once, whatever waits to be sent."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, "abort": transport.abort}
 
 
 class _HttpServer(uvicorn.Server):
@@ -71,7 +80,7 @@ async def serve_node(settings: Settings, *, is_dropping_overlays: bool = False) 
     is_which = {"service.version": __version__, "service.instance.id": node.node_id}
     tracing.start(is_which)
     meter = metering.start(lambda: (*NodeCollector(node).collect(), *REGISTRY.collect()), is_which)
-    http = _HttpServer(_http_config(settings, node))
+    http = _HttpServer(http_config(settings, node))
     stopping = asyncio.create_task(_on_signals().wait(), name="orbit-signals")
     serving = asyncio.create_task(http.serve([listening]), name="orbit-http")
     try:
@@ -126,7 +135,8 @@ def address_of(settings: Settings, listening: socket.socket) -> str:
     return f"http://{host}:{listening.getsockname()[1]}"
 
 
-def _http_config(settings: Settings, node: Node) -> uvicorn.Config:
+def http_config(settings: Settings, node: Node) -> uvicorn.Config:
+    """How a node's API is served."""
     return uvicorn.Config(
         create_application(node, is_probe_only="api" not in settings.roles),
         log_config=None,
@@ -136,7 +146,7 @@ def _http_config(settings: Settings, node: Node) -> uvicorn.Config:
         forwarded_allow_ips=list(settings.trusted_proxies),
         lifespan="off",
         ws="none",
-        http="h11",  # bounds what a head may be; chosen by what is installed otherwise
+        http=_Connection,  # h11, which bounds what a head may be
         backlog=_BACKLOG,
         timeout_graceful_shutdown=max(1, int(settings.drain_timeout_seconds)),
     )

@@ -1,18 +1,23 @@
 """A stream of events to one client, which is dropped rather than buffered for.
 
-Two pages are held at most: the next is read while the client takes one. A client that takes
-nothing for ten seconds is cut off, and goes on later where it was by `Last-Event-ID`. The key is
-looked at again each second, so that a revoked one gets nothing more. Who comes back too late is
-told of the gap, in an event of that name. Streams that wait look for
-the last position together, so that they cost one small query a twentieth of a second between them.
+It begins with an id, and sends one when there has been nothing else: the place up to which it has
+looked, so that whoever is cut off before an event comes goes on there too. Two pages are held at
+most: the next is read while the client takes one. A client that takes nothing for ten seconds is
+cut off, and goes on later where it was by `Last-Event-ID`. The key is
+looked at again each second, so that a revoked one gets nothing more. Who comes, or reads, too late
+is told of the `gap`, by an event of that name; who is ahead, since the database went back in time,
+gets the event `reset`, and what comes after the last position. Streams that wait look for that
+together: one small query a twentieth of a second between them.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import Any
 
 import structlog
 from fastapi import Request
@@ -36,12 +41,10 @@ log = structlog.get_logger("orbit.telemetry")
 
 @dataclass(frozen=True, slots=True)
 class _Page:
-    """Frames, how many, the last one's position, and up to where events have been looked for."""
+    """Frames, and up to where events have been looked for."""
 
     text: str
-    events: int
     position: int
-    looked: int
 
 
 class Streams:
@@ -109,7 +112,9 @@ class _EventStream(Response):
             await self._frames(send)
         except TimeoutError:
             log.warning("slow_stream_dropped", position=self._after)
-            return  # without an end, so that the server closes the connection
+            if (abort := getattr(self._request.state, "abort", None)) is not None:
+                abort()  # closed in order, it would first wait for ever to send what is buffered
+            return
         except TRANSIENT as error:
             log.warning("stream_ended", error=first_line(error))
         await _send(send, "", is_more=False)
@@ -117,9 +122,7 @@ class _EventStream(Response):
     async def _frames(self, send: Send) -> None:
         loop = asyncio.get_running_loop()
         looked_at, sent_at = loop.time(), float("-inf")
-        if (first := (await bounds(self._node.database)).first_position) > self._after + 1:
-            await _send(send, f'event: gap\ndata: {{"firstPosition":{first}}}\n\n')
-        ahead = self._ahead(_Page("", 0, self._after, -1))
+        ahead = self._ahead(self._page(self._after))
         try:
             while not self._node.is_draining:
                 page = await ahead
@@ -127,37 +130,53 @@ class _EventStream(Response):
                     if await actor_again(self._request) is None:
                         return
                     looked_at = loop.time()
-                ahead = self._ahead(page)
-                if page.events or loop.time() >= sent_at + _BEAT_SECONDS:
-                    await _send(send, page.text or ": \n\n")
+                ahead = self._ahead(self._following(page.position))
+                if page.text or loop.time() >= sent_at + _BEAT_SECONDS:
+                    await _send(send, page.text or f"id: {page.position}\n\n")
                     self._after, sent_at = page.position, loop.time()
         finally:
             ahead.cancel()
 
-    def _ahead(self, page: _Page) -> asyncio.Task[_Page]:
-        """Begins to read what follows a page."""
-        task = asyncio.create_task(self._following(page))
+    def _ahead(self, work: Coroutine[Any, Any, _Page]) -> asyncio.Task[_Page]:
+        """Begins to read a page."""
+        task = asyncio.create_task(work)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task
 
-    async def _following(self, page: _Page) -> _Page:
-        """What follows a page; nothing if nothing came for a second."""
+    async def _following(self, place: int) -> _Page:
+        """What follows a place; nothing if nothing came for a second."""
         loop = asyncio.get_running_loop()
         over_at = loop.time() + _LOOK_SECONDS
-        while (edge := await self._streams.edge()) <= page.looked:
+        while (edge := await self._streams.edge()) <= place:
             if loop.time() >= over_at or self._node.is_draining:
-                return _Page("", 0, page.position, page.looked)
+                if edge < place:  # it was looked at before the place was given, or that is lost
+                    break
+                return _Page("", place)
             await asyncio.sleep(_POLL_SECONDS)
+        return await self._page(place)
+
+    async def _page(self, place: int) -> _Page:
+        """What there is after a place, and before it what there is no more."""
         found = await window(
             self._node.database,
-            page.position,
+            place,
             _PAGE,
             namespace=self._namespace,
             within=actor_of(self._request).within,
             is_stream=True,
         )
-        looked = found.position if found.events == _PAGE else max(edge, found.position)
-        return _Page(found.text, found.events, found.position, looked)
+        text, edge = found.text, found.bounds
+        if edge.last_position < place:
+            last = edge.last_position
+            return _Page(_notice("reset", "lastPosition", last, last), last)
+        if (first := edge.first_position) > place + 1:
+            text = _notice("gap", "firstPosition", first, first - 1) + text
+        return _Page(text, found.position)
+
+
+def _notice(name: str, field: str, position: int, place: int) -> str:
+    """An event of the stream itself, and the place from which it goes on."""
+    return f'event: {name}\ndata: {{"{field}":{position}}}\nid: {place}\n\n'
 
 
 async def _send(send: Send, text: str, *, is_more: bool = True) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -57,9 +58,8 @@ def replay(
 ) -> None:
     """Print all events after a position (from the first that is kept), and end."""
     with connected(settings()) as api:
-        place = _place(api, after, consumer)
-        for page in _pages(api, place or 0, namespace, is_following=False):
-            _tell(api, page, consumer, is_json=is_json)
+        place = _place(api, after, consumer) or 0
+        _tell(api, _pages(api, place, namespace, is_following=False), place, consumer, is_json)
 
 
 @app.command()
@@ -74,8 +74,7 @@ def tail(
         place = _place(api, after, consumer)
         if place is None:
             place = api.get("/telemetry", limit=1, after=0)["lastPosition"]
-        for page in _pages(api, place, namespace, is_following=True):
-            _tell(api, page, consumer, is_json=is_json)
+        _tell(api, _pages(api, place, namespace, is_following=True), place, consumer, is_json)
 
 
 def _place(api: Api, after: int | None, consumer: str | None) -> int | None:
@@ -100,12 +99,17 @@ def _pages(
         time.sleep(_POLL_SECONDS)
 
 
-def _tell(api: Api, page: dict[str, Any], consumer: str | None, *, is_json: bool) -> None:
-    for event in page["items"]:
-        _print(event, is_json=is_json)
-    if consumer is not None and page["items"]:
-        sys.stdout.flush()
-        api.post(f"/telemetry/consumers/{consumer}/commit", {"position": page["position"]})
+def _tell(
+    api: Api, pages: Iterator[dict[str, Any]], place: int, consumer: str | None, is_json: bool
+) -> None:
+    """Prints pages; a consumer also passes what is not for its namespaces."""
+    for page in pages:
+        for event in page["items"]:
+            _print(event, is_json=is_json)
+        if consumer is not None and page["position"] > place:
+            sys.stdout.flush()
+            place = page["position"]
+            api.post(f"/telemetry/consumers/{consumer}/commit", {"position": place})
 
 
 def _print(event: dict[str, Any], *, is_json: bool) -> None:
@@ -237,6 +241,26 @@ async def _archives() -> list[dict[str, Any]]:
         return await database.fetch_all(SQL.archives)
 
 
+@contextmanager
+def _whole(out: Path | None) -> Iterator[IO[bytes]]:
+    """Where to write: a file gets its name when all of it is there, and is gone otherwise."""
+    if out is None:
+        yield sys.stdout.buffer
+        return
+    if out.exists() and not out.is_file():  # a device, or a pipe
+        with out.open("wb") as file:
+            yield file
+        return
+    out = out.resolve()
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 async def _restore(week: str, out: Path | None, parquet: Path | None) -> None:
     """A chunk, or a row group, is in memory at a time."""
     from orbit.telemetry.archive import SQL, read_chunk
@@ -246,10 +270,9 @@ async def _restore(week: str, out: Path | None, parquet: Path | None) -> None:
         weeks = {one["week"]: one["chunks"] for one in await database.fetch_all(SQL.archives)}
         if week not in weeks:
             raise RequestInvalid(f"{week} is not in the archive; `orbit telemetry archive ls`")
-        with ExitStack() as stack:
-            if parquet is not None:
-                await check_parquet(database, week, parquet)
-            file = sys.stdout.buffer if out is None else stack.enter_context(out.open("wb"))
+        if parquet is not None:
+            await check_parquet(database, week, parquet)
+        with _whole(out) as file:
             if parquet is not None:
                 file.writelines(line + b"\n" for line in parquet_lines(parquet))
                 return

@@ -141,7 +141,6 @@ class Transformer:
                 error, is_final, result = await _outcome(step, call, where)
                 if error is not None and step.url is not None:
                     error = _QUERY.sub("?…", error)
-                tracing.note(is_failed=error is not None, error=error)
             record = StepRecord(
                 stage=Stage(context.stage),
                 step=context.step,
@@ -382,14 +381,21 @@ async def _outcome(
             return None, False, await call(context)
     except TimeoutError as error:
         if limit.expired():
+            tracing.note(is_failed=True, error=type(error).__name__)
             return f"took longer than {step.timeout_seconds:g} s", False, None
-        return _described(error, _place(step, error)), False, None
+        return _told_of(error, _place(step, error)), False, None
     except (NotHere, LeaseLost, NamespaceHalted):
         raise
     except (ContractBroken, PayloadTooLarge) as error:
-        return _described(error), True, None
+        return _told_of(error), True, None
     except Exception as error:  # noqa: BLE001 - a step may raise anything
-        return _described(error, _place(step, error)), False, None
+        return _told_of(error, _place(step, error)), False, None
+
+
+def _told_of(error: Exception, place: str = "") -> str:
+    """Its description; a trace leaves the house, and gets no text that may hold a payload."""
+    tracing.note(is_failed=True, error=type(error).__name__ + place)
+    return _described(error, place)
 
 
 def _place(step: Step, error: Exception) -> str:

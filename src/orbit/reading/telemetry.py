@@ -17,20 +17,25 @@ SQL = load("telemetry")
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
-    """What follows a position: JSON (an array, or SSE frames), how many, and the last position."""
-
-    text: str
-    events: int
-    position: int
-
-
-@dataclass(frozen=True, slots=True)
 class Bounds:
     """The first position that is kept here, and the last that was given; 1 and 0 before any."""
 
     first_position: int
     last_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What follows a position: JSON (an array, or SSE frames), how many, and where to go on.
+
+    `bounds` are of the same moment: nothing after `position` has been looked for, and what lies
+    before `bounds.first_position` was not there to be found.
+    """
+
+    text: str
+    events: int
+    position: int
+    bounds: Bounds
 
 
 async def bounds(database: Database) -> Bounds:
@@ -55,5 +60,8 @@ async def window(
     asked = {"after": after, "count": count, "is_stream": is_stream, "namespaces": namespaces}
     row = await database.fetch_one(query, asked)
     assert row is not None
-    empty = "" if is_stream else "[]"
-    return Window(row["text"] or empty, row["events"], row["last_position"] or after)
+    text = row["text"] or ("" if is_stream else "[]")
+    edge = Bounds(row["first_position"], row["last_position"])
+    # With fewer than asked for, all that was given has been looked at.
+    position = row["position"] if row["events"] == count else max(after, edge.last_position)
+    return Window(text, row["events"], position, edge)

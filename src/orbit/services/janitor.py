@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from psycopg.errors import LockNotAvailable, ObjectInUse
 
-from orbit.database.pool import Database, first_line
+from orbit.database.pool import TRANSIENT, Database, first_line
 from orbit.database.queries import load
 from orbit.errors import ArchiveDamaged
 from orbit.services.base import Service
@@ -49,11 +49,15 @@ class Janitor(Service):
         self._telemetry = telemetry
         self._fact_retention_days, self._leftovers = fact_retention_days, leftovers
 
-    async def run_once(self) -> float:
-        """Partitions ahead, then retention."""
+    async def make_partitions(self) -> None:
+        """Partitions ahead, which a node that starts needs; the rest can wait."""
         row = await self._database.fetch_one(SQL.create_partitions)
         if row is not None and row["made"]:
             self._log.info("partitions_created", count=row["made"])
+
+    async def run_once(self) -> float:
+        """Partitions ahead, then retention."""
+        await self.make_partitions()
         await self._database.execute(SQL.forget_nodes)
         if self._leftovers is not None and (count := await self._leftovers.end_old()):
             self._log.warning("drills_ended", count=count)
@@ -70,6 +74,11 @@ class Janitor(Service):
             return
         except (LockNotAvailable, ObjectInUse) as error:  # somebody reads: better the next time
             self._log.info("telemetry_kept", error=first_line(error))
+            return
+        except TRANSIENT:
+            raise
+        except Exception:  # noqa: BLE001 - at once it would fail again: the next hour
+            self._log.exception("telemetry_kept")
             return
         if retained.dropped:
             self._log.info("telemetry_dropped", weeks=retained.dropped)

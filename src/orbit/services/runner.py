@@ -133,9 +133,8 @@ class Runner(Service):
             outcome = await self._orchestrator.run(cycle)
             if outcome is Stage.DISPATCH_ENQUEUED:
                 self._on_enqueued()
-            is_failed = isinstance(outcome, StepFailed)
-            tracing.note(is_failed=is_failed, error=str(outcome) if is_failed else None)
             if isinstance(outcome, StepFailed):
+                tracing.note(is_failed=True, error=_where(outcome))
                 self._log.warning("cycle_failed", **_why(cycle, outcome), **_named(cycle))
             else:
                 self._log.debug("cycle_advanced", stage=outcome.value, **_named(cycle))
@@ -191,6 +190,11 @@ def _why(cycle: ClaimedCycle, failure: StepFailed) -> dict[str, Any]:
         "step": failure.details.get("step"),
         "reason": str(failure),
     }
+
+
+def _where(failure: StepFailed) -> str:
+    """Without the step's own text, which may hold a payload."""
+    return f"{failure.code}: {failure.details.get('stage')}, step {failure.details.get('step')}"
 
 
 def _named(cycle: ClaimedCycle) -> dict[str, str]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import zlib
 from hashlib import sha256
+from typing import Any
 
 from orbit.database.pool import Database
 from orbit.database.queries import load
@@ -19,14 +21,13 @@ SQL = load("telemetry")
 _CHUNK_EVENTS = 5000
 
 
-async def archive(database: Database, week: str) -> int:
-    """Writes a week to the archive and reads it back; how many chunks it has there.
+async def archive(database: Database, week: str) -> tuple[int, int]:
+    """Writes a week to the archive and reads it back; its chunks there, and the last position.
 
     Raises ArchiveDamaged if what is read is not what was written.
     """
+    size = await _size(database, week)
     while True:
-        size = await database.fetch_one(SQL.week_size, {"week": week})
-        assert size is not None
         asked = {"week": week, "after": size["archived_until"], "count": _CHUNK_EVENTS}
         found = await database.fetch_one(SQL.week_lines, asked)
         assert found is not None
@@ -40,15 +41,26 @@ async def archive(database: Database, week: str) -> int:
             "events": found["events"],
         }
         packed = await asyncio.to_thread(_packed, found["text"])
-        await database.execute(SQL.insert_archive, chunk | packed)
+        if await database.execute(SQL.insert_archive, chunk | packed):
+            size |= {"chunks": chunk["chunk"], "archived_until": chunk["last_position"]}
+        else:  # another node archives it too: after what that has
+            size = await _size(database, week)
+    size = await _size(database, week)
     archived = 0
     for number in range(1, size["chunks"] + 1):
         archived += len(await read_chunk(database, week, number))
-    if archived != size["events"]:
+    if size["events"] and archived != size["events"]:  # none: another node has dropped the week
         raise ArchiveDamaged(
             f"the archive of {week} has {archived} events, the week {size['events']}"
         )
-    return int(size["chunks"])
+    return size["chunks"], size["archived_until"]
+
+
+async def _size(database: Database, week: str) -> dict[str, Any]:
+    """A scan of the week's batches: for the beginning and the end."""
+    size = await database.fetch_one(SQL.week_size, {"week": week})
+    assert size is not None
+    return size
 
 
 async def read_chunk(database: Database, week: str, chunk: int) -> list[bytes]:
@@ -68,5 +80,8 @@ def _packed(text: str) -> dict[str, bytes]:
 
 
 def _unpacked(content: bytes) -> tuple[list[bytes], bytes]:
-    lines = gzip.decompress(content)
+    try:
+        lines = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error):
+        return [], b""
     return lines.splitlines(), sha256(lines).digest()

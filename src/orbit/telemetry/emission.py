@@ -13,7 +13,7 @@ from typing import Any
 
 from orbit.database.pool import Connection
 from orbit.database.queries import array, load
-from orbit.telemetry.catalogue import EventType
+from orbit.telemetry.catalogue import CATALOGUE, EventType
 
 SQL = load("telemetry")
 
@@ -44,5 +44,6 @@ async def emit(connection: Connection, *events: Event) -> None:
         "profile_id": array(one.profile_id for one in events),
         "run_profile_id": array(one.run_profile_id for one in events),
         "run_id": array(one.run_id for one in events),
+        "version": array(CATALOGUE[one.event_type].version for one in events),
     }
     await connection.execute(SQL.emit, rows)

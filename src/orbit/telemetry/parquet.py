@@ -18,7 +18,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orbit.canonical import canonical_json
 from orbit.database.pool import Database
 from orbit.database.queries import load
 from orbit.errors import ArchiveDamaged
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SQL = load("telemetry")
+_LEFT_SECONDS = 86_400
 _TEXTS = {
     "id": "id",
     "namespace": "namespace",
@@ -44,6 +44,8 @@ async def write_parquet(database: Database, week: str, chunks: int, folder: Path
     Raises ArchiveDamaged if what is read is not what is in the archive, and for what the
     disk refuses.
     """
+    from pyarrow import ArrowException  # noqa: PLC0415 - of the extra
+
     path = folder / f"telemetry-{week}.parquet"
     partial = folder / f".{path.name}.{secrets.token_hex(4)}"
     try:
@@ -51,6 +53,7 @@ async def write_parquet(database: Database, week: str, chunks: int, folder: Path
             return
         try:
             events = await _write(database, week, chunks, partial)
+            await asyncio.to_thread(_forget_killed, partial, path)
             await _compare(database, week, chunks, partial)
             digest, size = await asyncio.to_thread(_kept, partial, path)
         finally:
@@ -58,6 +61,8 @@ async def write_parquet(database: Database, week: str, chunks: int, folder: Path
     except OSError as error:
         text = f"{path.name} cannot be written: {error.strerror or error}"
         raise ArchiveDamaged(text) from error
+    except ArrowException as error:
+        raise ArchiveDamaged(f"{path.name} does not read back: {error}") from error
     fact = {"week": week, "sha256": digest, "file": path.name, "events": events, "bytes": size}
     await database.execute(SQL.add_archive_file, fact)
 
@@ -122,11 +127,17 @@ def _table(lines: Sequence[bytes]) -> pa.Table:
     columns = {
         "position": pa.array([row["position"] for row in rows], pa.int64()),
         "time": pa.array([datetime.fromisoformat(row["time"]) for row in rows], at),
-        "metadata": pa.array([canonical_json(row["metadata"]).decode() for row in rows]),
+        "version": pa.array([row.get("version", 1) for row in rows], pa.int16()),
+        "metadata": pa.array([_metadata(row["metadata"]) for row in rows], pa.string()),
     }
     for name, field in _TEXTS.items():
         columns[name] = pa.array([row[field] for row in rows], pa.string())
     return pa.table(columns)
+
+
+def _metadata(fields: Mapping[str, Any]) -> str:
+    """JSON text of whatever JSON carries: canonical JSON refuses numbers beyond 2**53."""
+    return json.dumps(fields, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
 def _event(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,6 +145,7 @@ def _event(row: Mapping[str, Any]) -> dict[str, Any]:
         "position": row["position"],
         "time": row["time"].isoformat(timespec="microseconds").replace("+00:00", "Z"),
         **{field: row[name] for name, field in _TEXTS.items()},
+        "version": row.get("version", 1),
         "metadata": json.loads(row["metadata"]),
     }
 
@@ -150,6 +162,14 @@ def _kept(partial: Path, path: Path) -> tuple[bytes, int]:
     finally:
         os.close(folder)
     return found
+
+
+def _forget_killed(partial: Path, path: Path) -> None:
+    """Removes what writers of this file have left that were killed: by age, others may be at it."""
+    newest = partial.stat().st_mtime
+    for left in path.parent.glob(f".{path.name}.*"):
+        if left.stat().st_mtime < newest - _LEFT_SECONDS:
+            left.unlink(missing_ok=True)
 
 
 def _digest(path: Path) -> tuple[bytes, int]:

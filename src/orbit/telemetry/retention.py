@@ -2,14 +2,18 @@
 
 With the cold archive on, a week is first archived, and read back; only then is it dropped. A hard
 limit drops what a consumer has not read; that is itself an event, in the transaction that drops,
-and names who was passed over.
+and names who was passed over. What gets its position while a week is archived is dropped the next
+time. Several nodes at it at once do no harm: one drops, the others find that it is done.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from psycopg import Rollback
 
 from orbit.database.pool import Database
 from orbit.database.queries import load
@@ -61,21 +65,33 @@ async def _drop(database: Database, row: dict[str, Any], retention: Retention) -
     week = row["week"]
     size = await database.fetch_one(SQL.week_size, {"week": week})
     assert size is not None
-    rows = await database.fetch_all(SQL.behind, {"position": size["last_position"]})
-    behind = [one["name"] for one in rows]
+    seen = size["last_position"]
+    behind = _names(await database.fetch_all(SQL.behind, {"position": seen}))
     if behind and not row["is_over_limit"]:
         return behind
     if retention.is_archiving and size["events"]:
-        chunks = await archive(database, week)
+        chunks, seen = await archive(database, week)
         if retention.parquet_folder is not None:
             await write_parquet(database, week, chunks, retention.parquet_folder)
     async with database.transaction() as connection:
-        if behind:
-            told = {
-                "week": week,
-                "lastPosition": size["last_position"],
-                "consumers": behind,
-            }
+        await connection.execute(SQL.bound_waiting)
+        await connection.execute(SQL.lock_weeks)
+        found = await connection.execute(SQL.behind, {"position": seen})
+        behind = _names(await found.fetchall())
+        if behind and not row["is_over_limit"]:
+            return behind
+        asked = {"week": week, "is_forced": bool(behind)}
+        gone = await (await connection.execute(SQL.drop_week, asked)).fetchone()
+        assert gone is not None
+        last = gone["last_position"]
+        if last is not None and last > seen:
+            raise Rollback
+        if behind and last is not None:
+            told = {"week": week, "lastPosition": last, "consumers": behind}
             await emit(connection, Event(INSTALLATION, EventType.TELEMETRY_DROPPED, told))
-        await connection.execute(SQL.drop_week, {"week": week, "is_forced": bool(behind)})
-    return []
+        return []
+    return ["events that were numbered meanwhile"]
+
+
+def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [one["name"] for one in rows]

@@ -4,15 +4,16 @@
 -- Events, and their pending batches, one for each namespace. Locks nothing that others wait for.
 WITH event AS MATERIALIZED (
     SELECT * FROM unnest(%(namespace)s::text[], %(event_type)s::text[], %(metadata)s::jsonb[],
-        %(profile_id)s::text[], %(run_profile_id)s::text[], %(run_id)s::uuid[]) WITH ORDINALITY
-        AS event (namespace, event_type, metadata, profile_id, run_profile_id, run_id, place)
+        %(profile_id)s::text[], %(run_profile_id)s::text[], %(run_id)s::uuid[],
+        %(version)s::smallint[]) WITH ORDINALITY
+        AS event (namespace, event_type, metadata, profile_id, run_profile_id, run_id, version, place)
 ), batch AS MATERIALIZED (
     SELECT orbit_new_batch() AS batch_id
 ), told AS (
     INSERT INTO telemetry_event (namespace, batch_id, ordinal, event_type, profile_id,
-        run_profile_id, run_id, metadata)
+        run_profile_id, run_id, metadata, version)
     SELECT namespace, batch_id, row_number() OVER (PARTITION BY namespace ORDER BY place),
-        event_type, profile_id, run_profile_id, run_id, metadata
+        event_type, profile_id, run_profile_id, run_id, metadata, version
     FROM event CROSS JOIN batch
     RETURNING namespace, batch_id
 )
@@ -82,9 +83,12 @@ FROM (SELECT GREATEST((SELECT last_position FROM telemetry_sequencer), COALESCE(
         FROM telemetry_batch ORDER BY last_position DESC LIMIT 1), 0)) AS position) last;
 
 -- name: window
--- What follows a position, as CloudEvents in their order: the whole answer, or frames of a stream.
+-- What follows a position, as CloudEvents in their order: the whole answer, or frames of a stream;
+-- with the bounds at that very moment: what retention drops meanwhile is seen by both, or by none.
 -- Batches are taken until there are enough events. telemetry_batch_by_position serves it.
-WITH next AS MATERIALIZED (
+WITH edge AS MATERIALIZED (
+    {{bounds}}
+), next AS MATERIALIZED (
     SELECT namespace, batch_id, events, last_position FROM telemetry_batch
     WHERE last_position > %(after)s::bigint ORDER BY last_position LIMIT %(count)s
 ), batch AS MATERIALIZED (
@@ -101,7 +105,8 @@ WITH next AS MATERIALIZED (
 ), chosen AS MATERIALIZED (
     SELECT last_position - events + ordinal AS position, name, head, source, event.*
     FROM named CROSS JOIN LATERAL (
-        SELECT ordinal, event_type, occurred_at, profile_id, run_profile_id, run_id, metadata
+        SELECT ordinal, event_type, version, occurred_at, profile_id, run_profile_id, run_id,
+            metadata
         FROM telemetry_event
         WHERE telemetry_event.namespace = named.namespace
             AND telemetry_event.batch_id = named.batch_id
@@ -110,7 +115,7 @@ WITH next AS MATERIALIZED (
     ) event
     ORDER BY position LIMIT %(count)s
 ), shown AS MATERIALIZED (
-    SELECT position, head || ordinal || source || event_type || '.v1","time":'
+    SELECT position, head || ordinal || source || event_type || '.v' || version || '","time":'
         || left(to_json(occurred_at AT TIME ZONE 'UTC')::text, -1) || 'Z","subject":'
         || COALESCE('"' || run_id || '"', name)
         || ',"datacontenttype":"application/json","position":' || position
@@ -122,16 +127,21 @@ WITH next AS MATERIALIZED (
         AS line
     FROM chosen
 )
-SELECT count(*)::int AS events, max(position) AS last_position,
+SELECT count(*)::int AS events, max(position) AS position,
+    (SELECT first_position FROM edge) AS first_position,
+    (SELECT last_position FROM edge) AS last_position,
     CASE WHEN %(is_stream)s THEN string_agg('id: ' || position || E'\ndata: ' || line || E'\n\n',
         '' ORDER BY position) ELSE '[' || string_agg(line, ',' ORDER BY position) || ']' END AS text
 FROM shown;
 
 -- name: window_of_namespaces
--- What follows a position, as CloudEvents in their order: the whole answer, or frames of a stream.
+-- What follows a position, as CloudEvents in their order: the whole answer, or frames of a stream;
+-- with the bounds at that very moment: what retention drops meanwhile is seen by both, or by none.
 -- Of some namespaces only. telemetry_batch_of_namespace serves it, since no other index has an
 -- order that begins with the namespace.
-WITH next AS MATERIALIZED (
+WITH edge AS MATERIALIZED (
+    {{bounds}}
+), next AS MATERIALIZED (
     SELECT batch.* FROM unnest(%(namespaces)s::text[]) AS wanted (namespace)
     CROSS JOIN LATERAL (
         SELECT namespace, batch_id, events, last_position FROM telemetry_batch
@@ -154,7 +164,8 @@ WITH next AS MATERIALIZED (
 ), chosen AS MATERIALIZED (
     SELECT last_position - events + ordinal AS position, name, head, source, event.*
     FROM named CROSS JOIN LATERAL (
-        SELECT ordinal, event_type, occurred_at, profile_id, run_profile_id, run_id, metadata
+        SELECT ordinal, event_type, version, occurred_at, profile_id, run_profile_id, run_id,
+            metadata
         FROM telemetry_event
         WHERE telemetry_event.namespace = named.namespace
             AND telemetry_event.batch_id = named.batch_id
@@ -163,7 +174,7 @@ WITH next AS MATERIALIZED (
     ) event
     ORDER BY position LIMIT %(count)s
 ), shown AS MATERIALIZED (
-    SELECT position, head || ordinal || source || event_type || '.v1","time":'
+    SELECT position, head || ordinal || source || event_type || '.v' || version || '","time":'
         || left(to_json(occurred_at AT TIME ZONE 'UTC')::text, -1) || 'Z","subject":'
         || COALESCE('"' || run_id || '"', name)
         || ',"datacontenttype":"application/json","position":' || position
@@ -175,7 +186,9 @@ WITH next AS MATERIALIZED (
         AS line
     FROM chosen
 )
-SELECT count(*)::int AS events, max(position) AS last_position,
+SELECT count(*)::int AS events, max(position) AS position,
+    (SELECT first_position FROM edge) AS first_position,
+    (SELECT last_position FROM edge) AS last_position,
     CASE WHEN %(is_stream)s THEN string_agg('id: ' || position || E'\ndata: ' || line || E'\n\n',
         '' ORDER BY position) ELSE '[' || string_agg(line, ',' ORDER BY position) || ']' END AS text
 FROM shown;
@@ -240,15 +253,15 @@ WITH next AS MATERIALIZED (
         FROM next) counted WHERE before < %(count)s
 ), line AS MATERIALIZED (
     SELECT position, json_build_object('position', position, 'namespace', of,
-        'id', id || '-' || ordinal, 'type', event_type, 'time',
+        'id', id || '-' || ordinal, 'type', event_type, 'version', version, 'time',
         to_char(occurred_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
         'profileId', profile_id, 'runProfileId', run_profile_id, 'runId', run_id,
         'metadata', metadata)::text AS line
     FROM (
         SELECT last_position - events + ordinal AS position, event.*
         FROM batch CROSS JOIN LATERAL (
-            SELECT ordinal, namespace AS of, batch_id AS id, event_type, occurred_at, profile_id,
-                run_profile_id, run_id, metadata
+            SELECT ordinal, namespace AS of, batch_id AS id, event_type, version, occurred_at,
+                profile_id, run_profile_id, run_id, metadata
             FROM telemetry_event
             WHERE telemetry_event.namespace = batch.namespace
                 AND telemetry_event.batch_id = batch.batch_id
@@ -303,8 +316,17 @@ WHERE EXISTS (SELECT FROM telemetry_batch batch WHERE batch.namespace = feed.nam
     AND batch.last_position > feed.position AND batch.last_position <= %(position)s::bigint)
 ORDER BY name;
 
+-- name: bound_waiting
+-- Bounds the waits for locks of the transaction, as drop_week's own are.
+SELECT set_config('lock_timeout', '2s', true);
+
+-- name: lock_weeks
+-- Lets nobody drop a week, or store a consumer, until the transaction ends: before drop_week.
+SELECT pg_advisory_xact_lock(hashtext('orbit.partitions'));
+
 -- name: drop_week
--- Drops a week's events; the database refuses while somebody has yet to read them.
+-- Drops a week's events; their last position, or NULL if they are gone already. The database
+-- refuses while somebody has yet to read them, and locks both tables before it looks.
 SELECT orbit_drop_telemetry(%(week)s::date, %(is_forced)s) AS last_position;
 
 -- name: hold_weeks
