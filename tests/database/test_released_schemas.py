@@ -29,8 +29,8 @@ from tests.scenario.test_cli import Project, answers, free_port, wait_for
 
 FOLDER = Path(__file__).with_name("released")
 DUMPS = {path.name.partition(".")[0]: path for path in sorted(FOLDER.glob("*.sql.gz"))}
-RELEASED = ("0001", "0003", "0006", "0007", "0008", "0009", "0010", "0013")
-PASSED_OVER = ("0002", "0004", "0005", "0011", "0012")
+RELEASED = ("0001", "0003", "0006", "0007", "0008", "0009", "0010", "0013", "0015")
+PASSED_OVER = ("0002", "0004", "0005", "0011", "0012", "0014")
 """Revisions that no release ended with: whoever had one of them had the next one too."""
 GOVERNED_SINCE = "0013"
 NAME = f"orbit_released_{os.getpid()}"
