@@ -79,6 +79,17 @@ def test_what_was_claimed_ahead_leaves_places_to_others() -> None:
     assert found.free > 0
 
 
+def test_a_lane_that_ended_nothing_lately_has_its_turn() -> None:
+    """No place is free, and those that come free would all go to what others have ahead."""
+    found = busy(StillClock())
+    list(found.take([FAST]))
+    assert found.free == 0
+    assert claim(found, FAST, WELL)[WELL] == 1
+    found.leave(FAST)
+    found.settle(FAST)
+    assert claim(found, FAST, WELL)[WELL] == 0, "it has one"
+
+
 def test_what_may_not_be_lost_is_not_claimed_ahead() -> None:
     """Where an unknown outcome is left to a person, only what may begin is claimed."""
     found = busy(StillClock(), on_unknown="hold")

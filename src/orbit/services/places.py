@@ -8,6 +8,7 @@ to the lane that has the fewest, among these to the one that has waited longest.
 A lane that ends many attempts is given jobs ahead: they begin without waiting for the database, and
 the next claim is made while they last. At most twice as many as it ended in the last 30 ms, four
 times where it is alone; several lanes together half of that, so that they come forward together.
+Each may have one: else those that ended some lately would take every place that comes free.
 Not so where an unknown outcome is left to a person, since what is lost with its worker counts as
 unknown.
 """
@@ -136,7 +137,8 @@ class Places(Generic[Item]):
 
     def _most_ahead(self, lane: LaneKey) -> int:
         is_left_to_a_person = self._endpoint(lane[1]).on_unknown == "hold"
-        return 0 if is_left_to_a_person else (4 if self._was_alone else 2) * self._pace.ended(lane)
+        ended = (4 if self._was_alone else 2) * self._pace.ended(lane)
+        return 0 if is_left_to_a_person else max(1, ended)
 
 
 class _Pace:
