@@ -79,15 +79,36 @@ def test_what_was_claimed_ahead_leaves_places_to_others() -> None:
     assert found.free > 0
 
 
-def test_a_lane_that_ended_nothing_lately_has_its_turn() -> None:
-    """No place is free, and those that come free would all go to what others have ahead."""
-    found = busy(StillClock())
-    list(found.take([FAST]))
-    assert found.free == 0
-    assert claim(found, FAST, WELL)[WELL] == 1
-    found.leave(FAST)
-    found.settle(FAST)
-    assert claim(found, FAST, WELL)[WELL] == 0, "it has one"
+@pytest.mark.parametrize("claim_seconds", [0.002, 0.01, 0.05])
+@pytest.mark.parametrize("send_seconds", [0.001, 0.003, 0.01])
+def test_no_lane_is_left_behind(send_seconds: float, claim_seconds: float) -> None:
+    """Beside two that hang eight lanes share the last place: none has all of its turns."""
+    clock, backlog = StillClock(), 48
+    found = places(clock, 4)
+    lanes = [("brand-a", str(number)) for number in range(10)]
+    left, sent = Counter(dict.fromkeys(lanes, backlog)), Counter[LaneKey]()
+    flying: list[tuple[float, LaneKey]] = []
+    claimed: tuple[float, dict[LaneKey, int]] = (0.0, {})
+    while max(sent.values(), default=0) < backlog:
+        due = [lane for lane in lanes if left[lane]]
+        if not claimed[1] and (rooms := found.shares(due)):
+            found.served(list(rooms), clock.at)
+            claimed = clock.at + claim_seconds, rooms
+        ends = [at for at, lane in flying if lane in lanes[2:]]
+        clock.at = max(clock.at, min([*ends, claimed[0] if claimed[1] else clock.at + 0.05]))
+        if claimed[1] and claimed[0] <= clock.at:
+            for lane in Counter(claimed[1]).elements():
+                found.add(lane, lane)
+            left -= Counter(claimed[1])
+            claimed = 0.0, {}
+        for at, lane in list(flying):
+            if at <= clock.at and lane in lanes[2:]:
+                flying.remove((at, lane))
+                found.leave(lane)
+                found.settle(lane)
+                sent[lane] += 1
+        flying += [(clock.at + send_seconds, lane) for lane in found.take(due)]
+    assert min(sent[lane] for lane in lanes[2:]) >= backlog // 2
 
 
 def test_what_may_not_be_lost_is_not_claimed_ahead() -> None:
