@@ -131,7 +131,8 @@ async def test_every_governed_act_has_its_entry_and_the_reverse(
     answer = await api.post(f"/dead-letters/requeues/{batch_id}/cancel", json=why)
     assert answer.status_code == 200, answer.text
     failed = await run(node)
-    assert (await api.post(f"/cycles/{failed['cycle_id']}/rerun")).status_code == 202
+    rerun = f"/cycles/{failed['cycle_id']}/rerun"
+    assert (await api.post(rerun, json={"reason": "the notes are back"})).status_code == 202
     await until(lambda: _is_idle(node), "the re-run's end")
     configure(run_profile(state="disabled"))
     assert (await api.post("/config/reload")).json()["isChanged"]
@@ -140,6 +141,8 @@ async def test_every_governed_act_has_its_entry_and_the_reverse(
     assert report.findings == []
     listed = (await api.get("/audit", params={"limit": 200})).json()["items"]
     actions = {one["action"] for one in listed}
+    reasons = [one["reason"] for one in listed if one["action"] == "cycle.rerun"]
+    assert reasons == ["the notes are back"]
     assert actions >= {
         "trail.begun",
         "configuration.activated",

@@ -198,7 +198,7 @@ def _lines(report: Report) -> Iterator[str]:
     yield from _vouched(report)
     yield from _counts(report)
     if not report.is_good:
-        yield f"{len(report.findings):,} findings"
+        yield f"{len(report.findings):,} finding{'s' if len(report.findings) != 1 else ''}"
     elif report.is_anchored:
         yield "The trail is whole."
     else:
@@ -228,7 +228,7 @@ def _counts(report: Report) -> Iterator[str]:
     if report.unsealed:
         yield f"{report.unsealed:,} facts have no number yet"
     if report.unsigned:
-        yield f"{report.unsigned:,} entries are younger than the last checkpoint"
+        yield f"{_entries(report.unsigned)} younger than the last checkpoint"
     if report.undeclared:
         yield (
             f"{report.undeclared:,} facts have only their hash here; whether retention dropped the "

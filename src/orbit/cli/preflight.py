@@ -196,7 +196,8 @@ async def _answers(
 ) -> AsyncIterator[Finding]:
     """The token and the clock, from one answer."""
     if endpoint.check_url is None:
-        hint = "set check_url: an address that answers 2xx to GET with this token"
+        given_with = " with this token" if endpoint.token else ""
+        hint = f"set check_url: an address that answers 2xx to GET{given_with}"
         text = "not checked, since the endpoint has no check_url"
         yield _finding(endpoint, "token", None, text, hint, facts={"status": None})
         bare = endpoint.url.partition("?")[0]

@@ -268,6 +268,7 @@ class Orchestration:
                         rerun_slot=request.rerun_slot,
                         copied=request.copied,
                         asked_by=request.asked_by,
+                        reason=request.reason,
                     )
                 )
             except RevisionReplaced:
