@@ -212,6 +212,8 @@ class Dispatcher(Service):
 
     def _withdraw(self, lanes: Collection[LaneKey]) -> None:
         """What was claimed ahead for lanes that are held now waits in the database."""
+        if not lanes:  # as after nearly every settlement
+            return
         ahead = {
             one
             for one in self._sending.values()
